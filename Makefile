@@ -1,0 +1,35 @@
+# The four verbs, the same on a laptop and in CI. Each makes .venv first if there is none.
+PYTHON ?= python3
+BIN := .venv/bin
+.PHONY: demo test check fix bench clean
+
+.venv/.installed: pyproject.toml .constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Synoptic needs Python 3.11 or newer; say: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv || { echo "On Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+	$(BIN)/python -m pip install --quiet --constraint .constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: .venv/.installed  ## a dozen phantom patients through the real daemon and back, in a minute
+	$(BIN)/synoptic demo
+
+test: .venv/.installed  ## the whole suite
+	$(BIN)/python -m pytest
+
+check: .venv/.installed  ## lint, types, import rules, length of files
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	@wc -l $$(git ls-files 'worker/*.py' 'models/*.py' | grep -v migrations/versions) | awk '$$2 != "total" && $$1 > 400 { print $$2 ": " $$1 " lines; the ceiling is 400"; bad = 1 } END { exit bad }'
+
+fix: .venv/.installed  ## format and mend what can be mended by itself
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/.installed  ## the long measurements, one JSON line each; results are quoted in deploy/README.md
+	$(BIN)/python -m tests.bench.line
+	$(BIN)/python -m tests.bench.receive
+	$(BIN)/python -m tests.bench.roles
+
+clean:
+	rm -rf .venv var

@@ -1,0 +1,267 @@
+"""The nouns: frozen values that travel down the line. Standard library and numpy only.
+
+Not here: how they are stored (store/), read from DICOM (volume.py) or reported (report/).
+Frame: LPS, millimetres. Times: aware datetimes. Digests: sha256, lower hex.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import Enum
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+JobKind = Literal["infer", "deliver"]
+JobState = Literal["available", "leased", "completed", "discarded", "cancelled"]
+Verdict = Literal["positive", "negative", "uncertain"]
+
+#: Priorities, smallest first. HL7 v2 ORC-7/OBR-27 "S" and DICOM "STAT" map to STAT.
+STAT, ROUTINE = 0, 10
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    """A coded concept (PS3.3 §8): value, coding scheme designator, meaning."""
+
+    value: str
+    scheme: str
+    meaning: str
+
+
+@dataclass(frozen=True, slots=True)
+class PatientKey:
+    """Who: a patient ID means nothing without its issuer (PS3.3 §C.2.2, HL7 CX.4)."""
+
+    issuer: str
+    patient_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Patient:
+    """Demographics as DICOM writes them: PN string, YYYYMMDD or '', M/F/O or ''."""
+
+    key: PatientKey
+    name: str = ""
+    birth_date: str = ""
+    sex: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """One fact of a patient's record: a value or a text, drawn or written at `at`.
+
+    ``status`` is HL7 table 0085: F final, C corrected, P preliminary, D deleted, W wrong, X cannot be obtained.
+    ``key`` names the fact within its source: a later fact with the same key supersedes it.
+    """
+
+    code: Code
+    at: datetime
+    value: float | None = None
+    comparator: Literal["", "<", "<=", ">", ">="] = ""
+    unit: str = ""
+    text: str = ""
+    status: str = "F"
+    key: str = ""
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RecordUpdate:
+    """What one HL7 message or FHIR bundle says of one patient; applied in one transaction."""
+
+    patient: Patient
+    observations: tuple[Observation, ...] = ()
+    source: str = ""
+    has_demographics: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class PatientRecord:
+    """All that is known of a patient, as of a time: nothing in it is later than `as_of`."""
+
+    patient: Patient
+    as_of: datetime
+    observations: tuple[Observation, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """One received SOP instance: where its bytes are and what they hash to."""
+
+    sop_instance_uid: str
+    sop_class_uid: str
+    transfer_syntax_uid: str
+    path: Path
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """One series with its instances, in no particular order."""
+
+    series_instance_uid: str
+    modality: str
+    body_part: str
+    description: str
+    instances: tuple[Instance, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """One study as received so far; ``version`` counts completed inputs (1, 2, …)."""
+
+    study_instance_uid: str
+    patient: Patient
+    accession_number: str
+    study_at: datetime
+    description: str
+    version: int
+    series: tuple[Series, ...] = ()
+    completed_at: datetime | None = None
+    hold: str = ""
+    is_complete: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Volume:
+    """A regular 3-D image, or one radiograph as a single plane.
+
+    ``array`` (K, J, I) float32: HU for CT, rescaled stored values otherwise, bright is dense
+    (MONOCHROME1 inverted). ``affine`` (4, 4): index (i, j, k, 1) → LPS mm; None for a projection
+    radiograph, which has no patient coordinates. ``spacing_mm`` (k, j, i); 0 where unknown.
+    """
+
+    array: NDArray[np.float32]
+    affine: NDArray[np.float64] | None
+    spacing_mm: tuple[float, float, float]
+    modality: str
+    series_instance_uid: str
+    sop_instance_uids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class UsedValue:
+    """A laboratory value the network was given, and where it came from."""
+
+    name: str
+    code: Code
+    value: float
+    comparator: str
+    unit: str
+    at: datetime
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class UsedText:
+    """A text the network was given."""
+
+    name: str
+    code: Code
+    text: str
+    at: datetime
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What one prediction is made from: the chosen series and the record's view at the study."""
+
+    series: Series
+    values: tuple[UsedValue, ...] = ()
+    texts: tuple[UsedText, ...] = ()
+    missing: tuple[Code, ...] = ()
+    record_found: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One coded answer of the network: how probable, what that means, what it rests on.
+
+    ``shapley`` holds each modality's exact share of the log-odds ("image", "values", "text").
+    """
+
+    name: str
+    code: Code
+    probability: float
+    threshold: float
+    verdict: Verdict
+    shapley: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """An object we authored: encoded DICOM, ready to be sent as it is."""
+
+    sop_instance_uid: str
+    sop_class_uid: str
+    kind: str
+    data: bytes
+    predecessor_uid: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The right to work on a job until it expires; ``generation`` fences late owners out."""
+
+    owner: str
+    generation: int
+    expires_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One unit of queued work, leased."""
+
+    id: int
+    kind: JobKind
+    study_id: int
+    bundle: str
+    input_version: int
+    destination: str
+    document_id: int | None
+    attempt: int
+    priority: int
+    started_at: datetime
+    lease: Lease
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What the store needs to know of one received instance: attributes of its data set.
+
+    Texts are decoded (Specific Character Set), stripped of padding and control characters. Dates
+    are YYYYMMDD or '', times HHMMSS.FFFFFF (or a prefix) or ''; ``timezone_offset`` is ±HHMM or ''.
+    The three instance UIDs are 1-64 characters of digits and dots; the patient ID is never empty.
+    """
+
+    sop_class_uid: str
+    sop_instance_uid: str
+    transfer_syntax_uid: str
+    study_instance_uid: str
+    series_instance_uid: str
+    patient: Patient
+    accession_number: str = ""
+    study_date: str = ""
+    study_time: str = ""
+    timezone_offset: str = ""
+    study_description: str = ""
+    modality: str = ""
+    body_part: str = ""
+    series_description: str = ""
+    number_of_frames: int = 1
+
+
+class Received(Enum):
+    """What the store made of an instance whose file is durable."""
+
+    STORED = "stored"  # new: row inserted
+    DUPLICATE = "duplicate"  # same UID, same bytes: nothing to do
+    CONFLICT = "conflict"  # same UID, other bytes: the first stays, this one is quarantined
+    OTHER_PATIENT = "other_patient"  # stored, but its study is on hold: two patients in one study

@@ -1,0 +1,98 @@
+"""What can go wrong, as verdicts: the branch an error sits on says what happens to the job.
+
+::
+
+    WorkerError
+    ├── Snooze      not wrong, not ready   → wait; the attempt is not counted
+    │   └── RecordPending          the patient's record is not here yet
+    ├── Retry       the world was wrong    → back off; the attempt is counted
+    │   ├── PeerUnavailable        no association, an abort, a time-out, status 0xA7xx
+    │   ├── NotReadBack            Success was answered but the object cannot be found
+    │   ├── DecoderDied            the decoding process was killed by its limits
+    │   └── DeviceOutOfMemory      the accelerator is full even for one study
+    └── Reject      the input is wrong     → discard; tell a person
+        ├── PeerRefused            a status that a resend cannot change
+        ├── PatientConflict        whose study is this?
+        ├── BundleError            weights, digest or metadata are not what they should be
+        ├── RecordError            a message or resource that cannot be understood
+        └── Unanalysable           the images cannot be analysed: a report says so
+            ├── NoSuitableSeries
+            ├── GeometryError
+            └── PixelError
+
+Messages are whole sentences with numbers, never a name, a birth date or an identifier.
+"""
+
+from __future__ import annotations
+
+
+class WorkerError(Exception):
+    """Anything this worker raises on purpose."""
+
+
+class Snooze(WorkerError):
+    """Not wrong, not ready: look again in `delay_s` seconds; no attempt is counted."""
+
+    def __init__(self, message: str, *, delay_s: float) -> None:
+        super().__init__(message)
+        self.delay_s = delay_s
+
+
+class RecordPending(Snooze):
+    """The patient's record has not arrived and the bundle's waiting time has not passed."""
+
+
+class Retry(WorkerError):
+    """The world was wrong: back off and try again; the attempt is counted."""
+
+
+class PeerUnavailable(Retry):
+    """A peer gave no association, aborted, timed out or was out of resources."""
+
+
+class NotReadBack(Retry):
+    """The peer answered Success, yet a query does not find the object."""
+
+
+class DecoderDied(Retry):
+    """The decoding process met its memory or time limit."""
+
+
+class DeviceOutOfMemory(Retry):
+    """The accelerator cannot hold even one study now."""
+
+
+class Reject(WorkerError):
+    """The input is wrong: no attempt will change that; a person must look."""
+
+
+class PeerRefused(Reject):
+    """The peer answered a status that sending again cannot change."""
+
+
+class PatientConflict(Reject):
+    """The images of one study belong to more than one patient."""
+
+
+class BundleError(Reject):
+    """A bundle's weights, digest or metadata are not what they should be."""
+
+
+class RecordError(Reject):
+    """A message or resource that cannot be understood; the text says which field."""
+
+
+class Unanalysable(Reject):
+    """The images cannot be analysed; the report says why."""
+
+
+class NoSuitableSeries(Unanalysable):
+    """No series of the study fits the bundle's rule."""
+
+
+class GeometryError(Unanalysable):
+    """Slices do not form one regular volume."""
+
+
+class PixelError(Unanalysable):
+    """Pixel data are missing, short, undecodable or not plausible."""

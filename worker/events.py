@@ -1,0 +1,58 @@
+"""The closed list of things that happen, and the one way to say that one did.
+
+Logs and metrics listen (ops/); nobody calls them. Rows of the ``event`` table, which
+``synoptic show`` prints, are written by the store in the transaction they speak of.
+Facts are numbers, states, codes and reasons: never a name, a birth date or a patient ID.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+NAMES: Final = frozenset(
+    {
+        "association.closed",  # one canonical line per association
+        "association.rejected",
+        "instance.refused",  # a C-STORE status other than 0x0000
+        "instance.quarantined",  # same UID, other bytes; or another patient's
+        "message.accepted",  # one line per HL7 message
+        "message.refused",
+        "study.completed",
+        "study.excluded",
+        "study.reopened",
+        "job.completed",  # one canonical line per attempt, whatever the verdict
+        "job.snoozed",
+        "job.retried",
+        "job.discarded",
+        "job.cancelled",
+        "job.rescued",
+        "job.fenced",  # a late owner's verdict was turned away
+        "spool.swept",
+        "role.started",
+        "role.stopped",
+        "role.restarted",
+        "sweep.failed",
+    }
+)
+
+Listener = Callable[[str, dict[str, object]], None]
+_listeners: list[Listener] = []
+
+
+def listen(listener: Listener) -> None:
+    """Call `listener(name, facts)` for everything that happens from now on."""
+    _listeners.append(listener)
+
+
+def unlisten(listener: Listener) -> None:
+    """Stop calling `listener`."""
+    _listeners.remove(listener)
+
+
+def emit(name: str, **facts: object) -> None:
+    """Say that `name` happened. Unknown names are a bug of ours and raise at once."""
+    if name not in NAMES:
+        raise ValueError(f"Unknown event {name!r}: add it to worker.events.NAMES.")
+    for listener in tuple(_listeners):
+        listener(name, facts)

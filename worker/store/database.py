@@ -1,0 +1,132 @@
+"""Opening the database: one engine a process, SQLite in WAL or PostgreSQL. No tables, no queries of the trade.
+
+SQLite writers take the lock at BEGIN IMMEDIATE, so that a transaction which reads and then writes
+cannot fail half-way with SQLITE_BUSY. synchronous=FULL: a commit is on disk when it returns
+(https://www.sqlite.org/pragma.html#pragma_synchronous), which is what C-STORE Success promises.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Final
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from worker.errors import Retry
+from worker.store import schema
+
+#: Enough for a backup that holds SQLite's lock for half a minute (FAULTS D5).
+BUSY_S: Final = 40.0
+#: PostgreSQL: no statement may hang a receiver (FAULTS D4).
+STATEMENT_TIMEOUT_MS: Final = 30_000
+
+
+class DatabaseUnavailable(Retry):
+    """The database does not answer, is locked or is not of this version."""
+
+
+class Store:
+    """A database and how to talk to it: ``with store.begin() as conn`` writes, ``store.read()`` reads."""
+
+    def __init__(self, url: str) -> None:
+        self.url = sa.make_url(url)
+        self.is_sqlite = self.url.get_backend_name() == "sqlite"
+        if self.is_sqlite:
+            # A pooled connection outlives its file's deletion; checking in is cheap.
+            self.engine = sa.create_engine(self.url, connect_args={"timeout": BUSY_S}, pool_size=8)
+            sa.event.listen(self.engine, "connect", _prepare_sqlite)
+        else:
+            options = f"-c statement_timeout={STATEMENT_TIMEOUT_MS} -c lock_timeout={STATEMENT_TIMEOUT_MS}"
+            self.engine = sa.create_engine(
+                self.url,
+                pool_pre_ping=True,
+                pool_size=8,
+                connect_args={"options": options, "connect_timeout": 5},
+            )
+        # Threads of one process queue here: SQLite's own busy handler sleeps, and is not fair.
+        self._writer = threading.Lock() if self.is_sqlite else nullcontext()
+
+    @contextmanager
+    def begin(self) -> Iterator[Connection]:
+        """One write transaction: commits at the end, rolls back on any exception.
+
+        Raises
+        ------
+        DatabaseUnavailable
+            The database is away, locked for too long, or its disk is full.
+        """
+        try:
+            with self._writer, self.engine.connect() as conn, conn.begin():
+                if self.is_sqlite:
+                    conn.exec_driver_sql("BEGIN IMMEDIATE")
+                yield conn
+        except (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError) as exc:
+            raise DatabaseUnavailable(_reason(exc)) from exc
+
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
+        """A read transaction: a consistent view, rolled back at the end."""
+        try:
+            with self.engine.connect() as conn:
+                if self.is_sqlite:
+                    conn.exec_driver_sql("BEGIN")
+                yield conn
+        except (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError) as exc:
+            raise DatabaseUnavailable(_reason(exc)) from exc
+
+    def check(self) -> None:
+        """Refuse to start on a database that is absent, damaged or of another version.
+
+        Raises
+        ------
+        DatabaseUnavailable
+            With a sentence that says what to do.
+        """
+        if self.is_sqlite and self.url.database not in (None, "", ":memory:"):
+            path = Path(str(self.url.database))
+            if not path.exists():
+                raise DatabaseUnavailable(f"There is no database at {path}. Run: synoptic migrate")
+        with self.read() as conn:
+            if not sa.inspect(conn).has_table("alembic_version"):
+                raise DatabaseUnavailable("The database is empty. Run: synoptic migrate")
+            revision = conn.exec_driver_sql("SELECT version_num FROM alembic_version").scalar()
+        if revision != schema.REVISION:
+            raise DatabaseUnavailable(
+                f"The database is at revision {revision}, this program needs {schema.REVISION}. "
+                "If the program is newer: synoptic migrate. If the database is newer: install the newer program."
+            )
+
+    def migrate(self) -> None:
+        """Bring the database to this program's revision; creates it if absent. Forward only."""
+        from alembic import command
+        from alembic.config import Config
+
+        if self.is_sqlite and self.url.database:
+            path = Path(str(self.url.database))
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path.touch(mode=0o600)
+        config = Config()
+        config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+        with self.begin() as conn:
+            config.attributes["connection"] = conn
+            command.upgrade(config, "head")
+
+    def close(self) -> None:
+        """Close all connections of this process."""
+        self.engine.dispose()
+
+
+def _prepare_sqlite(connection: Any, _record: object) -> None:
+    connection.isolation_level = None  # we say BEGIN ourselves
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _reason(exc: sa.exc.SQLAlchemyError) -> str:
+    """Say what the driver said, never the statement's parameters, which hold patient data."""
+    first = str(getattr(exc, "orig", None) or type(exc).__name__).strip().splitlines()[0]
+    return f"The database is not available: {first}."

@@ -1,0 +1,294 @@
+"""The job table: every statement that touches ``job.state`` is in this file.
+
+::
+
+    available ──lease──▶ leased ──complete──▶ completed
+        ▲                  │ ├────discard───▶ discarded   (dead letter: a person looks)
+        └─ snooze, retry, ─┘ └────cancel────▶ cancelled
+           rescue
+
+A lease carries a generation (a fencing token). Every verdict is
+``UPDATE … WHERE id = ? AND lease_generation = ? AND state = 'leased'``; no row means that the job
+is somebody else's by now, and the verdict is turned away with `LeaseLost`.
+Attempts are counted when leased, so that a job which kills its worker is counted too.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from datetime import datetime, timedelta
+from typing import Any, Final
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, Row
+
+from worker.domain import STAT, Job, JobKind, Lease
+from worker.errors import WorkerError
+from worker.store import history
+from worker.store.schema import job, study
+from worker.store.studies import insert_or_ignore
+
+#: First retry after about this long, doubling up to the cap; half of it is jitter, so that
+#: a recovering PACS is not met by all reports in the same second.
+BACKOFF_S: Final = 5.0
+BACKOFF_CAP_S: Final = 600.0
+#: A study that failed this often is for a person; a delivery has no limit (max_attempts NULL).
+INFER_ATTEMPTS: Final = 5
+
+
+class LeaseLost(WorkerError):
+    """The lease expired and the job was given to another, or an operator cancelled it."""
+
+
+def enqueue_infer(conn: Connection, study_id: int, *, bundle: str, input_version: int, priority: int, now: datetime) -> int | None:
+    """Queue one analysis of one input version by one bundle; None if it is queued already."""
+    return insert_or_ignore(
+        conn,
+        job,
+        {
+            "kind": "infer",
+            "study_id": study_id,
+            "bundle": bundle,
+            "input_version": input_version,
+            "unique_key": f"infer/{study_id}/{bundle}/{input_version}",
+            "priority": priority,
+            "max_attempts": INFER_ATTEMPTS,
+            "not_before": now,
+            "created_at": now,
+        },
+    )
+
+
+def enqueue_deliver(
+    conn: Connection, study_id: int, *, document_id: int, bundle: str, input_version: int, destination: str, priority: int, now: datetime
+) -> int | None:
+    """Queue one document for one destination; None if it is queued already."""
+    return insert_or_ignore(
+        conn,
+        job,
+        {
+            "kind": "deliver",
+            "study_id": study_id,
+            "bundle": bundle,
+            "input_version": input_version,
+            "document_id": document_id,
+            "destination": destination,
+            "unique_key": f"deliver/{document_id}/{destination}",
+            "priority": priority,
+            "not_before": now,
+            "created_at": now,
+        },
+    )
+
+
+def lease(
+    conn: Connection,
+    kind: JobKind,
+    *,
+    owner: str,
+    limit: int,
+    lease_s: float,
+    now: datetime,
+    bundles: Sequence[str] = (),
+    destination: str = "",
+) -> list[Job]:
+    """Take up to `limit` due jobs, STAT first, then the oldest.
+
+    PostgreSQL skips rows that another worker is taking; SQLite's write lock serves one at a time.
+    """
+    due = sa.select(job).where(job.c.kind == kind, job.c.state == "available", job.c.not_before <= now)
+    if bundles:
+        due = due.where(job.c.bundle.in_(bundles))
+    if destination:
+        due = due.where(job.c.destination == destination)
+    rows = conn.execute(due.order_by(job.c.priority, job.c.not_before, job.c.id).limit(limit).with_for_update(skip_locked=True)).all()
+    expires_at = now + timedelta(seconds=lease_s)
+    jobs = []
+    for row in rows:
+        conn.execute(
+            sa.update(job)
+            .where(job.c.id == row.id)
+            .values(
+                state="leased",
+                attempt=row.attempt + 1,
+                is_snoozed=False,
+                lease_owner=owner,
+                lease_generation=row.lease_generation + 1,
+                lease_expires_at=expires_at,
+                started_at=row.started_at or now,
+            )
+        )
+        jobs.append(_job(row, owner=owner, expires_at=expires_at, now=now))
+    return jobs
+
+
+def _job(row: Row[Any], *, owner: str, expires_at: datetime, now: datetime) -> Job:
+    return Job(
+        id=row.id,
+        kind=row.kind,
+        study_id=row.study_id,
+        bundle=row.bundle,
+        input_version=row.input_version,
+        destination=row.destination,
+        document_id=row.document_id,
+        attempt=row.attempt + 1,
+        priority=row.priority,
+        started_at=row.started_at or now,
+        lease=Lease(owner, row.lease_generation + 1, expires_at),
+    )
+
+
+def renew(conn: Connection, jobs: Iterable[Job], *, lease_s: float, now: datetime) -> set[int]:
+    """Extend leases; returns the ids of the jobs that are still ours."""
+    held = set()
+    for one in jobs:
+        changed = conn.execute(_held(one).values(lease_expires_at=now + timedelta(seconds=lease_s))).rowcount
+        if changed:
+            held.add(one.id)
+    return held
+
+
+def complete(conn: Connection, one: Job, *, now: datetime, **facts: object) -> None:
+    """Verdict: done.
+
+    Raises
+    ------
+    LeaseLost
+        Another worker has the job; the caller's transaction must be rolled back.
+    """
+    _settle(conn, one, "completed", reason="", now=now)
+    history.note(conn, one.study_id, name=f"{one.kind}.completed", now=now, **_facts(one), **facts)
+
+
+def discard(conn: Connection, one: Job, *, error: WorkerError | Exception, now: datetime) -> None:
+    """Verdict: no attempt will help; kept as a dead letter with its reason."""
+    _settle(conn, one, "discarded", reason=_sentence(error), now=now)
+    history.note(conn, one.study_id, name=f"{one.kind}.discarded", now=now, **_facts(one), reason=_sentence(error))
+
+
+def snooze(conn: Connection, one: Job, *, delay_s: float, reason: str, now: datetime) -> None:
+    """Verdict: not ready; the attempt is given back. Noted once, not at each look."""
+    first = conn.execute(sa.select(job.c.reason).where(job.c.id == one.id)).scalar_one() != reason
+    _settle(
+        conn,
+        one,
+        "available",
+        reason=reason,
+        now=now,
+        attempt=one.attempt - 1,
+        is_snoozed=True,
+        not_before=now + timedelta(seconds=delay_s),
+    )
+    if first:
+        history.note(conn, one.study_id, name=f"{one.kind}.snoozed", now=now, **_facts(one), reason=reason)
+
+
+def retry(conn: Connection, one: Job, *, error: WorkerError | Exception, now: datetime) -> bool:
+    """Verdict: try again later, or discard when the attempts are used up. True if it will be tried."""
+    limit = conn.execute(sa.select(job.c.max_attempts).where(job.c.id == one.id)).scalar_one()
+    if limit is not None and one.attempt >= limit:
+        discard(conn, one, error=error, now=now)
+        return False
+    delay_s = backoff_s(one.attempt)
+    _settle(conn, one, "available", reason=_sentence(error), now=now, not_before=now + timedelta(seconds=delay_s))
+    history.note(conn, one.study_id, name=f"{one.kind}.retried", now=now, **_facts(one), reason=_sentence(error), delay_s=round(delay_s, 1))
+    return True
+
+
+def backoff_s(attempt: int) -> float:
+    """Seconds before the next attempt: exponential, capped, between half and the whole of it."""
+    return min(BACKOFF_CAP_S, BACKOFF_S * 2.0 ** min(attempt - 1, 30)) * random.uniform(0.5, 1.0)  # noqa: S311  jitter, no secret
+
+
+def rescue(conn: Connection, *, now: datetime) -> list[int]:
+    """Give back jobs whose lease ran out; those that used up their attempts become dead letters."""
+    rows = conn.execute(
+        sa.select(job).where(job.c.state == "leased", job.c.lease_expires_at < now).with_for_update(skip_locked=True)
+    ).all()
+    for row in rows:
+        is_poison = row.max_attempts is not None and row.attempt >= row.max_attempts
+        state = "discarded" if is_poison else "available"
+        reason = f"The worker stopped without a verdict in attempt {row.attempt}."
+        conn.execute(
+            sa.update(job)
+            .where(job.c.id == row.id)
+            .values(state=state, lease_expires_at=None, lease_owner="", reason=reason, not_before=now, finished_at=now if is_poison else None)
+        )
+        history.note(conn, row.study_id, name=f"{row.kind}.rescued", now=now, bundle=row.bundle, attempt=row.attempt, state=state)
+    return [row.id for row in rows]
+
+
+def wake(conn: Connection, *, issuer: str, patient_id: str, now: datetime) -> None:
+    """The record of a patient changed: snoozed jobs of the patient's studies are due at once."""
+    studies = sa.select(study.c.id).where(study.c.issuer == issuer, study.c.patient_id == patient_id)
+    conn.execute(
+        sa.update(job)
+        .where(job.c.kind == "infer", job.c.state == "available", job.c.is_snoozed, job.c.study_id.in_(studies))
+        .values(not_before=now)
+    )
+
+
+def operator_retry(conn: Connection, study_id: int, *, now: datetime) -> int:
+    """Put a study's discarded and cancelled jobs back, and those waiting for a later attempt forward."""
+    changed = conn.execute(
+        sa.update(job)
+        .where(job.c.study_id == study_id, job.c.state.in_(("discarded", "cancelled", "available")))
+        .values(state="available", attempt=0, is_snoozed=False, not_before=now, finished_at=None)
+    ).rowcount
+    if changed:
+        history.note(conn, study_id, name="operator.retried", now=now, jobs=changed)
+    return changed
+
+
+def operator_cancel(conn: Connection, study_id: int, *, now: datetime) -> int:
+    """Cancel a study's unfinished jobs; one that is being worked on loses its lease."""
+    changed = conn.execute(
+        sa.update(job)
+        .where(job.c.study_id == study_id, job.c.state.in_(("available", "leased")))
+        .values(state="cancelled", lease_expires_at=None, lease_owner="", finished_at=now, reason="Cancelled by an operator.")
+    ).rowcount
+    if changed:
+        history.note(conn, study_id, name="operator.cancelled", now=now, jobs=changed)
+    return changed
+
+
+def prioritize(conn: Connection, study_id: int, *, priority: int = STAT) -> None:
+    """Move a study's unfinished jobs forward in the queue."""
+    conn.execute(sa.update(job).where(job.c.study_id == study_id, job.c.state == "available").values(priority=priority))
+
+
+def counts(conn: Connection) -> dict[tuple[str, str], int]:
+    """How many jobs of each kind are in each state."""
+    rows = conn.execute(sa.select(job.c.kind, job.c.state, sa.func.count()).group_by(job.c.kind, job.c.state))
+    return {(kind, state): count for kind, state, count in rows}
+
+
+def of_study(conn: Connection, study_id: int) -> list[Row[Any]]:
+    """The jobs of a study, oldest first."""
+    return list(conn.execute(sa.select(job).where(job.c.study_id == study_id).order_by(job.c.id)))
+
+
+def _held(one: Job) -> sa.Update:
+    return sa.update(job).where(job.c.id == one.id, job.c.lease_generation == one.lease.generation, job.c.state == "leased")
+
+
+def _settle(conn: Connection, one: Job, state: str, *, reason: str, now: datetime, **values: object) -> None:
+    finished = state in {"completed", "discarded"}
+    changed = conn.execute(
+        _held(one).values(state=state, reason=reason, lease_owner="", lease_expires_at=None, finished_at=now if finished else None, **values)
+    ).rowcount
+    if not changed:
+        raise LeaseLost(f"Job {one.id} is no longer leased to generation {one.lease.generation}.")
+
+
+def _facts(one: Job) -> dict[str, object]:
+    facts: dict[str, object] = {"bundle": one.bundle, "version": one.input_version, "attempt": one.attempt}
+    if one.destination:
+        facts["destination"] = one.destination
+    return facts
+
+
+def _sentence(error: Exception) -> str:
+    """A typed error speaks for itself; any other may quote its input, so only its type is kept."""
+    return str(error) if isinstance(error, WorkerError) else f"Internal error ({type(error).__name__}); see the log."

@@ -1,0 +1,292 @@
+"""Tables, their constraints and indexes, for SQLite and PostgreSQL alike. Facts, no queries.
+
+::
+
+    patient ──< observation        message (HL7 messages seen)
+    study ──< series ──< instance
+    study ──< job >── document     finding >── document
+    study ──< event
+
+A study names its patient by (issuer, patient ID), not by a row: images may come before the record.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Final
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Dialect
+
+#: Must be the head of migrations/; a test compares them.
+REVISION: Final = "0001"
+
+#: Drawn in HOUSE §5 and worker/README.md: available → leased → completed | discarded | cancelled.
+JOB_STATES: Final = ("available", "leased", "completed", "discarded", "cancelled")
+STUDY_STATES: Final = ("receiving", "complete")
+
+metadata = sa.MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+
+class UtcDateTime(sa.types.TypeDecorator[datetime]):
+    """An aware UTC datetime in both databases; a naive one never enters the store."""
+
+    impl = sa.DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """Refuse naive times; SQLite keeps them as UTC text, which sorts."""
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError("A naive datetime may not enter the store.")
+        value = value.astimezone(UTC)
+        return value.replace(tzinfo=None) if dialect.name == "sqlite" else value
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """Give back an aware UTC time."""
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+def _id() -> sa.Column[int]:
+    big = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
+    return sa.Column("id", big, primary_key=True, autoincrement=True)
+
+
+def _text(name: str, *, default: str = "") -> sa.Column[str]:
+    return sa.Column(name, sa.Text, nullable=False, default=default, server_default=default)
+
+
+def _ref(name: str, target: str, *, nullable: bool = False) -> sa.Column[int]:
+    return sa.Column(name, sa.ForeignKey(target), nullable=nullable)
+
+
+def _in(column: str, states: tuple[str, ...]) -> str:
+    return f"{column} IN ({', '.join(repr(state) for state in states)})"
+
+
+patient = sa.Table(
+    "patient",
+    metadata,
+    _id(),
+    _text("issuer"),
+    _text("patient_id"),
+    _text("name"),
+    _text("birth_date"),
+    _text("sex"),
+    _text("source"),
+    sa.Column("updated_at", UtcDateTime, nullable=False),
+    sa.UniqueConstraint("issuer", "patient_id"),
+    sa.CheckConstraint("issuer <> '' AND patient_id <> ''", name="key"),
+)
+
+observation = sa.Table(
+    "observation",
+    metadata,
+    _id(),
+    _ref("patient_pk", "patient.id"),
+    _text("code"),
+    _text("scheme"),
+    _text("meaning"),
+    sa.Column("at", UtcDateTime, nullable=False),
+    sa.Column("value", sa.Double, nullable=True),
+    _text("comparator"),
+    _text("unit"),
+    _text("text"),
+    _text("status", default="F"),
+    _text("key"),
+    _text("source"),
+    sa.Column("received_at", UtcDateTime, nullable=False),
+    sa.Index("ix_observation_patient_at", "patient_pk", "at"),
+)
+
+message = sa.Table(
+    "message",
+    metadata,
+    _id(),
+    _text("sender"),
+    _text("control_id"),
+    _text("sent_at"),
+    _text("trigger"),
+    sa.Column("result", sa.Text, nullable=False),
+    _text("reason"),
+    sa.Column("raw", sa.LargeBinary, nullable=True),
+    sa.Column("received_at", UtcDateTime, nullable=False),
+    sa.CheckConstraint(_in("result", ("applied", "ignored", "refused")), name="result"),
+    sa.Index(
+        "uq_message_accepted",
+        "sender",
+        "control_id",
+        "sent_at",
+        unique=True,
+        sqlite_where=sa.text("result <> 'refused'"),
+        postgresql_where=sa.text("result <> 'refused'"),
+    ),
+)
+
+study = sa.Table(
+    "study",
+    metadata,
+    _id(),
+    sa.Column("study_instance_uid", sa.Text, nullable=False, unique=True),
+    _text("issuer"),
+    _text("patient_id"),
+    _text("patient_name"),
+    _text("birth_date"),
+    _text("sex"),
+    _text("accession_number"),
+    _text("description"),
+    sa.Column("study_at", UtcDateTime, nullable=True),
+    sa.Column("state", sa.Text, nullable=False, server_default="receiving"),
+    sa.Column("version", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("created_at", UtcDateTime, nullable=False),
+    sa.Column("last_received_at", UtcDateTime, nullable=False),
+    sa.Column("quiet_until", UtcDateTime, nullable=False),
+    sa.Column("completed_at", UtcDateTime, nullable=True),
+    sa.Column("expected_instances", sa.Integer, nullable=True),
+    sa.Column("asked_at", UtcDateTime, nullable=True),
+    _text("calling_ae"),
+    _text("address"),
+    _text("hold"),
+    sa.CheckConstraint(_in("state", STUDY_STATES), name="state"),
+    sa.Index(
+        "ix_study_receiving",
+        "quiet_until",
+        sqlite_where=sa.text("state = 'receiving'"),
+        postgresql_where=sa.text("state = 'receiving'"),
+    ),
+    sa.Index("ix_study_patient", "issuer", "patient_id"),
+)
+
+series = sa.Table(
+    "series",
+    metadata,
+    _id(),
+    _ref("study_id", "study.id"),
+    sa.Column("series_instance_uid", sa.Text, nullable=False),
+    _text("modality"),
+    _text("body_part"),
+    _text("description"),
+    sa.UniqueConstraint("study_id", "series_instance_uid"),
+)
+
+instance = sa.Table(
+    "instance",
+    metadata,
+    _id(),
+    _ref("series_id", "series.id"),
+    sa.Column("sop_instance_uid", sa.Text, nullable=False, unique=True),
+    sa.Column("sop_class_uid", sa.Text, nullable=False),
+    sa.Column("transfer_syntax_uid", sa.Text, nullable=False),
+    sa.Column("path", sa.Text, nullable=False),
+    sa.Column("sha256", sa.Text, nullable=False),
+    sa.Column("size_bytes", sa.BigInteger, nullable=False),
+    sa.Column("received_at", UtcDateTime, nullable=False),
+    sa.Index("ix_instance_series_id", "series_id"),
+    sa.Index("ix_instance_path", "path"),
+)
+
+document = sa.Table(
+    "document",
+    metadata,
+    _id(),
+    _ref("study_id", "study.id"),
+    sa.Column("sop_instance_uid", sa.Text, nullable=False, unique=True),
+    sa.Column("sop_class_uid", sa.Text, nullable=False),
+    sa.Column("kind", sa.Text, nullable=False),
+    _text("bundle"),
+    sa.Column("input_version", sa.Integer, nullable=False),
+    _text("input_sha256"),
+    _text("predecessor_uid"),
+    _text("failure"),
+    sa.Column("sha256", sa.Text, nullable=False),
+    sa.Column("data", sa.LargeBinary, nullable=False),
+    sa.Column("created_at", UtcDateTime, nullable=False),
+    sa.Index("ix_document_study_id", "study_id"),
+)
+
+finding = sa.Table(
+    "finding",
+    metadata,
+    _id(),
+    _ref("document_id", "document.id"),
+    _text("name"),
+    _text("code"),
+    _text("scheme"),
+    _text("meaning"),
+    sa.Column("probability", sa.Double, nullable=False),
+    sa.Column("threshold", sa.Double, nullable=False),
+    sa.Column("verdict", sa.Text, nullable=False),
+    sa.Column("shapley", sa.JSON, nullable=False),
+    sa.CheckConstraint("probability BETWEEN 0 AND 1", name="probability"),
+    sa.CheckConstraint(_in("verdict", ("positive", "negative", "uncertain")), name="verdict"),
+    sa.Index("ix_finding_document_id", "document_id"),
+)
+
+job = sa.Table(
+    "job",
+    metadata,
+    _id(),
+    sa.Column("kind", sa.Text, nullable=False),
+    _ref("study_id", "study.id"),
+    _text("bundle"),
+    sa.Column("input_version", sa.Integer, nullable=False, server_default="0"),
+    _ref("document_id", "document.id", nullable=True),
+    _text("destination"),
+    # One job for one piece of work: enqueueing twice is a no-op.
+    sa.Column("unique_key", sa.Text, nullable=False, unique=True),
+    sa.Column("priority", sa.Integer, nullable=False),
+    sa.Column("state", sa.Text, nullable=False, server_default="available"),
+    sa.Column("attempt", sa.Integer, nullable=False, server_default="0"),
+    # NULL: no limit. A report is delivered however long its PACS is down.
+    sa.Column("max_attempts", sa.Integer, nullable=True),
+    sa.Column("not_before", UtcDateTime, nullable=False),
+    sa.Column("is_snoozed", sa.Boolean, nullable=False, server_default=sa.text('false')),
+    _text("lease_owner"),
+    sa.Column("lease_generation", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("lease_expires_at", UtcDateTime, nullable=True),
+    _text("reason"),
+    sa.Column("created_at", UtcDateTime, nullable=False),
+    sa.Column("started_at", UtcDateTime, nullable=True),
+    sa.Column("finished_at", UtcDateTime, nullable=True),
+    sa.CheckConstraint(_in("kind", ("infer", "deliver")), name="kind"),
+    sa.CheckConstraint(_in("state", JOB_STATES), name="state"),
+    sa.CheckConstraint("(state = 'leased') = (lease_expires_at IS NOT NULL)", name="lease"),
+    sa.Index(
+        "ix_job_available",
+        "kind",
+        "priority",
+        "not_before",
+        "id",
+        sqlite_where=sa.text("state = 'available'"),
+        postgresql_where=sa.text("state = 'available'"),
+    ),
+    sa.Index(
+        "ix_job_leased",
+        "lease_expires_at",
+        sqlite_where=sa.text("state = 'leased'"),
+        postgresql_where=sa.text("state = 'leased'"),
+    ),
+    sa.Index("ix_job_study_id", "study_id"),
+)
+
+event = sa.Table(
+    "event",
+    metadata,
+    _id(),
+    sa.Column("at", UtcDateTime, nullable=False),
+    _ref("study_id", "study.id", nullable=True),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("facts", sa.JSON, nullable=False),
+    sa.Index("ix_event_study_id", "study_id", "id"),
+)

@@ -1,0 +1,311 @@
+"""Rows of studies, series and instances: what was received, and when a study is complete.
+
+``add_instance`` is commit 1 of the line (worker/README.md): after it, C-STORE may answer 0x0000.
+``complete`` is commit 2: the study and its jobs, together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.engine import Connection, Row
+
+from worker.domain import Header, Instance, Patient, PatientKey, Received, Series, Study
+from worker.store import history
+from worker.store.schema import document, instance, job, series, study
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A study that is still being received, as the completeness sweep sees it."""
+
+    id: int
+    study_instance_uid: str
+    calling_ae: str
+    address: str
+    instances: int
+    expected_instances: int | None
+    asked_at: datetime | None
+    last_received_at: datetime
+    quiet_until: datetime
+    created_at: datetime
+    modalities: Mapping[str, int]
+
+
+def insert_or_ignore(conn: Connection, table: sa.Table, values: Mapping[str, object]) -> int | None:
+    """Insert a row; None if a unique key is taken. One statement in both databases."""
+    make = sqlite.insert if conn.dialect.name == "sqlite" else postgresql.insert
+    return conn.execute(make(table).values(**values).on_conflict_do_nothing().returning(table.c.id)).scalar()
+
+
+def add_instance(
+    conn: Connection,
+    header: Header,
+    *,
+    path: Path,
+    sha256: str,
+    size_bytes: int,
+    calling_ae: str,
+    address: str,
+    study_at: datetime | None,
+    quiet_s: float,
+    now: datetime,
+) -> Received:
+    """Record one stored instance; a complete study opens again.
+
+    Returns
+    -------
+    Received
+        DUPLICATE and CONFLICT leave every row as it was; OTHER_PATIENT keeps the instance and
+        puts the study on hold, for a person to decide whose it is.
+    """
+    study_row = _study_of(conn, header, calling_ae=calling_ae, address=address, study_at=study_at, quiet_s=quiet_s, now=now)
+    series_id = _series_of(conn, study_row.id, header)
+    added = insert_or_ignore(
+        conn,
+        instance,
+        {
+            "series_id": series_id,
+            "sop_instance_uid": header.sop_instance_uid,
+            "sop_class_uid": header.sop_class_uid,
+            "transfer_syntax_uid": header.transfer_syntax_uid,
+            "path": str(path),
+            "sha256": sha256,
+            "size_bytes": size_bytes,
+            "received_at": now,
+        },
+    )
+    if added is None:
+        known = conn.execute(sa.select(instance.c.sha256).where(instance.c.sop_instance_uid == header.sop_instance_uid)).scalar_one()
+        if known == sha256:
+            return Received.DUPLICATE
+        history.note(conn, study_row.id, name="instance.quarantined", now=now, reason="same SOP Instance UID, other bytes")
+        return Received.CONFLICT
+    changes: dict[str, object] = {"last_received_at": now, "quiet_until": now + timedelta(seconds=quiet_s), "state": "receiving"}
+    result = Received.STORED
+    if PatientKey(study_row.issuer, study_row.patient_id) != header.patient.key:
+        changes["hold"] = "The images of this study name two different patients; nothing was analysed."
+        history.note(conn, study_row.id, name="instance.quarantined", now=now, reason="another patient in the same study")
+        result = Received.OTHER_PATIENT
+    if study_row.state == "complete":
+        history.note(conn, study_row.id, name="study.reopened", now=now, version=study_row.version)
+    conn.execute(sa.update(study).where(study.c.id == study_row.id).values(**changes))
+    return result
+
+
+def _study_of(
+    conn: Connection, header: Header, *, calling_ae: str, address: str, study_at: datetime | None, quiet_s: float, now: datetime
+) -> Row[Any]:
+    wanted = sa.select(study.c.id, study.c.issuer, study.c.patient_id, study.c.state, study.c.version).where(
+        study.c.study_instance_uid == header.study_instance_uid
+    )
+    row = conn.execute(wanted).first()
+    if row is None:
+        # Two associations may bring a study's first images at once: the second finds the first's row.
+        added = insert_or_ignore(
+            conn,
+            study,
+            {
+                "study_instance_uid": header.study_instance_uid,
+                "issuer": header.patient.key.issuer,
+                "patient_id": header.patient.key.patient_id,
+                "patient_name": header.patient.name,
+                "birth_date": header.patient.birth_date,
+                "sex": header.patient.sex,
+                "accession_number": header.accession_number,
+                "description": header.study_description,
+                "study_at": study_at,
+                "created_at": now,
+                "last_received_at": now,
+                "quiet_until": now + timedelta(seconds=quiet_s),
+                "calling_ae": calling_ae,
+                "address": address,
+            },
+        )
+        if added is not None:
+            history.note(conn, added, name="study.received", now=now, calling_ae=calling_ae)
+        row = conn.execute(wanted).one()
+    return row
+
+
+def _series_of(conn: Connection, study_id: int, header: Header) -> int:
+    wanted = sa.select(series.c.id).where(series.c.study_id == study_id, series.c.series_instance_uid == header.series_instance_uid)
+    found = conn.execute(wanted).scalar()
+    if found is None:
+        insert_or_ignore(
+            conn,
+            series,
+            {
+                "study_id": study_id,
+                "series_instance_uid": header.series_instance_uid,
+                "modality": header.modality,
+                "body_part": header.body_part,
+                "description": header.series_description,
+            },
+        )
+        found = conn.execute(wanted).scalar_one()
+    return found
+
+
+def receiving(conn: Connection) -> list[Pending]:
+    """Studies not complete yet, the longest waiting first."""
+    rows = conn.execute(sa.select(study).where(study.c.state == "receiving").order_by(study.c.quiet_until)).all()
+    if not rows:
+        return []
+    counts: dict[int, dict[str, int]] = {}
+    per_modality = (
+        sa.select(series.c.study_id, series.c.modality, sa.func.count(instance.c.id))
+        .join(instance, instance.c.series_id == series.c.id)
+        .where(series.c.study_id.in_([row.id for row in rows]))
+        .group_by(series.c.study_id, series.c.modality)
+    )
+    for study_id, modality, count in conn.execute(per_modality):
+        counts.setdefault(study_id, {})[modality] = count
+    return [
+        Pending(
+            id=row.id,
+            study_instance_uid=row.study_instance_uid,
+            calling_ae=row.calling_ae,
+            address=row.address,
+            instances=sum(counts.get(row.id, {}).values()),
+            expected_instances=row.expected_instances,
+            asked_at=row.asked_at,
+            last_received_at=row.last_received_at,
+            quiet_until=row.quiet_until,
+            created_at=row.created_at,
+            modalities=counts.get(row.id, {}),
+        )
+        for row in rows
+    ]
+
+
+def note_expected(conn: Connection, study_id: int, *, expected: int | None, now: datetime) -> None:
+    """Remember how many instances the sender says the study has, and when it was asked."""
+    conn.execute(sa.update(study).where(study.c.id == study_id).values(expected_instances=expected, asked_at=now))
+
+
+def complete(conn: Connection, pending: Pending, *, cause: str, now: datetime) -> int | None:
+    """Mark a study complete; returns its new input version, None if an image came meanwhile."""
+    done = conn.execute(
+        sa.update(study)
+        .where(study.c.id == pending.id, study.c.state == "receiving", study.c.last_received_at == pending.last_received_at)
+        .values(state="complete", version=study.c.version + 1, completed_at=now)
+        .returning(study.c.version)
+    ).scalar()
+    if done is not None:
+        history.note(conn, pending.id, name="study.completed", now=now, version=done, instances=pending.instances, cause=cause)
+    return done
+
+
+def load(conn: Connection, study_id: int) -> Study:
+    """A study with its series and instances."""
+    row = conn.execute(sa.select(study).where(study.c.id == study_id)).one()
+    return _study(row, _series(conn, study_id))
+
+
+def _series(conn: Connection, study_id: int) -> Iterable[Series]:
+    rows = conn.execute(
+        sa.select(
+            series.c.series_instance_uid,
+            series.c.modality,
+            series.c.body_part,
+            series.c.description,
+            instance.c.sop_instance_uid,
+            instance.c.sop_class_uid,
+            instance.c.transfer_syntax_uid,
+            instance.c.path,
+            instance.c.sha256,
+            instance.c.size_bytes,
+        )
+        .join(instance, instance.c.series_id == series.c.id)
+        .where(series.c.study_id == study_id)
+        .order_by(series.c.id, instance.c.id)
+    ).all()
+    groups: dict[str, list[Row[Any]]] = {}
+    for row in rows:
+        groups.setdefault(row.series_instance_uid, []).append(row)
+    for uid, members in groups.items():
+        instances = tuple(Instance(r.sop_instance_uid, r.sop_class_uid, r.transfer_syntax_uid, Path(r.path), r.sha256, r.size_bytes) for r in members)
+        yield Series(uid, members[0].modality, members[0].body_part, members[0].description, instances)
+
+
+def _study(row: Row[Any], parts: Iterable[Series] = ()) -> Study:
+    return Study(
+        study_instance_uid=row.study_instance_uid,
+        patient=Patient(PatientKey(row.issuer, row.patient_id), row.patient_name, row.birth_date, row.sex),
+        accession_number=row.accession_number,
+        # A study without a date is dated by its arrival: no value drawn later can be used for it.
+        study_at=row.study_at or row.created_at,
+        description=row.description,
+        version=row.version,
+        series=tuple(parts),
+        completed_at=row.completed_at,
+        hold=row.hold,
+        is_complete=row.state == "complete",
+    )
+
+
+def find(conn: Connection, wanted: str) -> list[tuple[int, Study]]:
+    """Studies whose Study Instance UID or accession number is `wanted`, or whose row number it is."""
+    match = sa.or_(study.c.study_instance_uid == wanted, study.c.accession_number == wanted)
+    if wanted.isdecimal() and len(wanted) < 16:
+        match = sa.or_(match, study.c.id == int(wanted))
+    rows = conn.execute(sa.select(study).where(match).order_by(study.c.id)).all()
+    return [(row.id, _study(row, _series(conn, row.id))) for row in rows]
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One study in a list: where it stands."""
+
+    id: int
+    study_instance_uid: str
+    state: str
+    modalities: str
+    instances: int
+    version: int
+    last_received_at: datetime
+    jobs: str
+    reports: int
+
+
+def recent(conn: Connection, *, limit: int) -> list[Line]:
+    """The studies that changed last, newest first."""
+    rows = conn.execute(sa.select(study).order_by(study.c.last_received_at.desc(), study.c.id.desc()).limit(limit)).all()
+    return [_line(conn, row) for row in rows]
+
+
+def _line(conn: Connection, row: Row[Any]) -> Line:
+    parts = conn.execute(
+        sa.select(series.c.modality, sa.func.count(instance.c.id))
+        .join(instance, instance.c.series_id == series.c.id)
+        .where(series.c.study_id == row.id)
+        .group_by(series.c.modality)
+    ).all()
+    jobs = conn.execute(
+        sa.select(job.c.kind, job.c.state, sa.func.count()).where(job.c.study_id == row.id).group_by(job.c.kind, job.c.state)
+    ).all()
+    reports = conn.execute(sa.select(sa.func.count()).select_from(document).where(document.c.study_id == row.id)).scalar_one()
+    return Line(
+        id=row.id,
+        study_instance_uid=row.study_instance_uid,
+        state="hold" if row.hold else row.state,
+        modalities="/".join(sorted(modality for modality, _ in parts)),
+        instances=sum(count for _, count in parts),
+        version=row.version,
+        last_received_at=row.last_received_at,
+        jobs=", ".join(f"{count} {kind} {state}" for kind, state, count in sorted(tuple(r) for r in jobs)),
+        reports=reports,
+    )
+
+
+def known_paths(conn: Connection, paths: Sequence[Path]) -> set[Path]:
+    """Which of these spool files have a row."""
+    rows = conn.execute(sa.select(instance.c.path).where(instance.c.path.in_([str(path) for path in paths])))
+    return {Path(path) for (path,) in rows}
