@@ -171,13 +171,17 @@ class UsedText:
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What one prediction is made from: the chosen series and the record's view at the study."""
+    """What one prediction is made from: the chosen series and the record's view at the study.
+
+    ``missing_causes`` says, entry by entry, why each code of ``missing`` is missing.
+    """
 
     series: Series
     values: tuple[UsedValue, ...] = ()
     texts: tuple[UsedText, ...] = ()
     missing: tuple[Code, ...] = ()
     record_found: bool = False
+    missing_causes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 ::
 
     WorkerError
+    ├── Superseded  not wrong, too late    → cancel; a newer input version has its own job
     ├── Snooze      not wrong, not ready   → wait; the attempt is not counted
     │   └── RecordPending          the patient's record is not here yet
     ├── Retry       the world was wrong    → back off; the attempt is counted
@@ -28,6 +29,10 @@ from __future__ import annotations
 
 class WorkerError(Exception):
     """Anything this worker raises on purpose."""
+
+
+class Superseded(WorkerError):
+    """A newer version of the study is queued: this job's answer would be out of date."""
 
 
 class Snooze(WorkerError):

@@ -100,6 +100,14 @@ class Store:
                 "If the program is newer: synoptic migrate. If the database is newer: install the newer program."
             )
 
+    def is_ready(self) -> bool:
+        """Whether `check` would pass."""
+        try:
+            self.check()
+        except DatabaseUnavailable:
+            return False
+        return True
+
     def migrate(self) -> None:
         """Bring the database to this program's revision; creates it if absent. Forward only."""
         from alembic import command

@@ -167,6 +167,12 @@ def discard(conn: Connection, one: Job, *, error: WorkerError | Exception, now: 
     history.note(conn, one.study_id, name=f"{one.kind}.discarded", now=now, **_facts(one), reason=_sentence(error))
 
 
+def cancel(conn: Connection, one: Job, *, reason: str, now: datetime) -> None:
+    """Verdict: not needed any more."""
+    _settle(conn, one, "cancelled", reason=reason, now=now)
+    history.note(conn, one.study_id, name=f"{one.kind}.cancelled", now=now, **_facts(one), reason=reason)
+
+
 def snooze(conn: Connection, one: Job, *, delay_s: float, reason: str, now: datetime) -> None:
     """Verdict: not ready; the attempt is given back. Noted once, not at each look."""
     first = conn.execute(sa.select(job.c.reason).where(job.c.id == one.id)).scalar_one() != reason
@@ -264,6 +270,12 @@ def counts(conn: Connection) -> dict[tuple[str, str], int]:
     return {(kind, state): count for kind, state, count in rows}
 
 
+def oldest_due_s(conn: Connection, *, now: datetime) -> float:
+    """How long the longest waiting due job has been due, in seconds; 0 if none waits."""
+    oldest = conn.execute(sa.select(sa.func.min(job.c.not_before)).where(job.c.state == "available", job.c.not_before <= now)).scalar()
+    return round((now - oldest).total_seconds(), 1) if oldest else 0.0
+
+
 def of_study(conn: Connection, study_id: int) -> list[Row[Any]]:
     """The jobs of a study, oldest first."""
     return list(conn.execute(sa.select(job).where(job.c.study_id == study_id).order_by(job.c.id)))
@@ -274,7 +286,7 @@ def _held(one: Job) -> sa.Update:
 
 
 def _settle(conn: Connection, one: Job, state: str, *, reason: str, now: datetime, **values: object) -> None:
-    finished = state in {"completed", "discarded"}
+    finished = state in {"completed", "discarded", "cancelled"}
     changed = conn.execute(
         _held(one).values(state=state, reason=reason, lease_owner="", lease_expires_at=None, finished_at=now if finished else None, **values)
     ).rowcount

@@ -275,9 +275,12 @@ class Line:
     reports: int
 
 
-def recent(conn: Connection, *, limit: int) -> list[Line]:
-    """The studies that changed last, newest first."""
-    rows = conn.execute(sa.select(study).order_by(study.c.last_received_at.desc(), study.c.id.desc()).limit(limit)).all()
+def recent(conn: Connection, *, limit: int, is_discarded: bool = False) -> list[Line]:
+    """The studies that changed last, newest first; on wish only those with a dead letter."""
+    wanted = sa.select(study).order_by(study.c.last_received_at.desc(), study.c.id.desc()).limit(limit)
+    if is_discarded:
+        wanted = wanted.where(study.c.id.in_(sa.select(job.c.study_id).where(job.c.state == "discarded")))
+    rows = conn.execute(wanted).all()
     return [_line(conn, row) for row in rows]
 
 
@@ -305,7 +308,12 @@ def _line(conn: Connection, row: Row[Any]) -> Line:
     )
 
 
-def known_paths(conn: Connection, paths: Sequence[Path]) -> set[Path]:
+def counts(conn: Connection) -> dict[str, int]:
+    """How many studies are being received, complete or on hold."""
+    state = sa.case((study.c.hold != "", "hold"), else_=study.c.state)
+    return {name: count for name, count in conn.execute(sa.select(state, sa.func.count()).group_by(state))}
+
+
+def known_paths(conn: Connection, paths: Sequence[str]) -> set[str]:
     """Which of these spool files have a row."""
-    rows = conn.execute(sa.select(instance.c.path).where(instance.c.path.in_([str(path) for path in paths])))
-    return {Path(path) for (path,) in rows}
+    return {path for (path,) in conn.execute(sa.select(instance.c.path).where(instance.c.path.in_(paths)))}

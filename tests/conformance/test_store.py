@@ -1,0 +1,333 @@
+"""What every store must do, on SQLite and on PostgreSQL alike."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+
+from worker.domain import ROUTINE, STAT, Code, Header, Job, Observation, Patient, PatientKey, Received, RecordUpdate
+from worker.errors import PeerRefused, PeerUnavailable
+from worker.intake import assembly
+from worker.store import history, queue, records, schema, studies
+from worker.store.database import DatabaseUnavailable, Store
+
+NOW = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
+ADA = Patient(PatientKey("SITE", "A-1"), "Test^Ada", "19700101", "F")
+WANTS = [assembly.Wants("bundle", frozenset({"CT"}), min_instances=2)]
+
+
+def header(number: int, *, study: str = "2.25.1", patient: Patient = ADA, modality: str = "CT") -> Header:
+    return Header(
+        sop_class_uid="1.2.840.10008.5.1.4.1.1.2",
+        sop_instance_uid=f"{study}.{number}",
+        transfer_syntax_uid="1.2.840.10008.1.2.1",
+        study_instance_uid=study,
+        series_instance_uid=f"{study}.100",
+        patient=patient,
+        modality=modality,
+    )
+
+
+def add(store: Store, one: Header, *, now: datetime = NOW, sha256: str = "a") -> Received:
+    with store.begin() as conn:
+        return studies.add_instance(
+            conn,
+            one,
+            path=Path(f"/spool/{one.sop_instance_uid}"),
+            sha256=sha256,
+            size_bytes=9,
+            calling_ae="CT1",
+            address="127.0.0.1",
+            study_at=NOW,
+            quiet_s=10,
+            now=now,
+        )
+
+
+def complete_study(store: Store, *, now: datetime = NOW) -> int:
+    """A study with two images, complete; returns its row."""
+    add(store, header(1), now=now)
+    add(store, header(2), now=now)
+    assembly.sweep(store, wants=WANTS, limit_s=100, now=now + timedelta(seconds=10))
+    with store.read() as conn:
+        return studies.find(conn, "2.25.1")[0][0]
+
+
+def lease(store: Store, *, now: datetime = NOW + timedelta(seconds=20), limit: int = 9, owner: str = "me") -> list[Job]:
+    with store.begin() as conn:
+        return queue.lease(conn, "infer", owner=owner, limit=limit, lease_s=30, now=now)
+
+
+def test_the_migrations_make_exactly_the_tables_of_the_schema(store: Store) -> None:
+    with store.read() as conn:
+        assert compare_metadata(MigrationContext.configure(conn), schema.metadata) == []
+        assert conn.exec_driver_sql("SELECT version_num FROM alembic_version").scalar() == schema.REVISION
+
+
+def test_the_job_states_drawn_are_the_ones_the_database_allows(store: Store) -> None:
+    complete_study(store)
+    for state in schema.JOB_STATES:
+        expires = NOW if state == "leased" else None
+        with store.begin() as conn:
+            conn.execute(sa.update(schema.job).values(state=state, lease_expires_at=expires))
+    with pytest.raises(sa.exc.IntegrityError), store.begin() as conn:
+        conn.execute(sa.update(schema.job).values(state="retrying"))
+
+
+@pytest.mark.requirement("D8")
+def test_another_revision_is_refused_in_words(store: Store) -> None:
+    with store.begin() as conn:
+        conn.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
+    with pytest.raises(DatabaseUnavailable, match="install the newer program"):
+        store.check()
+
+
+@pytest.mark.requirement("R8")
+def test_an_identical_duplicate_changes_nothing(store: Store) -> None:
+    assert add(store, header(1)) is Received.STORED
+    assert add(store, header(1), now=NOW + timedelta(seconds=5)) is Received.DUPLICATE
+    with store.read() as conn:
+        (pending,) = studies.receiving(conn)
+    assert (pending.instances, pending.last_received_at) == (1, NOW)
+
+
+@pytest.mark.requirement("R8")
+def test_eight_senders_of_the_same_image_make_one_row(store: Store) -> None:
+    results: list[Received] = []
+    threads = [threading.Thread(target=lambda: results.append(add(store, header(1)))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(r.value for r in results) == ["duplicate"] * 7 + ["stored"]
+
+
+@pytest.mark.requirement("R9")
+def test_other_bytes_under_a_known_uid_leave_the_first_untouched(store: Store) -> None:
+    add(store, header(1))
+    assert add(store, header(1), sha256="b") is Received.CONFLICT
+    with store.read() as conn:
+        study = studies.find(conn, "2.25.1")[0][1]
+    assert [i.sha256 for s in study.series for i in s.instances] == ["a"]
+
+
+@pytest.mark.requirement("F2")
+def test_a_second_patient_in_a_study_puts_it_on_hold_and_keeps_the_image(store: Store) -> None:
+    add(store, header(1))
+    other = replace(ADA, key=PatientKey("SITE", "B-2"))
+    assert add(store, header(2, patient=other)) is Received.OTHER_PATIENT
+    with store.read() as conn:
+        study = studies.find(conn, "2.25.1")[0][1]
+    assert "two different patients" in study.hold
+    assert sum(len(s.instances) for s in study.series) == 2
+
+
+def test_a_study_is_complete_after_its_quiet_period_and_not_before(store: Store) -> None:
+    add(store, header(1))
+    add(store, header(2), now=NOW + timedelta(seconds=5))
+    assert assembly.sweep(store, wants=WANTS, limit_s=100, now=NOW + timedelta(seconds=14)) == 0
+    assert assembly.sweep(store, wants=WANTS, limit_s=100, now=NOW + timedelta(seconds=15)) == 1
+    assert assembly.sweep(store, wants=WANTS, limit_s=100, now=NOW + timedelta(seconds=16)) == 0
+    assert len(lease(store)) == 1
+
+
+def test_a_study_with_too_few_images_waits_for_the_limit(store: Store) -> None:
+    add(store, header(1))
+    assert assembly.sweep(store, wants=WANTS, limit_s=100, now=NOW + timedelta(seconds=99)) == 0
+    assert assembly.sweep(store, wants=WANTS, limit_s=100, now=NOW + timedelta(seconds=100)) == 1
+
+
+def test_the_senders_own_count_completes_a_study_at_once(store: Store) -> None:
+    add(store, header(1))
+    asked: list[str] = []
+
+    def ask(one: studies.Pending) -> int:
+        asked.append(one.calling_ae)
+        return 1
+
+    for second in (0, 1, 2):
+        assembly.ask_senders(store, ask=ask, after_s=1, now=NOW + timedelta(seconds=second))
+    assert asked == ["CT1"]
+    assert assembly.sweep(store, wants=WANTS, limit_s=100, now=NOW + timedelta(seconds=1)) == 1
+
+
+def test_a_study_no_bundle_takes_is_excluded_in_words(store: Store) -> None:
+    add(store, header(1, modality="US"))
+    assembly.sweep(store, wants=WANTS, limit_s=100, now=NOW + timedelta(seconds=10))
+    assert lease(store) == []
+    with store.read() as conn:
+        entries = history.of_study(conn, studies.find(conn, "2.25.1")[0][0])
+    assert entries[-1].name == "study.excluded"
+    assert entries[-1].facts["reason"] == "No bundle takes modality US."
+
+
+@pytest.mark.requirement("R19")
+def test_a_late_image_opens_the_study_and_makes_a_new_version_and_job(store: Store) -> None:
+    study_id = complete_study(store)
+    add(store, header(3), now=NOW + timedelta(seconds=60))
+    with store.read() as conn:
+        assert not studies.load(conn, study_id).is_complete
+    assembly.sweep(store, wants=WANTS, limit_s=100, now=NOW + timedelta(seconds=70))
+    assert [job.input_version for job in lease(store, now=NOW + timedelta(seconds=71))] == [1, 2]
+
+
+@pytest.mark.requirement("Q2")
+def test_a_late_owners_verdict_is_turned_away(store: Store) -> None:
+    complete_study(store)
+    (slow,) = lease(store, owner="slow")
+    with store.begin() as conn:
+        queue.rescue(conn, now=NOW + timedelta(seconds=60))
+    (quick,) = lease(store, owner="quick", now=NOW + timedelta(seconds=61))
+    with pytest.raises(queue.LeaseLost), store.begin() as conn:
+        queue.complete(conn, slow, now=NOW)
+    with store.begin() as conn:
+        assert queue.renew(conn, [slow, quick], lease_s=30, now=NOW + timedelta(seconds=62)) == {quick.id}
+        queue.complete(conn, quick, now=NOW)
+        assert queue.counts(conn) == {("infer", "completed"): 1}
+
+
+@pytest.mark.requirement("Q6")
+def test_a_job_that_kills_its_worker_becomes_a_dead_letter(store: Store) -> None:
+    complete_study(store)
+    now = NOW + timedelta(seconds=20)
+    for attempt in range(1, queue.INFER_ATTEMPTS + 1):
+        (job,) = lease(store, now=now)
+        assert job.attempt == attempt
+        now += timedelta(seconds=60)
+        with store.begin() as conn:
+            queue.rescue(conn, now=now)
+    with store.read() as conn:
+        assert queue.counts(conn) == {("infer", "discarded"): 1}
+
+
+@pytest.mark.requirement("Q7")
+def test_retries_back_off_with_jitter_up_to_a_cap(store: Store) -> None:
+    for attempt in range(1, 40):
+        whole = min(queue.BACKOFF_CAP_S, queue.BACKOFF_S * 2.0 ** (attempt - 1))
+        drawn = {queue.backoff_s(attempt) for _ in range(20)}
+        assert all(whole / 2 <= delay <= whole for delay in drawn)
+        assert len(drawn) > 1
+    complete_study(store)
+    (job,) = lease(store)
+    with store.begin() as conn:
+        assert queue.retry(conn, job, error=PeerUnavailable("away"), now=NOW + timedelta(seconds=20))
+    assert lease(store, now=NOW + timedelta(seconds=22)) == []
+    assert [j.attempt for j in lease(store, now=NOW + timedelta(seconds=25))] == [2]
+
+
+def test_a_snooze_gives_the_attempt_back_and_the_record_wakes_it(store: Store) -> None:
+    study_id = complete_study(store)
+    (job,) = lease(store)
+    with store.begin() as conn:
+        queue.snooze(conn, job, delay_s=600, reason="no record", now=NOW + timedelta(seconds=20))
+    later = NOW + timedelta(seconds=30)
+    assert lease(store, now=later) == []
+    with store.begin() as conn:
+        records.apply(conn, RecordUpdate(Patient(PatientKey("OTHER", "A-1"))), now=later)
+    assert lease(store, now=later) == []
+    with store.begin() as conn:
+        records.apply(conn, RecordUpdate(ADA), now=later)
+    (job,) = lease(store, now=later)
+    assert (job.study_id, job.attempt) == (study_id, 1)
+
+
+@pytest.mark.requirement("Q10")
+def test_a_stat_job_starts_before_older_routine_ones(store: Store) -> None:
+    study_id = complete_study(store)
+    with store.begin() as conn:
+        for number in range(5):
+            queue.enqueue_infer(conn, study_id, bundle=f"b{number}", input_version=1, priority=ROUTINE, now=NOW)
+        queue.enqueue_infer(conn, study_id, bundle="stat", input_version=1, priority=STAT, now=NOW + timedelta(seconds=1))
+    assert [job.bundle for job in lease(store, limit=1)] == ["stat"]
+
+
+@pytest.mark.requirement("Q9")
+def test_an_operator_may_cancel_and_retry_in_each_state(store: Store) -> None:
+    study_id = complete_study(store)
+    (job,) = lease(store)
+    with store.begin() as conn:
+        assert queue.operator_cancel(conn, study_id, now=NOW) == 1
+    with pytest.raises(queue.LeaseLost), store.begin() as conn:
+        queue.discard(conn, job, error=PeerRefused("no"), now=NOW)
+    with store.begin() as conn:
+        assert queue.operator_cancel(conn, study_id, now=NOW) == 0
+        assert queue.operator_retry(conn, study_id, now=NOW) == 1
+    (job,) = lease(store)
+    with store.begin() as conn:
+        queue.discard(conn, job, error=PeerRefused("no"), now=NOW)
+        assert queue.operator_retry(conn, study_id, now=NOW) == 1
+    (job,) = lease(store)
+    with store.begin() as conn:
+        queue.complete(conn, job, now=NOW)
+        assert queue.operator_retry(conn, study_id, now=NOW) == 0
+
+
+@pytest.mark.requirement("Q3")
+def test_eight_workers_never_hold_the_same_job(store: Store) -> None:
+    study_id = complete_study(store)
+    with store.begin() as conn:
+        for number in range(80):
+            queue.enqueue_infer(conn, study_id, bundle=f"b{number}", input_version=1, priority=ROUTINE, now=NOW)
+    taken: list[int] = []
+
+    def work(owner: str) -> None:
+        while jobs := lease(store, owner=owner, limit=3):
+            taken.extend(job.id for job in jobs)
+
+    threads = [threading.Thread(target=work, args=(f"w{n}",)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(taken) == len(set(taken)) == 81
+
+
+def fact(at: datetime, value: float, *, status: str = "F", key: str = "k") -> Observation:
+    return Observation(Code("1988-5", "LN", "CRP"), at, value=value, unit="mg/L", status=status, key=key)
+
+
+def test_the_record_is_of_one_issuer_and_never_later_than_asked(store: Store) -> None:
+    early, late = NOW - timedelta(hours=1), NOW + timedelta(seconds=1)
+    with store.begin() as conn:
+        records.apply(conn, RecordUpdate(ADA, (fact(early, 1.0), fact(late, 2.0, key="l"))), now=NOW)
+        other = Patient(PatientKey("OTHER", "A-1"))
+        records.apply(conn, RecordUpdate(other, (fact(early, 9.0),)), now=NOW)
+    with store.read() as conn:
+        record = records.view(conn, ADA.key, as_of=NOW)
+        assert record is not None
+        assert [o.value for o in record.observations] == [1.0]
+        assert records.view(conn, PatientKey("", "A-1"), as_of=NOW) is None
+        assert records.view(conn, PatientKey("SITE", "a-1"), as_of=NOW) is None
+
+
+def test_a_correction_stands_in_place_of_what_it_corrects_and_nothing_is_lost(store: Store) -> None:
+    for status, value in (("F", 1.0), ("C", 2.0), ("C", 2.0)):
+        with store.begin() as conn:
+            records.apply(conn, RecordUpdate(ADA, (fact(NOW, value, status=status),)), now=NOW)
+    with store.read() as conn:
+        record = records.view(conn, ADA.key, as_of=NOW)
+        rows = conn.execute(sa.select(sa.func.count()).select_from(schema.observation)).scalar()
+    assert record is not None
+    assert [(o.value, o.status) for o in record.observations] == [(2.0, "C")]
+    assert rows == 2
+
+
+@pytest.mark.requirement("F6")
+def test_a_repeated_message_is_known(store: Store) -> None:
+    def note(result: str) -> bool:
+        with store.begin() as conn:
+            return records.note_message(conn, sender="LAB|X", control_id="1", sent_at="t", trigger="ORU^R01", result=result, now=NOW)
+
+    assert [note("refused"), note("applied"), note("applied"), note("refused")] == [True, True, False, True]
+
+
+def test_naive_times_never_enter(store: Store) -> None:
+    with pytest.raises(sa.exc.StatementError, match="naive"), store.begin() as conn:
+        history.note(conn, None, name="x", now=datetime(2026, 1, 1))  # noqa: DTZ001  the point of the test

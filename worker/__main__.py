@@ -1,0 +1,5 @@
+"""``python -m worker`` is ``synoptic``."""
+
+from worker.cli import main
+
+main()

@@ -1,0 +1,338 @@
+"""The command line: verbs only; what they do lives elsewhere. Exit codes are a table in deploy/README.md."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from datetime import UTC
+from pathlib import Path
+from typing import Annotated, Any, Final, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from worker import __version__, config
+from worker.config import Config, ConfigError
+from worker.errors import WorkerError
+from worker.store.database import DatabaseUnavailable, Store
+from worker.store.spool import Spool, SpoolError
+
+#: Exit codes (sysexits.h where one fits).
+EXIT_FAILED: Final = 1
+EXIT_NOT_FOUND: Final = 3
+EXIT_UNAVAILABLE: Final = 69
+EXIT_CONFIG: Final = 78
+
+app = typer.Typer(
+    name="synoptic",
+    help="A DICOM batch worker: studies in by C-STORE, the patient's record joined, structured reports back to the PACS.\n\n"
+    "Start with `synoptic demo`, then `synoptic doctor`, then `synoptic all`.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", "-c", envvar="SYNOPTIC_CONFIG", help="The TOML file; else ./synoptic.toml, else /etc/synoptic/synoptic.toml.")
+]
+StudyArg = Annotated[str, typer.Argument(help="Its number in `synoptic studies`, its accession number or its Study Instance UID.")]
+
+
+def main() -> NoReturn:
+    """Run the command line; every foreseen error is one sentence and an exit code."""
+    os.umask(0o077)
+    try:
+        app()
+    except ConfigError as exc:
+        _fail(f"Configuration: {exc}", EXIT_CONFIG)
+    except (DatabaseUnavailable, SpoolError) as exc:
+        _fail(str(exc), EXIT_UNAVAILABLE)
+    except WorkerError as exc:
+        _fail(str(exc), EXIT_FAILED)
+    except OSError as exc:
+        _fail(f"{exc.strerror or exc}: {exc.filename or ''}".rstrip(": "), EXIT_UNAVAILABLE)
+    sys.exit(0)
+
+
+def _fail(sentence: str, code: int) -> NoReturn:
+    err.print(f"[red]{escape(sentence)}[/red]", soft_wrap=True)
+    sys.exit(code)
+
+
+def config_file(given: Path | None) -> Path | None:
+    """The file that counts: the one given, else the first that exists."""
+    if given is not None:
+        return given
+    return next((path for path in (Path("synoptic.toml"), Path("/etc/synoptic/synoptic.toml")) if path.exists()), None)
+
+
+def _open(given: Path | None) -> tuple[Config, Store]:
+    settings = config.read(config_file(given))
+    store = Store(settings.database_url)
+    store.check()
+    return settings, store
+
+
+def _serve(given: Path | None, wanted: tuple[str, ...]) -> None:
+    from worker import daemon
+    from worker.ops import log
+
+    path = config_file(given)
+    settings = config.read(path)
+    log.setup(level=settings.log.level, human=settings.log.format == "human")
+    daemon.supervise(settings, path, wanted=wanted)
+
+
+@app.command(name="all")
+def all_roles(given: ConfigFile = None) -> None:
+    """Every role in one: receive, HL7 listener, sweeps, inference, delivery. For one host."""
+    _serve(given, ("receive", "run", "deliver"))
+
+
+@app.command()
+def receive(given: ConfigFile = None) -> None:
+    """The Storage SCP with the HL7 listener and the sweeps; never loads torch."""
+    _serve(given, ("receive",))
+
+
+@app.command()
+def run(given: ConfigFile = None) -> None:
+    """Inference: leases studies, writes reports. As many as there are devices."""
+    _serve(given, ("run",))
+
+
+@app.command()
+def deliver(given: ConfigFile = None) -> None:
+    """Delivery: sends reports and reads them back. One is enough."""
+    _serve(given, ("deliver",))
+
+
+@app.command(hidden=True)
+def role(
+    name: str,
+    parent: Annotated[int, typer.Option()],
+    given: ConfigFile = None,
+    descriptor: Annotated[int | None, typer.Option()] = None,
+    is_check: Annotated[bool, typer.Option("--check")] = False,
+) -> None:
+    """One child of the supervisor."""
+    from worker import daemon
+    from worker.ops import log
+
+    settings = config.read(given)
+    log.setup(level=settings.log.level, human=settings.log.format == "human" and not is_check)
+    daemon.role(name, settings, descriptor=descriptor, parent=parent, is_check=is_check)
+
+
+@app.command()
+def migrate(given: ConfigFile = None) -> None:
+    """Bring the database to this program's version; makes it if there is none. Back it up first."""
+    settings = config.read(config_file(given))
+    store = Store(settings.database_url)
+    store.migrate()
+    store.check()
+    out.print("The database is at this program's version.")
+
+
+@app.command()
+def status(given: ConfigFile = None, as_json: Annotated[bool, typer.Option("--json", help="For a monitoring system.")] = False) -> None:
+    """How many studies, jobs, reports and messages are where, and how much disk is left."""
+    from worker.roles import clock
+    from worker.store import queue, records
+    from worker.store import studies as rows
+
+    settings, store = _open(given)
+    with store.read() as conn:
+        facts: dict[str, Any] = {
+            "version": __version__,
+            "studies": rows.counts(conn),
+            "jobs": {f"{kind} {state}": count for (kind, state), count in sorted(queue.counts(conn).items())},
+            "messages": records.message_counts(conn),
+            "oldest_due_job_s": queue.oldest_due_s(conn, now=clock()),
+        }
+    spool = Spool(settings.spool, low_water_bytes=settings.receive.low_water_mb * 2**20)
+    facts["spool_free_gb"] = round(spool.free_bytes / 2**30, 1)
+    facts["spool_low"] = spool.is_low
+    if as_json:
+        out.print_json(json.dumps(facts))
+        return
+    table = Table(show_header=False, box=None)
+    for name, value in facts.items():
+        text = ", ".join(f"{count} {key}" for key, count in value.items()) or "none" if isinstance(value, dict) else str(value)
+        table.add_row(name.replace("_", " "), text)
+    out.print(table)
+    if facts["jobs"].get("infer discarded") or facts["jobs"].get("deliver discarded"):
+        out.print("There are dead letters: `synoptic studies --discarded`, then `synoptic show STUDY`, then `synoptic retry STUDY`.")
+
+
+@app.command()
+def studies(
+    given: ConfigFile = None,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="How many.")] = 20,
+    discarded: Annotated[bool, typer.Option("--discarded", help="Only those with a dead letter.")] = False,
+) -> None:
+    """The studies that changed last. No patient is named; `synoptic show` has the rest."""
+    from worker.store import studies as rows
+
+    _, store = _open(given)
+    table = Table("No.", "Study Instance UID", "state", "modality", "images", "version", "last image (UTC)", "jobs", "reports")
+    with store.read() as conn:
+        for line in rows.recent(conn, limit=limit, is_discarded=discarded):
+            table.add_row(
+                str(line.id),
+                line.study_instance_uid,
+                line.state,
+                line.modalities,
+                str(line.instances),
+                str(line.version),
+                f"{line.last_received_at.astimezone(UTC):%Y-%m-%d %H:%M:%S}",
+                line.jobs,
+                str(line.reports),
+            )
+    out.print(table)
+
+
+def _find(store: Store, wanted: str) -> int:
+    from worker.store import studies as rows
+
+    with store.read() as conn:
+        found = rows.find(conn, wanted)
+    if not found:
+        _fail("There is no such study here. `synoptic studies` lists those there are.", EXIT_NOT_FOUND)
+    if len(found) > 1:
+        numbers = ", ".join(str(number) for number, _ in found)
+        _fail(f"{len(found)} studies have this accession number: say which one by its number: {numbers}.", EXIT_NOT_FOUND)
+    return found[0][0]
+
+
+@app.command()
+def show(study: StudyArg, given: ConfigFile = None, report: Annotated[bool, typer.Option("--report", help="Print its last report too.")] = False) -> None:
+    """A study's whole history, one line an event, then its jobs and findings."""
+    from worker import view
+
+    _, store = _open(given)
+    view.show(out, store, _find(store, study), with_report=report)
+
+
+@app.command()
+def retry(
+    study: StudyArg, given: ConfigFile = None, stat: Annotated[bool, typer.Option("--stat", help="Before everything else.")] = False
+) -> None:
+    """Put a study's failed, cancelled or waiting jobs back to the front of their wait."""
+    from worker.roles import clock
+    from worker.store import queue
+
+    _, store = _open(given)
+    study_id = _find(store, study)
+    with store.begin() as conn:
+        changed = queue.operator_retry(conn, study_id, now=clock())
+        if stat:
+            queue.prioritize(conn, study_id)
+    out.print(f"{changed} jobs put back." if changed else "Nothing to retry: no job is discarded, cancelled or waiting.")
+
+
+@app.command()
+def cancel(study: StudyArg, given: ConfigFile = None) -> None:
+    """Cancel a study's unfinished jobs. What was delivered stays delivered."""
+    from worker.roles import clock
+    from worker.store import queue
+
+    _, store = _open(given)
+    with store.begin() as conn:
+        changed = queue.operator_cancel(conn, _find(store, study), now=clock())
+    out.print(f"{changed} jobs cancelled." if changed else "Nothing to cancel: no job is unfinished.")
+
+
+@app.command(name="import")
+def import_(
+    paths: Annotated[list[Path], typer.Argument(exists=True, help="Files or folders: DICOM, HL7 v2 (*.hl7), FHIR R4 bundles (*.json).")],
+    given: ConfigFile = None,
+) -> None:
+    """Take in files as if they had come over the network. Repeating it changes nothing."""
+    from worker import importing
+    from worker.ops import log
+
+    log.silence()
+    settings, store = _open(given)
+    spool = Spool(settings.spool, low_water_bytes=settings.receive.low_water_mb * 2**20)
+    todo = list(importing.files(paths))
+    with bar("importing", len(todo)) as advance:
+        tally = importing.import_files(todo, config=settings, store=store, spool=spool, progress=advance)
+    table = Table("outcome", "count")
+    for name, count in sorted(tally.counts.items()):
+        table.add_row(name, str(count))
+    for reason, count in tally.reasons.most_common(20):
+        table.add_row(f"  {escape(reason)}", str(count))
+    out.print(table)
+    if tally.counts["refused"]:
+        sys.exit(EXIT_FAILED)
+
+
+class bar:  # noqa: N801  used as a context manager, like a function
+    """A progress bar; inside the block, call what it gives once a step."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self._progress = Progress(TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=err)
+        self._task = self._progress.add_task(what, total=total)
+
+    def __enter__(self) -> Callable[[], None]:
+        self._progress.start()
+        return lambda: self._progress.advance(self._task)
+
+    def __exit__(self, *_exc: object) -> None:
+        self._progress.stop()
+
+
+@app.command()
+def doctor(given: ConfigFile = None) -> None:
+    """Check everything an installation needs; paste its output into a bug report. Exit 1 if a check fails."""
+    from worker import doctor as checks
+    from worker.ops import log
+
+    log.silence()
+    path = config_file(given)
+    if not checks.report(out, config.read(path), path):
+        sys.exit(EXIT_FAILED)
+
+
+@app.command()
+def train(
+    bundle: Annotated[Path, typer.Option("--bundle", "-b", exists=True, file_okay=False, help="The bundle's folder; its weights are replaced.")],
+    cohort: Annotated[Path, typer.Option("--cohort", exists=True, file_okay=False, help="dicom/, hl7/ or fhir/, labels.csv.")],
+    given: ConfigFile = None,
+    seed: Annotated[int, typer.Option(help="Same seed, same weights (on a CPU).")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",
+) -> None:
+    """Train a bundle's network on a folder of studies, records and labels."""
+    from worker import training
+    from worker.ops import log
+
+    log.silence()
+    training.train(out, err, bundle=bundle, cohort_folder=cohort, settings=config.read(config_file(given)), seed=seed, device=device)
+
+
+@app.command()
+def demo(
+    cases: Annotated[int, typer.Option("--cases", "-n", min=1, max=200, help="How many phantom patients.")] = 12,
+    folder: Annotated[Path, typer.Option(help="Where its database, spool and reports go; must be new or empty.")] = Path("var/demo"),
+) -> None:
+    """The real daemon, a small PACS and phantom patients, on loopback, in a minute. Needs no configuration."""
+    from worker.demo import show as demonstration
+
+    if not demonstration.run(out, err, cases=cases, folder=folder):
+        sys.exit(EXIT_FAILED)
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        out.print(__version__)
+        raise typer.Exit

@@ -1,0 +1,297 @@
+"""The one configuration: a TOML file and the environment, read once, frozen.
+
+Every key of a section is a field of its class, so the class is the reference; deploy/synoptic.toml
+shows each with a comment. An unknown key is an error that names the nearest right one. The environment
+overrides single keys: ``SYNOPTIC_RECEIVE__PORT=11112`` is ``[receive] port``. Secrets belong there.
+Nothing here reads a database or opens a socket.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import ipaddress
+import os
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta, timezone, tzinfo
+from pathlib import Path
+from typing import Any, Final
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+ENVIRONMENT_PREFIX: Final = "SYNOPTIC_"
+
+
+class ConfigError(Exception):
+    """A key or value of the configuration is wrong; the text names it and what would be right."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """What is true of the whole installation."""
+
+    data: Path = Path("var")
+    database: str = ""
+    timezone: str = "UTC"
+    issuer: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receive:
+    """The Storage SCP."""
+
+    host: str = "127.0.0.1"
+    port: int = 11112
+    ae_title: str = "SYNOPTIC"
+    processes: int = 2
+    max_associations: int = 50
+    max_per_address: int = 25
+    max_pdu_bytes: int = 131072
+    pdu_deadline_s: float = 30.0
+    idle_s: float = 60.0
+    accept_unknown_sop_classes: bool = False
+    low_water_mb: int = 2048
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sender:
+    """Somebody who may send to us; with a port, it can be asked how many images a study has."""
+
+    ae_title: str
+    addresses: tuple[str, ...] = ("127.0.0.1",)
+    query_host: str = ""
+    query_port: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assembly:
+    """When a study is complete."""
+
+    quiet_s: float = 60.0
+    quiet_by_modality: Mapping[str, float] = field(default_factory=dict)
+    sweep_s: float = 0.25
+    ask_sender_after_s: float = 0.5
+    incomplete_limit_s: float = 1800.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Records:
+    """The HL7 v2 listener and how identifiers are read."""
+
+    enabled: bool = True
+    host: str = "127.0.0.1"
+    port: int = 2575
+    addresses: tuple[str, ...] = ("127.0.0.1",)
+    encoding: str = "utf-8"
+    issuers: Mapping[str, str] = field(default_factory=dict)
+    schemes: Mapping[str, str] = field(default_factory=dict)
+    max_message_mb: int = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """Inference."""
+
+    bundles: tuple[Path, ...] = ()
+    device: str = "cpu"
+    processes: int = 1
+    threads: int = 1
+    batch: int = 8
+    decoders: int = 2
+    decoder_memory_mb: int = 2048
+    decoder_timeout_s: float = 60.0
+    lease_s: float = 60.0
+    poll_s: float = 0.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Destination:
+    """A PACS that gets the reports."""
+
+    name: str
+    ae_title: str
+    host: str
+    port: int
+    own_ae_title: str = ""
+    read_back: bool = True
+    timeout_s: float = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deliver:
+    """Delivery."""
+
+    lease_s: float = 120.0
+    poll_s: float = 0.1
+    batch: int = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Log:
+    """The log: JSON lines on standard output."""
+
+    level: str = "INFO"
+    format: str = "json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """Everything, frozen."""
+
+    site: Site = field(default_factory=Site)
+    receive: Receive = field(default_factory=Receive)
+    senders: tuple[Sender, ...] = ()
+    assembly: Assembly = field(default_factory=Assembly)
+    records: Records = field(default_factory=Records)
+    run: Run = field(default_factory=Run)
+    destinations: tuple[Destination, ...] = ()
+    deliver: Deliver = field(default_factory=Deliver)
+    log: Log = field(default_factory=Log)
+
+    @property
+    def database_url(self) -> str:
+        """The configured database, else SQLite in the data folder."""
+        return self.site.database or f"sqlite:///{self.site.data / 'synoptic.db'}"
+
+    @property
+    def zone(self) -> tzinfo:
+        """The zone of times that come without one."""
+        return parse_zone(self.site.timezone)
+
+    @property
+    def spool(self) -> Path:
+        """The spool folder."""
+        return self.site.data / "spool"
+
+
+def parse_zone(text: str) -> tzinfo:
+    """Read ``Europe/Berlin``, ``UTC`` or a fixed ``+01:00``."""
+    if text[:1] in "+-" and text:
+        try:
+            return timezone(datetime.strptime(text, "%z").utcoffset() or timedelta())  # noqa: DTZ007  only the offset is read
+        except ValueError as exc:
+            raise ConfigError(f"[site] timezone: {text!r} is no offset; write it as +01:00.") from exc
+    try:
+        return UTC if text == "UTC" else ZoneInfo(text)
+    except (ZoneInfoNotFoundError, ValueError) as exc:
+        raise ConfigError(f"[site] timezone: there is no zone {text!r}; write one like Europe/Berlin, or +01:00.") from exc
+
+
+def read(path: Path | None, environ: Mapping[str, str] = os.environ) -> Config:
+    """Read the file (if any) and the environment.
+
+    Raises
+    ------
+    ConfigError
+        Naming the file, the section and the key.
+    """
+    table: dict[str, Any] = {}
+    if path is not None:
+        try:
+            table = tomllib.loads(path.read_text("utf-8"))
+        except FileNotFoundError as exc:
+            raise ConfigError(f"There is no configuration file at {path}.") from exc
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+            raise ConfigError(f"{path} is not TOML: {exc}.") from exc
+    _add_environment(table, environ)
+    config: Config = _build(Config, table, where="")
+    # Relative folders are relative to the file, so that the daemon may be started anywhere.
+    base = path.resolve().parent if path else Path.cwd()
+    site = dataclasses.replace(config.site, data=base / config.site.data)
+    run = dataclasses.replace(config.run, bundles=tuple(base / folder for folder in config.run.bundles))
+    config = dataclasses.replace(config, site=site, run=run)
+    _check(config)
+    return config
+
+
+def _add_environment(table: dict[str, Any], environ: Mapping[str, str]) -> None:
+    for name, value in environ.items():
+        if not name.startswith(ENVIRONMENT_PREFIX) or "__" not in name:
+            continue
+        section, key = name.removeprefix(ENVIRONMENT_PREFIX).lower().split("__", 1)
+        table.setdefault(section, {})[key] = _Text(value)
+
+
+class _Text(str):
+    """A value of the environment: to be converted to the field's type."""
+
+    __slots__ = ()
+
+
+def _build(cls: type[Any], table: Mapping[str, Any], *, where: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    for key in table:
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, n=1, cutoff=0.4)
+            hint = f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(hints)}."
+            raise ConfigError(f"Unknown key {key!r} in [{where or 'top level'}].{hint}")
+    values = {key: _convert(hints[key], value, where=f"{where}.{key}".strip(".")) for key, value in table.items()}
+    needed = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+    for key in needed:
+        if key not in values:
+            raise ConfigError(f"[{where}] needs the key {key!r}.")
+    return cls(**values)
+
+
+def _convert(hint: Any, value: Any, *, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where} must be a section: [{where}].")
+        return _build(typing.cast("type[Any]", hint), value, where=where)
+    origin = typing.get_origin(hint)
+    if origin is tuple:
+        item = typing.get_args(hint)[0]
+        if isinstance(value, _Text):
+            value = [_Text(part.strip()) for part in value.split(",") if part.strip()]
+        if not isinstance(value, list):
+            raise ConfigError(f"{where} must be a list.")
+        return tuple(_convert(item, one, where=where) for one in value)
+    if origin in (Mapping, dict, types.MappingProxyType) or (origin is not None and issubclass(origin, Mapping)):
+        item = typing.get_args(hint)[1]
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where} must be a table: {{ name = value }}.")
+        return {str(key): _convert(item, one, where=f"{where}.{key}") for key, one in value.items()}
+    return _scalar(hint, value, where=where)
+
+
+def _scalar(hint: Any, value: Any, *, where: str) -> Any:
+    try:
+        if isinstance(value, _Text):
+            return value.lower() in {"1", "true", "yes", "on"} if hint is bool else hint(str(value))
+        if hint is Path and isinstance(value, str):
+            return Path(value)
+        if hint is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+            return value
+    except ValueError as exc:
+        raise ConfigError(f"{where}: {value!r} is not a {hint.__name__}.") from exc
+    raise ConfigError(f"{where} must be a {hint.__name__}, not {type(value).__name__}.")
+
+
+def _check(config: Config) -> None:
+    titles = [("receive.ae_title", config.receive.ae_title)]
+    titles += [("senders.ae_title", sender.ae_title) for sender in config.senders]
+    titles += [("destinations.ae_title", peer.ae_title) for peer in config.destinations]
+    for where, title in titles:
+        # PS3.5 §6.2, VR AE: at most 16 characters, not all spaces, no backslash or control characters.
+        if not title.strip() or len(title) > 16 or "\\" in title or not title.isprintable() or not title.isascii():
+            raise ConfigError(f"{where}: {title!r} is no AE title: 1 to 16 printable ASCII characters, no backslash.")
+    for where, addresses in [("records", config.records.addresses), *((sender.ae_title, sender.addresses) for sender in config.senders)]:
+        for address in addresses:
+            try:
+                ipaddress.ip_network(address, strict=False)
+            except ValueError as exc:
+                raise ConfigError(f"{where}: {address!r} is no IP address or network; write 10.1.2.3 or 10.1.2.0/24.") from exc
+    names = [peer.name for peer in config.destinations]
+    if len(set(names)) != len(names):
+        raise ConfigError("destinations: two have the same name.")
+    for where, port in (("receive.port", config.receive.port), ("records.port", config.records.port)):
+        if not 0 <= port <= 65535:
+            raise ConfigError(f"{where}: {port} is no TCP port.")
+    if config.receive.processes < 1 or config.run.processes < 1:
+        raise ConfigError("receive.processes and run.processes are at least 1.")
+    parse_zone(config.site.timezone)

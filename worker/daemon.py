@@ -1,0 +1,209 @@
+"""The supervisor: starts the roles' processes, restarts what dies, stops them in order.
+
+::
+
+    synoptic all ── this process ──┬── sweeps (APScheduler) and the HL7 listener, in threads
+                                   ├── receive × n   one listening socket, shared; no torch
+                                   ├── run × n       the only processes with torch
+                                   └── deliver       one thread a destination
+
+A child that dies is started again after a growing pause. On SIGTERM the children finish what they hold
+within the grace time, then all exit 0. All state is rows and files: a `kill -9` of everything loses nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from worker import events, roles
+from worker.config import Config
+from worker.store.database import DatabaseUnavailable, Store
+from worker.store.spool import Spool
+
+#: A child that dies is started again after this long, doubling up to the cap while it keeps dying.
+RESTART_S: Final = 0.5
+RESTART_CAP_S: Final = 30.0
+#: Seconds that children have to finish after SIGTERM; systemd's TimeoutStopSec is longer.
+GRACE_S: Final = 20.0
+#: Looking after the children this often.
+WATCH_S: Final = 0.2
+_PR_SET_PDEATHSIG: Final = 1  # prctl(2)
+
+
+@dataclass(slots=True)
+class Child:
+    """One supervised process and how often it died."""
+
+    role: str
+    command: list[str]
+    descriptors: tuple[int, ...] = ()
+    process: subprocess.Popen[bytes] | None = None
+    started_at: float = 0.0
+    pause_s: float = RESTART_S
+    start_after: float = 0.0
+
+
+@dataclass(slots=True)
+class Supervisor:
+    """Keeps a set of children alive until told to stop."""
+
+    children: list[Child] = field(default_factory=list)
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    def watch(self) -> None:
+        """Start children and start them again until `stop` is set; then end them."""
+        while not self.stop.is_set():
+            for child in self.children:
+                self._look_after(child)
+            self.stop.wait(WATCH_S)
+        self._end()
+
+    def _look_after(self, child: Child) -> None:
+        now = time.monotonic()
+        if child.process is not None:
+            code = child.process.poll()
+            if code is None:
+                return
+            child.pause_s = RESTART_S if now - child.started_at > RESTART_CAP_S else min(RESTART_CAP_S, child.pause_s * 2)
+            child.start_after = now + child.pause_s
+            child.process = None
+            events.emit("role.restarted", role=child.role, code=code, pause_s=child.pause_s)
+        if now >= child.start_after:
+            child.started_at = now
+            child.process = subprocess.Popen(  # noqa: S603  our own interpreter and module
+                child.command, pass_fds=child.descriptors
+            )
+
+    def _end(self) -> None:
+        alive = [child.process for child in self.children if child.process is not None and child.process.poll() is None]
+        for process in alive:
+            process.terminate()
+        deadline = time.monotonic() + GRACE_S
+        for process in alive:
+            try:
+                process.wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def command(role: str, config_file: Path | None, *, descriptor: int | None = None, is_check: bool = False) -> list[str]:
+    """The command line of one child."""
+    line = [sys.executable, "-m", "worker", "role", role, "--parent", str(os.getpid())]
+    if config_file is not None:
+        line += ["--config", str(config_file)]
+    if descriptor is not None:
+        line += ["--descriptor", str(descriptor)]
+    if is_check:
+        line.append("--check")
+    return line
+
+
+def on_signal(stop: threading.Event) -> None:
+    """SIGTERM and SIGINT set `stop`."""
+
+    def handle(_number: int, _frame: object) -> None:
+        stop.set()
+
+    signal.signal(signal.SIGTERM, handle)
+    signal.signal(signal.SIGINT, handle)
+
+
+def open_store(config: Config) -> Store:
+    """The database, checked; the embedded one is made at the very first start.
+
+    Raises
+    ------
+    DatabaseUnavailable
+        It is away, of another version, or gone while the spool still holds studies: a new and
+        empty one would lose sight of them.
+    """
+    store = Store(config.database_url)
+    database = config.site.data / "synoptic.db"
+    if not config.site.database and not database.exists():
+        if any((config.spool / "instances").glob("*/*.dcm")):
+            raise DatabaseUnavailable(f"{database} is gone but the spool holds studies: restore it from its backup (deploy/README.md).")
+        store.migrate()
+    store.check()
+    return store
+
+
+def supervise(config: Config, config_file: Path | None, *, wanted: Sequence[str]) -> None:
+    """Run the wanted roles until SIGTERM. `receive` brings the sweeps and the HL7 listener with it."""
+    supervisor = Supervisor()
+    on_signal(supervisor.stop)
+    store = open_store(config)
+    closers: list[Callable[[], object]] = []
+    if "receive" in wanted:
+        closers += _front(config, config_file, store, supervisor)
+    if "run" in wanted:
+        supervisor.children += [Child("run", command("run", config_file)) for _ in range(config.run.processes)]
+    if "deliver" in wanted:
+        supervisor.children.append(Child("deliver", command("deliver", config_file)))
+    roles.started("supervisor", roles=list(wanted))
+    try:
+        supervisor.watch()
+    finally:
+        for close in closers:
+            close()
+        events.emit("role.stopped", role="supervisor")
+        store.close()
+
+
+def _front(config: Config, config_file: Path | None, store: Store, supervisor: Supervisor) -> list[Callable[[], object]]:
+    from worker.intake.scp import listen
+
+    spool = Spool(config.spool, low_water_bytes=config.receive.low_water_mb * 2**20)
+    listener = listen((config.receive.host, config.receive.port))
+    listener.set_inheritable(True)
+    closers: list[Callable[[], object]] = [listener.close]
+    supervisor.children += [
+        Child("receive", command("receive", config_file, descriptor=listener.fileno()), (listener.fileno(),))
+        for _ in range(config.receive.processes)
+    ]
+    if config.records.enabled:
+        server = roles.records_listener(config, store)
+        server.start()
+        closers.append(server.stop)
+    scheduler = roles.sweeps(config, store, spool)
+    scheduler.start()
+    closers.append(scheduler.shutdown)
+    return closers
+
+
+def role(name: str, config: Config, *, descriptor: int | None, parent: int, is_check: bool) -> None:
+    """One child's life: build the role, serve until SIGTERM or until the supervisor is gone, exit 0.
+
+    With `is_check` it stops as soon as it is ready: `synoptic doctor` reads its first line.
+    """
+    stop = threading.Event()
+    if is_check:
+        stop.set()
+    on_signal(stop)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        return  # the supervisor was gone before prctl could tell us
+    store = Store(config.database_url)
+    store.check()
+    try:
+        if name == "receive":
+            assert descriptor is not None  # noqa: S101  our own command line
+            roles.receive(config, store, socket.socket(fileno=descriptor), stop)
+        elif name == "run":
+            roles.run(config, store, stop)
+        else:
+            roles.deliver(config, store, stop)
+    finally:
+        events.emit("role.stopped", role=name)
+        store.close()

@@ -1,0 +1,275 @@
+"""C-STORE to a PACS and back to be sure: what each status means, and the query that proves delivery.
+
+========================  =============================================================================
+what the peer does        what becomes of the document (PS3.4 Table B.2-1; PS3.7 Annex C)
+========================  =============================================================================
+0x0000                    read back; then delivered
+0x0001 0x0107 0x0116 Bxxx stored with a warning: recorded, read back; then delivered
+0x0111 duplicate          delivered if the query finds it
+A9xx Cxxx, 01xx, 021x     PeerRefused: sending again changes nothing (the list is ``_REFUSALS``)
+no context accepted       PeerRefused
+A7xx and all others       PeerUnavailable: again later
+abort, silence            unknown: asked at once on a new association; if not found, again later
+Success, but not found    NotReadBack: again later
+found, other patient      PatientConflict: a person must look
+no association            PeerUnavailable, permanent rejections too: somebody will mend the AE title
+========================  =============================================================================
+
+Not here: STOW-RS, storage commitment, jobs (send.py).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from io import BytesIO
+from typing import Final
+
+from pydicom import dcmread
+from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from pynetdicom.dsutils import encode
+
+from worker.deliver.association import NATIVE, STUDY_ROOT_FIND, VERIFICATION, Association, Peer, associate
+from worker.deliver.wire import EncodedObject, Response, open_file
+from worker.domain import Document
+from worker.errors import NotReadBack, PatientConflict, PeerRefused, PeerUnavailable, WorkerError
+
+__all__ = ["NO_RESPONSE", "Outcome", "Peer", "count_instances", "echo", "find_instance", "send"]
+
+#: Stands in `Outcome.status` where the peer gave none; no DICOM status has this value.
+NO_RESPONSE: Final = 0xFFFF
+
+_DUPLICATE: Final = 0x0111
+# PS3.7 Annex C: what the message itself is at fault for, beside the ranges of PS3.4 Table B.2-1.
+_REFUSALS: Final = frozenset({0x0105, 0x0106, 0x0117, 0x0118, 0x0119, 0x0120, 0x0121, 0x0122, 0x0124, 0x0210, 0x0211, 0x0212})
+_WARNINGS: Final = {
+    0x0001: "a warning",
+    0x0107: "attribute list error",
+    0x0116: "attribute value out of range",
+    0xB000: "coercion of data elements",
+    0xB006: "elements discarded",
+    0xB007: "data set does not match SOP class",
+}
+#: Two associations lost in one call are the peer's fault, not a document's: the rest waits.
+_MAX_LOST: Final = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one document: delivered when there is no error."""
+
+    sop_instance_uid: str
+    status: int = NO_RESPONSE
+    warning: str = ""
+    error: WorkerError | None = None
+
+    @property
+    def delivered(self) -> bool:
+        """Whether the peer has the object, as far as the peer lets us ask."""
+        return self.error is None
+
+
+@dataclass(frozen=True, slots=True)
+class _Parcel:
+    """A document opened as far as sending and finding it again needs."""
+
+    item: EncodedObject
+    file: bytes
+    keys: Mapping[str, str]
+    patient_id: str
+
+
+def send(documents: Sequence[Document], *, peer: Peer) -> list[Outcome]:
+    """Store `documents` in order over one association and read each back; one outcome each, in order.
+
+    A document's failure is its own, unless the peer is gone: then the rest are outcomes of
+    PeerUnavailable. Each step is bounded by ``peer.timeout_s``, and a call loses at most two associations.
+    """
+    parcels = [_open(document) for document in documents]
+    proposals = _proposals([parcel.item for parcel in parcels])
+    outcomes: list[Outcome] = []
+    line: Association | None = None
+    lost: list[WorkerError] = []
+    try:
+        for parcel in parcels:
+            uid = parcel.item.sop_instance_uid
+            if len(lost) >= _MAX_LOST:
+                outcomes.append(Outcome(uid, error=lost[-1]))
+                continue
+            try:
+                line = line if line and line.is_open else associate(peer, proposals)
+            except PeerUnavailable as error:
+                lost = [error] * _MAX_LOST
+                outcomes.append(Outcome(uid, error=error))
+                continue
+            outcome = _deliver(line, parcel, peer=peer)
+            if outcome.error and not line.is_open:
+                lost.append(outcome.error)
+                if outcome.status == NO_RESPONSE and peer.read_back:
+                    line, outcome = _ask(parcel, outcome, proposals=proposals, peer=peer)
+                    lost += [] if line else [outcome.error or lost[-1]]
+            outcomes.append(outcome)
+    finally:
+        if line:
+            line.release()
+    return outcomes
+
+
+def echo(peer: Peer) -> float:
+    """Return the seconds that an association and a C-ECHO take.
+
+    Raises
+    ------
+    PeerUnavailable
+        With the reason in words.
+    """
+    started = time.perf_counter()
+    with associate(peer, [(VERIFICATION, NATIVE)]) as line:
+        status = line.echo().status
+        if status != 0:
+            raise PeerUnavailable(f"{peer.name} answers C-ECHO with 0x{status:04X}.")
+        return time.perf_counter() - started
+
+
+def count_instances(peer: Peer, *, study_instance_uid: str) -> int | None:
+    """Ask how many instances the peer has of a study: Number of Study Related Instances (PS3.4 §C.3.4).
+
+    Returns
+    -------
+    int | None
+        None where the peer does not know the study, the attribute or the query, or has it twice.
+
+    Raises
+    ------
+    PeerUnavailable
+        No association, or no answer in time.
+    """
+    keys = {"QueryRetrieveLevel": "STUDY", "StudyInstanceUID": study_instance_uid, "NumberOfStudyRelatedInstances": ""}
+    answers = _query(peer, keys)
+    counts = [a["NumberOfStudyRelatedInstances"] for a in answers or () if a["StudyInstanceUID"] == study_instance_uid]
+    return int(counts[0]) if len(counts) == 1 and counts[0].isdecimal() else None
+
+
+def find_instance(peer: Peer, *, study_instance_uid: str, series_instance_uid: str, sop_instance_uid: str) -> bool | None:
+    """Ask whether the peer has an instance; None where it does not answer such queries.
+
+    Raises
+    ------
+    PeerUnavailable
+        No association, or no answer in time.
+    """
+    keys = _instance_keys(study_instance_uid, series_instance_uid, sop_instance_uid)
+    answers = _query(peer, keys)
+    return None if answers is None else any(_is_same(answer, keys) for answer in answers)
+
+
+def _deliver(line: Association, parcel: _Parcel, *, peer: Peer) -> Outcome:
+    uid = parcel.item.sop_instance_uid
+    try:
+        response, note = _store(line, parcel, peer=peer)
+    except (PeerUnavailable, PeerRefused) as error:
+        return Outcome(uid, error=error)
+    status = response.status
+    blamed = f" at {', '.join(response.offending)}" if response.offending else ""
+    if status in _REFUSALS or status >> 8 == 0xA9 or status >> 12 == 0xC:
+        return Outcome(uid, status, error=PeerRefused(f"{peer.name} refuses the object with 0x{status:04X}{blamed}."))
+    if status == _DUPLICATE:
+        note = "; ".join(filter(None, (note, "0x0111: an object with this UID was there before")))
+    elif status in _WARNINGS or status >> 12 == 0xB:
+        note = "; ".join(filter(None, (note, f"0x{status:04X}: {_WARNINGS.get(status, 'a warning')}{blamed}")))
+    elif status != 0:
+        return Outcome(uid, status, error=PeerUnavailable(f"{peer.name} cannot store now: 0x{status:04X}{blamed}."))
+    outcome = Outcome(uid, status, note)
+    return _confirm(line, parcel, outcome, peer=peer) if peer.read_back else outcome
+
+
+def _store(line: Association, parcel: _Parcel, *, peer: Peer) -> tuple[Response, str]:
+    """C-STORE the bytes as they are; in Implicit VR only for a peer that takes nothing else."""
+    item, note = parcel.item, ""
+    context_id = line.context(item.sop_class_uid, [item.transfer_syntax_uid])
+    if context_id is None and item.transfer_syntax_uid == ExplicitVRLittleEndian:
+        context_id = line.context(item.sop_class_uid, [ImplicitVRLittleEndian])
+        if context_id is not None:
+            encoded = encode(dcmread(BytesIO(parcel.file)), True, True) or b""
+            item, note = replace(item, data=memoryview(encoded)), "sent in Implicit VR Little Endian"
+    if context_id is None:
+        what = f"{UID(item.sop_class_uid).name} in {UID(item.transfer_syntax_uid).name}"
+        raise PeerRefused(f"{peer.name} accepts no presentation context for {what}.")
+    return line.store(item, context_id), note
+
+
+def _confirm(line: Association, parcel: _Parcel, outcome: Outcome, *, peer: Peer) -> Outcome:
+    """Turn an outcome into one that a query agrees with."""
+    if line.context(STUDY_ROOT_FIND, NATIVE) is None:
+        return replace(outcome, error=NotReadBack(f"{peer.name} does not accept C-FIND, so nothing proves that it kept the object."))
+    try:
+        response, found = line.find(parcel.keys)
+        if not any(_is_same(answer, parcel.keys) for answer in found):
+            failed = f"; the query ended with 0x{response.status:04X}" if response.status else ""
+            return replace(outcome, error=NotReadBack(f"{peer.name} does not find the object in the study it was sent to{failed}."))
+        study = {"QueryRetrieveLevel": "STUDY", "StudyInstanceUID": parcel.keys["StudyInstanceUID"], "PatientID": ""}
+        _, studies = line.find(study)
+    except PeerUnavailable as error:
+        return replace(outcome, error=error)
+    patient_ids = {answer["PatientID"] for answer in studies if answer["PatientID"]}
+    if parcel.patient_id and patient_ids and parcel.patient_id not in patient_ids:
+        conflict = PatientConflict(f"{peer.name} has the object, but files its study under another patient ID than the object's.")
+        return replace(outcome, error=conflict)
+    return outcome
+
+
+def _ask(
+    parcel: _Parcel, unknown: Outcome, *, proposals: Sequence[tuple[str, Sequence[str]]], peer: Peer
+) -> tuple[Association | None, Outcome]:
+    """Ask over a new association whether an object arrived although no response said so."""
+    try:
+        line = associate(peer, proposals)
+    except PeerUnavailable:
+        return None, unknown
+    asked = _confirm(line, parcel, replace(unknown, error=None), peer=peer)
+    if isinstance(asked.error, NotReadBack):
+        return line, unknown
+    warning = asked.warning if asked.error else "no response came; a query found the object"
+    return line if line.is_open else None, replace(asked, warning=warning)
+
+
+def _query(peer: Peer, keys: Mapping[str, str]) -> list[dict[str, str]] | None:
+    with associate(peer, [(STUDY_ROOT_FIND, NATIVE)]) as line:
+        if line.context(STUDY_ROOT_FIND, NATIVE) is None:
+            return None
+        response, answers = line.find(keys)
+        return answers if response.status == 0 else None
+
+
+def _open(document: Document) -> _Parcel:
+    keywords = ["StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "PatientID"]
+    header = dcmread(BytesIO(document.data), stop_before_pixels=True, specific_tags=["SpecificCharacterSet", *keywords])
+    keys = _instance_keys(header.StudyInstanceUID, header.SeriesInstanceUID, header.SOPInstanceUID)
+    patient_id = str(header.get("PatientID") or "").strip()
+    return _Parcel(item=open_file(document.data), file=document.data, keys=keys, patient_id=patient_id)
+
+
+def _proposals(items: Sequence[EncodedObject]) -> list[tuple[str, Sequence[str]]]:
+    """One context for each class and syntax, so that the peer cannot choose for us, and the query's.
+
+    Native classes are offered in Implicit VR Little Endian too, as PS3.5 §10.1 asks of every requestor.
+    """
+    pairs = dict.fromkeys((item.sop_class_uid, item.transfer_syntax_uid) for item in items)
+    pairs |= dict.fromkeys((sop_class, str(ImplicitVRLittleEndian)) for sop_class, syntax in list(pairs) if syntax in NATIVE)
+    return [(sop_class, (syntax,)) for sop_class, syntax in pairs] + [(STUDY_ROOT_FIND, NATIVE)]
+
+
+def _instance_keys(study: str, series: str, instance: str) -> dict[str, str]:
+    return {
+        "QueryRetrieveLevel": "IMAGE",
+        "StudyInstanceUID": str(study),
+        "SeriesInstanceUID": str(series),
+        "SOPInstanceUID": str(instance),
+    }
+
+
+def _is_same(answer: Mapping[str, str], keys: Mapping[str, str]) -> bool:
+    """Whether an answer is the object asked for; parents count where they are returned (PS3.4 §C.4.1.1.3.2)."""
+    parents = ("StudyInstanceUID", "SeriesInstanceUID")
+    return answer["SOPInstanceUID"] == keys["SOPInstanceUID"] and all(answer[k] in ("", keys[k]) for k in parents)

@@ -1,0 +1,47 @@
+"""Job kind `deliver`: one document to one destination, and back to be sure. Commit 5 of the line.
+
+A document counts as delivered when the PACS gave it back by a query, not when it said Success.
+Destinations do not know of each other: one that is down holds up nobody else's jobs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import datetime
+
+from worker import events
+from worker.deliver import cstore
+from worker.domain import Job
+from worker.errors import Reject
+from worker.store import documents, queue
+from worker.store.database import Store
+
+
+def deliver(jobs: Sequence[Job], *, store: Store, peer: cstore.Peer, clock: Callable[[], datetime]) -> None:
+    """Send leased jobs' documents over one association and settle each on its own."""
+    with store.read() as conn:
+        loaded = [documents.load(conn, job.document_id or 0) for job in jobs]
+    for job, outcome in zip(jobs, cstore.send(loaded, peer=peer), strict=True):
+        try:
+            _settle(job, outcome, store=store, now=clock())
+        except queue.LeaseLost:
+            events.emit("job.fenced", job=job.id, kind=job.kind, study=job.study_id)
+
+
+def _settle(job: Job, outcome: cstore.Outcome, *, store: Store, now: datetime) -> None:
+    error = outcome.error
+    with store.begin() as conn:
+        if error is None:
+            name = "job.completed"
+            queue.complete(conn, job, now=now, status=f"0x{outcome.status:04X}", warning=outcome.warning)
+        elif isinstance(error, Reject):
+            name = "job.discarded"
+            queue.discard(conn, job, error=error, now=now)
+        else:
+            name = "job.retried" if queue.retry(conn, job, error=error, now=now) else "job.discarded"
+    facts: dict[str, object] = {"reason": str(error)} if error else {}
+    if outcome.warning:
+        facts["warning"] = outcome.warning
+    events.emit(
+        name, kind=job.kind, job=job.id, study=job.study_id, destination=job.destination, attempt=job.attempt, status=outcome.status, **facts
+    )

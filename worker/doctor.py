@@ -1,0 +1,142 @@
+"""`synoptic doctor`: everything an installation needs, checked and printed, one line a check.
+
+Its output is made to be pasted into a bug report: no patient data, no secrets.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Final
+
+import psutil
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from worker import __version__, daemon, roles
+from worker.config import Config
+from worker.errors import WorkerError
+from worker.store.database import Store
+from worker.store.spool import Spool, SpoolError
+
+#: (what, found, is it well)
+Check = tuple[str, str, bool]
+
+LIBRARIES: Final = ("pydicom", "pynetdicom", "highdicom", "torch", "monai", "sqlalchemy", "apscheduler", "hl7", "numpy")
+
+
+def report(out: Console, config: Config, config_file: Path | None) -> bool:
+    """Run all checks and print them; returns whether all are well."""
+    table = Table("check", "found", "")
+    well = True
+    for what, found, is_well in checks(config, config_file):
+        table.add_row(what, escape(found), "[green]ok[/green]" if is_well else "[red]look here[/red]")
+        well &= is_well
+    out.print(table)
+    return well
+
+
+def checks(config: Config, config_file: Path | None) -> Iterator[Check]:
+    """Every check, in the order in which a failure explains the next."""
+    yield "synoptic", f"{__version__} on Python {platform.python_version()}, {platform.platform()}", True
+    yield "libraries", ", ".join(f"{name} {version(name)}" for name in LIBRARIES), True
+    yield "configuration", str(config_file or "none: the defaults"), True
+    yield _tried("database", lambda: _database(config))
+    yield _tried("spool", lambda: _spool(config))
+    yield from _bundles(config)
+    yield from _peers(config)
+    yield from _roles()
+    yield from _idle(config, config_file)
+
+
+def _tried(what: str, check: Callable[[], str]) -> Check:
+    try:
+        return what, check(), True
+    except (WorkerError, SpoolError, OSError) as exc:
+        return what, str(exc), False
+
+
+def _database(config: Config) -> str:
+    store = Store(config.database_url)
+    if config.site.database or (config.site.data / "synoptic.db").exists():
+        store.check()
+        return f"{store.url.render_as_string(hide_password=True)}, at this program's version"
+    return f"{store.url.database}: will be made at the first start"
+
+
+def _spool(config: Config) -> str:
+    spool = Spool(config.spool, low_water_bytes=config.receive.low_water_mb * 2**20)
+    free = f"{spool.free_bytes / 2**30:.1f} GB free, refuses below {spool.low_water_bytes / 2**30:.1f} GB"
+    if spool.is_low:
+        raise SpoolError(f"{config.spool}: {free}. C-STORE is answered 0xA700 until there is room.")
+    return f"{config.spool}: {free}"
+
+
+def _bundles(config: Config) -> Iterator[Check]:
+    if not config.run.bundles:
+        yield "bundles", "none is configured: studies will be received and excluded. Set [run] bundles.", False
+        return
+    from worker.infer import Model
+
+    for folder in config.run.bundles:
+
+        def load(folder: Path = folder) -> str:
+            started = time.perf_counter()
+            model = Model(folder, device=config.run.device)
+            seconds = time.perf_counter() - started
+            sha256 = model.bundle.weights.sha256
+            return f"{model.name} {model.version} on {config.run.device}, weights sha256 {sha256[:16]}… as stated, loaded in {seconds:.1f} s"
+
+        yield _tried("bundle", load)
+
+
+def _peers(config: Config) -> Iterator[Check]:
+    from worker.deliver import cstore
+
+    if not config.destinations:
+        yield "destinations", "none is configured: reports stay in the database. Add [[destinations]].", False
+    for destination in config.destinations:
+        peer = roles.peer_of(destination, own_ae_title=config.receive.ae_title)
+        where = f"{peer.ae_title} at {peer.host}:{peer.port}"
+        yield _tried(f"C-ECHO {peer.name}", lambda peer=peer, where=where: f"{where}, {cstore.echo(peer) * 1000:.0f} ms")  # type: ignore[misc]
+    if not config.senders:
+        yield "senders", "none is configured: nobody may store. Add [[senders]].", False
+
+
+def _roles() -> Iterator[Check]:
+    """The roles that are running on this host now, with their memory."""
+    for process in psutil.process_iter(["cmdline", "memory_info", "create_time"]):
+        line = process.info["cmdline"] or []
+        if "worker" in line and "role" in line:
+            minutes = (time.time() - process.info["create_time"]) / 60
+            yield f"running: {line[line.index('role') + 1]}", f"{process.info['memory_info'].rss / 2**20:.0f} MB, for {minutes:.0f} min", True
+
+
+def _idle(config: Config, config_file: Path | None) -> Iterator[Check]:
+    """Start each role for a moment, on a port of its own, and read its own words: seconds to ready and memory."""
+    if not Store(config.database_url).is_ready():
+        return
+    wanted = ["receive", *(["run"] if config.run.bundles else []), *(["deliver"] if config.destinations else [])]
+    for name in wanted:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            listener.set_inheritable(True)
+            line = daemon.command(name, config_file, descriptor=listener.fileno(), is_check=True)
+            done = subprocess.run(line, capture_output=True, pass_fds=(listener.fileno(),), timeout=120, check=False)  # noqa: S603  our own
+        said = next((fact for fact in map(_json, done.stdout.splitlines()) if fact.get("event") == "role.started"), {})
+        found = f"ready after {said['seconds']} s, {said['rss_mb']} MB idle" if said else "did not start; see its log"
+        yield f"role {name}", found, bool(said)
+
+
+def _json(line: bytes) -> dict[str, object]:
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}

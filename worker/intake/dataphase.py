@@ -1,0 +1,269 @@
+"""An open association: messages in, C-ECHO and C-STORE answered, until it is released or cut.
+
+::
+
+    P-DATA-TF ─▶ PDV ─┬─ command set ─▶ what to do
+                      └─ data set ────▶ spool file, as it comes ─▶ fsync, rename ─▶ header ─▶ sink ─▶ status
+
+Fragments go from the socket's buffer straight into the file and its digest; nothing is decoded
+but the header, and nothing is kept in memory. The status is sent last of all. One thread, one
+message at a time: no asynchronous operations are negotiated (PS3.7 Annex D.3.3.3).
+
+Not here: who may associate (negotiation.py), sockets (wire.py), the table of statuses (scp.py).
+"""
+
+from __future__ import annotations
+
+import struct
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Final
+
+from worker import events
+from worker.domain import Header, Received
+from worker.errors import Reject, Retry
+from worker.intake import dimse, wire
+from worker.intake.dimse import Command
+from worker.intake.header import InstanceRefused, is_uid, read_header
+from worker.intake.negotiation import VERIFICATION, Accepted, Context, Peer, pdu
+from worker.intake.wire import ProtocolError, Wire
+from worker.store.spool import Incoming, Spool, Stored
+
+#: Records a durable file. Raises worker.errors.Retry if it cannot now; then the sender is asked to come again.
+Sink = Callable[[Header, Stored, Peer], Received]
+
+#: Ours, and longer than what any PDV header adds.
+_PDU_SLACK: Final = 1024
+#: PS3.7: the longest command set has a few hundred bytes.
+_MAX_COMMAND_BYTES: Final = 64 * 1024
+
+OUT_OF_RESOURCES, DOES_NOT_MATCH, OUR_BUG = 0xA700, 0xA900, 0xC211
+
+_PDV: Final = struct.Struct(">LBB")
+
+
+@dataclass(slots=True)
+class Tally:
+    """What one association brought."""
+
+    instances: int = 0
+    refused: int = 0
+    stored_bytes: int = 0
+
+
+@dataclass(slots=True)
+class _Message:
+    """The message being received: its command set, and where its data set goes."""
+
+    context_id: int
+    command: Command
+    incoming: Incoming | None = None
+    refusal: InstanceRefused | None = None
+
+
+class DataPhase:
+    """The life of one accepted association."""
+
+    def __init__(self, line: Wire, accepted: Accepted, *, max_pdu: int, spool: Spool, sink: Sink) -> None:
+        self.tally = Tally()
+        self._wire = line
+        self._peer = accepted.peer
+        self._contexts = accepted.contexts
+        self._peer_max_pdu = accepted.max_length
+        self._max_pdu = max_pdu
+        self._spool = spool
+        self._sink = sink
+        self._command = bytearray()
+        self._command_context = 0
+        self._message: _Message | None = None
+
+    def run(self) -> str:
+        """Serve until the peer releases ("released") or aborts ("aborted").
+
+        Raises
+        ------
+        Closed, Stalled, Stopping, ProtocolError
+            Nothing is left of a message that was under way.
+        """
+        try:
+            while True:
+                kind, length = self._wire.next_pdu(is_between_messages=self._message is None and not self._command)
+                if kind == wire.P_DATA_TF:
+                    self._p_data(length)
+                elif kind == wire.RELEASE_RQ:
+                    self._wire.body(length, _PDU_SLACK)
+                    self._wire.send(pdu(wire.RELEASE_RP, bytes(4)))
+                    return "released"
+                elif kind == wire.ABORT:
+                    return "aborted"
+                else:
+                    reason = wire.UNEXPECTED_PDU if kind in range(1, 8) else wire.UNRECOGNIZED_PDU
+                    raise ProtocolError(f"A PDU of type {kind} came in an open association.", reason)
+        finally:
+            if self._message is not None and self._message.incoming is not None:
+                self._message.incoming.abort()
+
+    # --- PS3.8 §9.3.5: P-DATA-TF ------------------------------------------------------------------
+
+    def _p_data(self, length: int) -> None:
+        if length > self._max_pdu + _PDU_SLACK:
+            raise ProtocolError(f"A PDU of {length} bytes is longer than the {self._max_pdu} agreed.")
+        while length:
+            if length < 6:
+                raise ProtocolError("A presentation data value has no header.")
+            size, context_id, control = _PDV.unpack(self._wire.exactly(6))
+            length -= 4 + size
+            if size < 2 or length < 0:
+                raise ProtocolError("A presentation data value does not fit its PDU.")
+            if context_id not in self._contexts:
+                raise ProtocolError(f"Context {context_id} was not agreed.", wire.UNEXPECTED_PARAMETER)
+            # PS3.8 Annex E.2: bit 0 command, bit 1 last fragment.
+            if control & 1:
+                self._take_command(context_id, size - 2, is_last=bool(control & 2))
+            else:
+                self._take_data(context_id, size - 2, is_last=bool(control & 2))
+
+    def _take_command(self, context_id: int, size: int, *, is_last: bool) -> None:
+        if self._message is not None or (self._command and context_id != self._command_context):
+            raise ProtocolError("A command came before the last message was complete.", wire.UNEXPECTED_PARAMETER)
+        if len(self._command) + size > _MAX_COMMAND_BYTES:
+            raise ProtocolError(f"A command set is longer than {_MAX_COMMAND_BYTES} bytes.")
+        if not self._command:
+            self._wire.begin_message()
+        self._command_context = context_id
+        self._command += self._wire.body(size, _MAX_COMMAND_BYTES)
+        if not is_last:
+            return
+        try:
+            command = dimse.decode(bytes(self._command))
+        except ValueError as error:
+            raise ProtocolError(str(error)) from None
+        self._command.clear()
+        message = _Message(context_id, command)
+        if command.field == dimse.C_STORE_RQ:
+            self._open(message, self._contexts[context_id])
+        if command.has_data_set:
+            self._message = message
+        else:
+            self._answer(message)
+
+    def _take_data(self, context_id: int, size: int, *, is_last: bool) -> None:
+        message = self._message
+        if message is None or context_id != message.context_id:
+            raise ProtocolError("Data came without a command.", wire.UNEXPECTED_PARAMETER)
+        while size:
+            piece = self._wire.some(size)
+            size -= len(piece)
+            if message.incoming is not None:
+                self._write(message, message.incoming, piece)
+        if is_last:
+            self._message = None
+            self._answer(message)
+
+    # --- PS3.7 §9: DIMSE-C ------------------------------------------------------------------------
+
+    def _answer(self, message: _Message) -> None:
+        """Do what a complete message asks for. Further services, such as N-EVENT-REPORT, find their place here."""
+        command, comment = message.command, ""
+        if command.field == dimse.C_STORE_RQ:
+            status, comment = self._store(message)
+        elif command.field == dimse.C_ECHO_RQ and self._contexts[message.context_id].sop_class_uid == VERIFICATION:
+            status = dimse.SUCCESS
+        elif command.field == dimse.C_CANCEL_RQ or command.field & dimse.RESPONSE:
+            return  # neither has an answer
+        else:
+            status = dimse.UNRECOGNIZED_OPERATION
+        self._send(message.context_id, dimse.encode_response(command, status, comment))
+
+    def _open(self, message: _Message, context: Context) -> None:
+        """Open a spool file for a C-STORE, or note why its data set will be read and dropped."""
+        command = message.command
+        if not (is_uid(command.sop_class_uid) and is_uid(command.sop_instance_uid)):
+            message.refusal = InstanceRefused(dimse.INVALID_INSTANCE, "Affected SOP Class or Instance UID is not a UID")
+            message.command = Command(command.field, command.message_id, command.has_data_set, "", "")
+        elif context.sop_class_uid == VERIFICATION:
+            message.refusal = InstanceRefused(dimse.CLASS_NOT_SUPPORTED, "The context is for verification only")
+        elif command.sop_class_uid != context.sop_class_uid:
+            message.refusal = InstanceRefused(DOES_NOT_MATCH, "The SOP class is not that of the context")
+        elif not command.has_data_set:
+            message.refusal = InstanceRefused(0xC002, "The request has no data set")
+        elif self._spool.is_low:
+            message.refusal = InstanceRefused(OUT_OF_RESOURCES, "The spool is nearly full: send again later")
+        else:
+            try:
+                message.incoming = self._spool.begin(
+                    sop_class_uid=command.sop_class_uid,
+                    sop_instance_uid=command.sop_instance_uid,
+                    transfer_syntax_uid=context.transfer_syntax_uid,
+                )
+            except OSError as error:
+                message.refusal = _out_of_disk(error)
+
+    def _write(self, message: _Message, incoming: Incoming, piece: memoryview) -> None:
+        try:
+            incoming.write(piece)
+        except OSError as error:
+            incoming.abort()
+            message.incoming = None
+            message.refusal = _out_of_disk(error)
+
+    def _store(self, message: _Message) -> tuple[int, str]:
+        """Return the status and Error Comment of a C-STORE whose data set is all here."""
+        try:
+            self._keep(message)
+        except InstanceRefused as refusal:
+            return self._refused(message, refusal)
+        except Retry as error:
+            return self._refused(message, InstanceRefused(OUT_OF_RESOURCES, "The database is not available: send again later"), error)
+        except OSError as error:
+            return self._refused(message, _out_of_disk(error), error)
+        except Reject as error:
+            return self._refused(message, InstanceRefused(0xC000, "The instance cannot be taken"), error)
+        except Exception as error:  # noqa: BLE001  a bug of ours costs this instance, not the association
+            return self._refused(message, InstanceRefused(OUR_BUG, "Processing failed"), error)
+        self.tally.instances += 1
+        return dimse.SUCCESS, ""
+
+    def _keep(self, message: _Message) -> None:
+        """Take one whole data set: after this both file and row are durable."""
+        command, context = message.command, self._contexts[message.context_id]
+        incoming = message.incoming
+        if incoming is None:
+            raise message.refusal or InstanceRefused(OUR_BUG, "Processing failed")
+        with incoming.view() as data:
+            header = read_header(data, context.transfer_syntax_uid, offset=incoming.dataset_offset)
+        if header.sop_class_uid != command.sop_class_uid:
+            raise InstanceRefused(DOES_NOT_MATCH, "The SOP class of the data set is not that of the request")
+        if header.sop_instance_uid != command.sop_instance_uid:
+            raise InstanceRefused(DOES_NOT_MATCH, "The SOP instance of the data set is not the request's")
+        stored = incoming.commit()
+        if self._sink(header, stored, self._peer) is Received.CONFLICT:
+            self._spool.quarantine(stored, "same SOP Instance UID, other bytes")
+        self.tally.stored_bytes += stored.size_bytes
+
+    def _refused(self, message: _Message, refusal: InstanceRefused, error: Exception | None = None) -> tuple[int, str]:
+        if message.incoming is not None:
+            message.incoming.abort()
+        self.tally.refused += 1
+        facts: dict[str, object] = {}
+        if error is not None:
+            facts["error"] = type(error).__name__
+        if error is not None and refusal.status == OUR_BUG:
+            # Where, but not the words of an exception nobody foresaw: they may quote the data set.
+            facts["at"] = [f"{PurePath(frame.filename).name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)[-6:]]
+        facts |= {"calling_ae": self._peer.calling_ae, "status": f"0x{refusal.status:04X}", "reason": refusal.comment}
+        events.emit("instance.refused", **facts)
+        return refusal.status, refusal.comment
+
+    def _send(self, context_id: int, command_set: bytes) -> None:
+        limit = max(self._peer_max_pdu - 6, 16) if self._peer_max_pdu else len(command_set)
+        for start in range(0, len(command_set), limit):
+            part = command_set[start : start + limit]
+            control = 3 if start + limit >= len(command_set) else 1
+            self._wire.send(pdu(wire.P_DATA_TF, _PDV.pack(len(part) + 2, context_id, control) + part))
+
+
+def _out_of_disk(error: OSError) -> InstanceRefused:
+    return InstanceRefused(OUT_OF_RESOURCES, f"The spool cannot be written (errno {error.errno}): send again later")

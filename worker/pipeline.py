@@ -1,0 +1,261 @@
+"""One study, from leased job to queued delivery. Read this file first.
+
+::
+
+    lease → gather → load → predict → report → settle
+
+A `Case` walks the line. Each stage fills its fields and touches nothing else. A stage that fails leaves
+its error on the case; later stages pass it by. What becomes of it is decided once, in `settle`, by the
+branch of the error tree it sits on (errors.py). `Unanalysable` is not the end: a report says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta, tzinfo
+
+from worker import __version__, events, volume
+from worker.decoding import DecoderPool
+from worker.domain import Document, Finding, Inputs, Job, Study, Volume
+from worker.errors import NoSuitableSeries, PatientConflict, RecordPending, Reject, Retry, Snooze, Superseded, Unanalysable, WorkerError
+from worker.infer import Model, Prepared
+from worker.inputs import select_inputs
+from worker.ops.log import places
+from worker.report.sr import Algorithm, build_report
+from worker.store import documents, queue, records, studies
+from worker.store.database import Store
+
+#: How soon to look again at a study that was opened again by a late image.
+REOPENED_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """What the stages need: plain values and open doors, built once by the daemon."""
+
+    store: Store
+    models: Mapping[str, Model]
+    decoders: DecoderPool
+    destinations: tuple[str, ...]
+    zone: tzinfo
+    clock: Callable[[], datetime]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A job and what is known about it so far; ``seconds`` is what each stage took."""
+
+    job: Job
+    study: Study | None = None
+    predecessor: Document | None = None
+    inputs: Inputs | None = None
+    volume: Volume | None = None
+    findings: tuple[Finding, ...] = ()
+    report: Document | None = None
+    input_sha256: str = ""
+    error: Exception | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+Stage = Callable[[Line, Case], Case]
+
+
+def process(line: Line, jobs: Sequence[Job]) -> list[Case]:
+    """Take leased jobs down the line together; settle each on its own."""
+    cases = [Case(job) for job in jobs]
+    cases = each(line, gather, cases)  # rows: study, record, what the network will be given
+    cases = each(line, load, cases)  # files: one series → Volume, LPS mm
+    cases = together(line, cases)  # the network: one pass per shape group
+    cases = each(line, report, cases)  # SR: checked by building it
+    return [settle(line, case) for case in cases]  # one transaction each
+
+
+def each(line: Line, stage: Stage, cases: Iterable[Case]) -> list[Case]:
+    """Run `stage` on every case that is still to be reported on; keep its error on the case it broke."""
+    return [_guarded(line, stage, case) for case in cases]
+
+
+def _guarded(line: Line, stage: Stage, case: Case) -> Case:
+    if case.error is not None and not (stage is report and isinstance(case.error, Unanalysable)):
+        return case
+    started = time.perf_counter()
+    try:
+        case = stage(line, case)
+    except Exception as exc:  # noqa: BLE001  the verdict is given in settle()
+        case = replace(case, error=exc)
+    return replace(case, seconds={**case.seconds, stage.__name__: time.perf_counter() - started})
+
+
+def gather(line: Line, case: Case) -> Case:
+    """Join the study and the patient's record as of the study's time; choose the series and the values."""
+    job, model = case.job, line.models[case.job.bundle]
+    with line.store.read() as conn:
+        study = studies.load(conn, job.study_id)
+        record = records.view(conn, study.patient.key, as_of=study.study_at)
+        earlier = documents.predecessor(conn, job.study_id, bundle=job.bundle, before_version=job.input_version)
+    case = replace(case, study=study, predecessor=earlier)
+    if study.hold:
+        raise PatientConflict(study.hold)
+    if not study.is_complete:
+        raise Snooze("An image came after the study was complete; its series are being received.", delay_s=REOPENED_S)
+    if study.version > job.input_version:
+        raise Superseded(f"Version {study.version} of the study is queued.")
+    if record is None and study.completed_at is not None:
+        left = study.completed_at + timedelta(seconds=model.bundle.record.wait_s) - line.clock()
+        if left > timedelta():
+            raise RecordPending("The patient's record has not arrived yet.", delay_s=left.total_seconds())
+    try:
+        inputs = select_inputs(study, record, model.spec)
+    except NoSuitableSeries as exc:
+        return replace(case, error=exc)
+    return replace(case, inputs=inputs)
+
+
+def load(line: Line, case: Case) -> Case:
+    """Read the chosen series into one regular volume or radiograph."""
+    assert case.inputs is not None  # noqa: S101  gather filled it
+    kind = line.models[case.job.bundle].bundle.series.kind
+    return replace(case, volume=volume.load(case.inputs.series, kind=kind, pool=line.decoders))
+
+
+def together(line: Line, cases: Sequence[Case]) -> list[Case]:
+    """Run each bundle's network once over all its cases; a case that cannot be prepared leaves the batch."""
+    done = list(cases)
+    for bundle, model in line.models.items():
+        started = time.perf_counter()
+        ready = []
+        for index, case in enumerate(done):
+            if case.job.bundle != bundle or case.error is not None or case.volume is None or case.inputs is None:
+                continue
+            try:
+                ready.append((index, model.prepare(case.volume, case.inputs)))
+            except Exception as exc:  # noqa: BLE001  the verdict is given in settle()
+                done[index] = replace(case, error=exc)
+        _predict(model, ready, done, started)
+    return done
+
+
+def _predict(model: Model, ready: Sequence[tuple[int, Prepared]], done: list[Case], started: float) -> None:
+    if not ready:
+        return
+    try:
+        answers: Sequence[tuple[Finding, ...] | Exception] = model.predict([prepared for _, prepared in ready])
+    except Exception as exc:  # noqa: BLE001  the verdict is given in settle()
+        answers = [exc] * len(ready)
+    share = (time.perf_counter() - started) / len(ready)
+    for (index, _), answer in zip(ready, answers, strict=True):
+        case = replace(done[index], seconds={**done[index].seconds, "predict": share})
+        done[index] = replace(case, error=answer) if isinstance(answer, Exception) else replace(case, findings=answer)
+
+
+def report(line: Line, case: Case) -> Case:
+    """Author the report: the findings, or why there are none."""
+    assert case.study is not None  # noqa: S101  gather filled it
+    model, study = line.models[case.job.bundle], case.study
+    failure = str(case.error) if case.error is not None else ""
+    # Without a chosen series the whole study is what was looked at.
+    analysed = case.inputs.series.instances if case.inputs else tuple(i for s in study.series for i in s.instances)
+    input_sha256 = digest(model.digest, case.inputs, [(i.sop_instance_uid, i.sha256) for i in analysed], failure)
+    bundle = model.bundle
+    algorithm = Algorithm(
+        name=model.name,
+        version=model.version,
+        title=bundle.title,
+        bundle_sha256=model.digest,
+        weights_sha256=bundle.weights.sha256,
+        input_sha256=input_sha256,
+        code_version=__version__,
+        procedure=model.procedure,
+        quality_statement=bundle.quality_statement,
+        research_use=bundle.research_use,
+    )
+    document = build_report(
+        study,
+        algorithm=algorithm,
+        evidence=[i.path for i in analysed],
+        inputs=case.inputs,
+        findings=case.findings,
+        analysed_at=case.job.started_at,
+        failure=failure,
+        predecessor=case.predecessor,
+        zone=line.zone,
+    )
+    return replace(case, report=document, input_sha256=input_sha256)
+
+
+def digest(bundle: str, inputs: Inputs | None, instances: Sequence[tuple[str, str]], failure: str) -> str:
+    """Hash all that an answer rests on, so that the same input gives the same object."""
+    values = [(v.code.scheme, v.code.value, v.comparator, v.value, v.unit, v.at.isoformat()) for v in inputs.values] if inputs else []
+    texts = [(t.code.scheme, t.code.value, hashlib.sha256(t.text.encode()).hexdigest(), t.at.isoformat()) for t in inputs.texts] if inputs else []
+    facts = {"bundle": bundle, "instances": sorted(instances), "values": sorted(values), "texts": sorted(texts), "failure": failure}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def settle(line: Line, case: Case) -> Case:
+    """Give the verdict in one transaction (commit 4): report, findings, deliveries and the job, or none of them."""
+    started = time.perf_counter()
+    facts: dict[str, object] = {}
+    try:
+        name = _settle(line, case, facts)
+    except queue.LeaseLost:
+        name = "job.fenced"
+    seconds = {**case.seconds, "settle": time.perf_counter() - started}
+    job = case.job
+    events.emit(
+        name,
+        kind=job.kind,
+        job=job.id,
+        study=job.study_id,
+        bundle=job.bundle,
+        version=job.input_version,
+        attempt=job.attempt,
+        seconds={stage: round(taken, 3) for stage, taken in seconds.items()},
+        **facts,
+    )
+    return replace(case, seconds=seconds)
+
+
+def _settle(line: Line, case: Case, facts: dict[str, object]) -> str:
+    error, job, now = case.error, case.job, line.clock()
+    if error is not None:
+        facts["reason"] = str(error) if isinstance(error, WorkerError) else type(error).__name__
+    with line.store.begin() as conn:
+        if case.report is not None and (error is None or isinstance(error, Unanalysable)):
+            failure = str(error) if error else ""
+            document_id = documents.add(
+                conn, job, report=case.report, findings=case.findings, input_sha256=case.input_sha256, failure=failure, now=now
+            )
+            for destination in line.destinations:
+                queue.enqueue_deliver(
+                    conn,
+                    job.study_id,
+                    document_id=document_id,
+                    bundle=job.bundle,
+                    input_version=job.input_version,
+                    destination=destination,
+                    priority=job.priority,
+                    now=now,
+                )
+            queue.complete(conn, job, now=now, findings=_summary(case), failure=failure)
+            return "job.completed"
+        if isinstance(error, Superseded):
+            queue.cancel(conn, job, reason=str(error), now=now)
+            return "job.cancelled"
+        if isinstance(error, Snooze):
+            queue.snooze(conn, job, delay_s=error.delay_s, reason=str(error), now=now)
+            return "job.snoozed"
+        if isinstance(error, Reject):
+            queue.discard(conn, job, error=error, now=now)
+            return "job.discarded"
+        unknown = error or RuntimeError("no report and no error")
+        if not isinstance(error, Retry):
+            facts["places"] = places(unknown)
+        return "job.retried" if queue.retry(conn, job, error=unknown, now=now) else "job.discarded"
+
+
+def _summary(case: Case) -> dict[str, float]:
+    return {finding.name: round(finding.probability, 4) for finding in case.findings}

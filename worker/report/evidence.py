@@ -1,0 +1,216 @@
+"""The headers of the instances that were analysed: what a report takes over from the images.
+
+Every file is read, so that a report cannot be written for another patient; pixels never are.
+Whatever an image says outside its VR is left out rather than carried into a document of ours.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Final
+
+import pydicom
+from pydicom import config
+from pydicom.datadict import tag_for_keyword
+from pydicom.dataelem import DataElement
+from pydicom.dataset import Dataset
+from pydicom.filereader import read_partial
+
+from worker.domain import Study
+from worker.errors import PatientConflict, PixelError
+from worker.report import codes
+
+# PS3.3 §C.7.1.1 (Patient Module) and §C.7.2.1 (General Study Module): copied as they are.
+_TYPE_2: Final = (
+    "PatientName PatientID PatientBirthDate PatientSex StudyDate StudyTime AccessionNumber ReferringPhysicianName StudyID"
+).split()
+_COPIED: Final = (
+    *_TYPE_2,
+    *(
+        "IssuerOfPatientID TypeOfPatientID IssuerOfPatientIDQualifiersSequence PatientBirthTime QualityControlSubject "
+        "OtherPatientIDsSequence OtherPatientNames PatientSpeciesDescription PatientSpeciesCodeSequence "
+        "PatientBreedDescription PatientBreedCodeSequence BreedRegistrationSequence ResponsiblePerson "
+        "ResponsiblePersonRole ResponsibleOrganization PatientIdentityRemoved DeidentificationMethod "
+        "DeidentificationMethodCodeSequence IssuerOfAccessionNumberSequence StudyDescription ProcedureCodeSequence"
+    ).split(),
+)
+_EQUIPMENT: Final = (
+    "Manufacturer ManufacturerModelName InstitutionName StationName DeviceSerialNumber SoftwareVersions".split()
+)
+_IDENTITY: Final = (
+    "SpecificCharacterSet SOPClassUID SOPInstanceUID Modality StudyInstanceUID SeriesInstanceUID PatientID "
+    "IssuerOfPatientID"
+).split()
+_HEADER: Final = [*_IDENTITY, *_COPIED, *_EQUIPMENT, "TimezoneOffsetFromUTC", "RequestAttributesSequence"]
+_LAST_IDENTITY_TAG: Final = 0x0020000E
+_IDENTITY_TAGS: Final = [tag for keyword in _IDENTITY if (tag := tag_for_keyword(keyword))]
+
+# PS3.5 §6.2. What does not match is not a value of that VR, and an archive may refuse the object for it.
+_LEGAL: Final = {
+    "CS": re.compile(r"[A-Z0-9 _]{0,16}"),
+    "DA": re.compile(r"(\d{4}(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01]))?"),
+    "TM": re.compile(r"(([01]\d|2[0-3])([0-5]\d([0-5]\d(\.\d{1,6})?)?)?)? *"),
+    "UI": re.compile(r"([0-9]+(\.[0-9]+)*)?"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What the analysed instances say of patient, study, order and equipment.
+
+    ``instances`` hold UIDs and SOP class each, in the order of their UIDs; the rest is the first one's.
+    """
+
+    instances: tuple[Dataset, ...]
+    copied: tuple[DataElement, ...]
+    requests: tuple[Dataset, ...]
+    modality: str
+    utc_offset: timedelta | None
+
+
+def read(paths: Sequence[Path], *, study: Study) -> Evidence:
+    """Read the headers of `paths`, which must all be of `study` and of its patient.
+
+    Raises
+    ------
+    PatientConflict
+        An instance is of another patient, issuer or study than `study` is.
+    PixelError
+        A file has no readable header.
+    ValueError
+        There are no `paths`.
+    """
+    if not paths:
+        raise ValueError("A report needs at least one analysed instance.")
+    # pydicom quotes a value outside its VR in a warning: what images say must not reach a log.
+    with config.disable_value_validation():
+        found = {_text(ds, "SOPInstanceUID"): (ds, path) for path in paths for ds in (_identity(path),)}
+        for ds, _ in found.values():
+            _check_owner(ds, study)
+        instances = tuple(_instance(ds) for ds, _ in (found[uid] for uid in sorted(found)))
+        header = _header(found[instances[0].SOPInstanceUID][1])
+    copied = tuple(header[keyword] for keyword in _COPIED if keyword in header)
+    for keyword in _EQUIPMENT:
+        if keyword in header:
+            setattr(instances[0], keyword, header[keyword].value)
+    return Evidence(
+        instances=instances,
+        copied=copied,
+        requests=_requests(header),
+        modality=_text(header, "Modality"),
+        utc_offset=_utc_offset(_text(header, "TimezoneOffsetFromUTC")),
+    )
+
+
+def _identity(path: Path) -> Dataset:
+    """Read no further than Series Instance UID: a fifth of the time of a whole header."""
+    try:
+        with path.open("rb") as file:
+            ds = read_partial(file, lambda tag, _vr, _length: tag > _LAST_IDENTITY_TAG, specific_tags=list(_IDENTITY_TAGS))
+            ds.decode()
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, NotImplementedError, RecursionError) as error:
+        raise PixelError(f"The header of an analysed instance cannot be read ({type(error).__name__}).") from None
+    return ds
+
+
+def _header(path: Path) -> Dataset:
+    try:
+        header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(_HEADER))
+        header.decode()
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, NotImplementedError, RecursionError) as error:
+        raise PixelError(f"The header of an analysed instance cannot be read ({type(error).__name__}).") from None
+    _drop_illegal(header)
+    for keyword in _TYPE_2:
+        if keyword not in header or header[keyword].value is None:
+            setattr(header, keyword, "")
+    if "StudyDescription" in header:
+        header.StudyDescription = codes.short(_text(header, "StudyDescription"))
+    return header
+
+
+def _check_owner(ds: Dataset, study: Study) -> None:
+    """An image without an issuer is its study's; one that names another issuer is another patient's."""
+    issuer = _text(ds, "IssuerOfPatientID")
+    if _text(ds, "PatientID") != study.patient.key.patient_id.strip():
+        raise PatientConflict("An analysed instance is of another patient than its study: nothing is reported.")
+    if issuer and study.patient.key.issuer and issuer != study.patient.key.issuer.strip():
+        raise PatientConflict("An analysed instance has another issuer of its patient ID than its study.")
+    if _text(ds, "StudyInstanceUID") != study.study_instance_uid:
+        raise PatientConflict("An analysed instance belongs to another study than the report.")
+
+
+def _instance(ds: Dataset) -> Dataset:
+    """Make the evidence that highdicom takes: references, and of the type 2 attributes only that they are there.
+
+    highdicom raises on a sex or a date outside the standard, so it never sees one; `Evidence.copied` has the real ones.
+    """
+    bare = Dataset()
+    for keyword in ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "Modality"):
+        setattr(bare, keyword, _text(ds, keyword))
+    for keyword in _TYPE_2:
+        setattr(bare, keyword, "")
+    return bare
+
+
+def _drop_illegal(ds: Dataset) -> None:
+    """Delete what is outside its VR, at every level, and character sets of items (ours is UTF-8 throughout)."""
+    for element in list(ds):
+        rule = _LEGAL.get(element.VR)
+        if element.VR == "SQ":
+            for item in element.value:
+                _drop_illegal(item)
+                item.pop("SpecificCharacterSet", None)
+            if not element.value:
+                del ds[element.tag]
+        elif rule and not all(rule.fullmatch(str(value)) for value in _values(element)):
+            del ds[element.tag]
+
+
+def _values(element: DataElement) -> list[object]:
+    if element.value is None:
+        return []
+    return list(element.value) if element.VM > 1 else [element.value]
+
+
+def _requests(header: Dataset) -> tuple[Dataset, ...]:
+    """Say which orders the report answers (PS3.3 §C.17.2, Referenced Request Sequence): none is made up."""
+    orders = list(header.get("RequestAttributesSequence") or ()) or ([Dataset()] if _text(header, "AccessionNumber") else [])
+    return tuple(_request(order, header) for order in orders)
+
+
+def _request(order: Dataset, header: Dataset) -> Dataset:
+    item = Dataset()
+    item.StudyInstanceUID = header.StudyInstanceUID
+    item.ReferencedStudySequence = []
+    item.AccessionNumber = _text(order, "AccessionNumber") or _text(header, "AccessionNumber")
+    if issuer := order.get("IssuerOfAccessionNumberSequence") or header.get("IssuerOfAccessionNumberSequence"):
+        item.IssuerOfAccessionNumberSequence = deepcopy(issuer)
+    item.PlacerOrderNumberImagingServiceRequest = _text(order, "PlacerOrderNumberImagingServiceRequest")
+    item.FillerOrderNumberImagingServiceRequest = _text(order, "FillerOrderNumberImagingServiceRequest")
+    item.RequestedProcedureID = _text(order, "RequestedProcedureID")[:16]
+    item.RequestedProcedureDescription = codes.short(_text(order, "RequestedProcedureDescription"))
+    item.RequestedProcedureCodeSequence = deepcopy(order.get("RequestedProcedureCodeSequence") or [])
+    return item
+
+
+def _utc_offset(text: str) -> timedelta | None:
+    """Read Timezone Offset From UTC (PS3.3 §C.12.1.1.8); None if it is absent or no offset."""
+    try:
+        return datetime.strptime(text, "%z").utcoffset() if re.fullmatch(r"[+-]\d{4}", text) else None
+    except ValueError:
+        return None
+
+
+def _text(ds: Dataset, keyword: str) -> str:
+    value = ds.get(keyword)
+    return "" if value is None else str(value).strip()
+
+
+def fixed_zone(offset: timedelta | None, *, default: timezone) -> timezone:
+    """Choose the zone of the document's dates: the images' own where they name one."""
+    return default if offset is None else timezone(offset)

@@ -1,0 +1,410 @@
+"""The roles, built from Config: what each process does until it is told to stop.
+
+::
+
+    receive   StorageScp → spool → studies.add_instance          (n processes, one listening socket)
+    records   MLLP listener → records.apply                      (a thread of the supervisor)
+    sweeps    completeness, senders' counts, rescue              (APScheduler in the supervisor)
+    run       lease → pipeline.process, a heartbeat beside it    (the only one that loads torch)
+    deliver   lease → deliver.send, one thread a destination
+
+Imports are late on purpose: a role loads only what it needs, the receiver never torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta, timezone, tzinfo
+from typing import TYPE_CHECKING, Final
+
+import psutil
+
+from worker import events
+from worker.config import Config, Destination
+from worker.domain import Header, Job, Received
+from worker.errors import WorkerError
+from worker.store import queue, records, studies
+from worker.store.database import DatabaseUnavailable, Store
+from worker.store.spool import Spool, Stored
+
+if TYPE_CHECKING:
+    from apscheduler.schedulers.background import BackgroundScheduler
+
+    from models.bundle import Bundle
+    from worker.deliver.cstore import Peer
+    from worker.intake.hl7 import ParsedMessage
+    from worker.intake.mllp import MllpServer
+    from worker.intake.scp import StorageScp
+    from worker.store.studies import Pending
+
+
+#: Seconds that transfers under way have to finish after SIGTERM.
+RECEIVE_GRACE_S: Final = 10.0
+#: A file without a row is a crash's after this long; rows follow files within seconds.
+ORPHAN_AGE: Final = timedelta(minutes=15)
+
+
+def clock() -> datetime:
+    """The time, aware."""
+    return datetime.now(UTC)
+
+
+def owner() -> str:
+    """Who holds a lease: for a person who reads the job table; the generation is what fences."""
+    return f"{socket.gethostname()}/{os.getpid()}"
+
+
+def started(role: str, **facts: object) -> None:
+    """Say that a role is ready, how long that took and how large it is."""
+    process = psutil.Process()
+    seconds = round(time.time() - process.create_time(), 2)
+    rss_mb = round(process.memory_info().rss / 2**20)
+    events.emit("role.started", role=role, pid=process.pid, seconds=seconds, rss_mb=rss_mb, **facts)
+
+
+# --- receive
+
+
+def study_time(header: Header, zone: tzinfo) -> datetime | None:
+    """When a study was made: its date and time in its own offset, else the site's zone; None without a date."""
+    text = header.study_date + (header.study_time.split(".")[0] + "000000")[:6]
+    with contextlib.suppress(ValueError):
+        naive = datetime.strptime(text, "%Y%m%d%H%M%S")  # noqa: DTZ007  the zone is put on in the next line
+        return naive.replace(tzinfo=_offset(header.timezone_offset) or zone).astimezone(UTC)
+    return None
+
+
+def _offset(text: str) -> tzinfo | None:
+    """PS3.3 §C.12.1.1.8: ±HHMM."""
+    if len(text) != 5 or text[0] not in "+-" or not text[1:].isdecimal():
+        return None
+    delta = timedelta(hours=int(text[1:3]), minutes=int(text[3:5]))
+    return timezone(-delta if text[0] == "-" else delta)
+
+
+def with_issuer(header: Header, issuer: str) -> Header:
+    """The same header; a patient without an issuer becomes one of `issuer`'s."""
+    key = header.patient.key
+    return header if key.issuer else replace(header, patient=replace(header.patient, key=replace(key, issuer=issuer)))
+
+
+def add_instance(config: Config, store: Store, header: Header, stored: Stored, *, calling_ae: str, address: str) -> Received:
+    """Commit 1: the row of a file that is durable already."""
+    quiet_s = config.assembly.quiet_by_modality.get(header.modality, config.assembly.quiet_s)
+    with store.begin() as conn:
+        return studies.add_instance(
+            conn,
+            with_issuer(header, config.site.issuer),
+            path=stored.path,
+            sha256=stored.sha256,
+            size_bytes=stored.size_bytes,
+            calling_ae=calling_ae,
+            address=address,
+            study_at=study_time(header, config.zone),
+            quiet_s=quiet_s,
+            now=clock(),
+        )
+
+
+def receive(config: Config, store: Store, listener: socket.socket, stop: threading.Event) -> None:
+    """Serve C-ECHO and C-STORE on a listening socket until told to stop; transfers under way are finished."""
+    from worker.decoding import decodable_transfer_syntaxes
+    from worker.intake.negotiation import Peer, Policy
+    from worker.intake.scp import Limits, StorageScp
+
+    settings = config.receive
+    spool = Spool(config.spool, low_water_bytes=settings.low_water_mb * 2**20)
+    policy = Policy(
+        ae_title=settings.ae_title,
+        calling={sender.ae_title: sender.addresses for sender in config.senders},
+        max_pdu=settings.max_pdu_bytes,
+        accepts_unknown=settings.accept_unknown_sop_classes,
+        transfer_syntaxes=decodable_transfer_syntaxes(),
+    )
+    limits = Limits(
+        max_pdu=settings.max_pdu_bytes,
+        associations=settings.max_associations,
+        per_address=settings.max_per_address,
+        pdu_s=settings.pdu_deadline_s,
+        idle_s=settings.idle_s,
+    )
+
+    def sink(header: Header, stored: Stored, sender: Peer) -> Received:
+        return add_instance(config, store, header, stored, calling_ae=sender.calling_ae, address=sender.address)
+
+    scp = StorageScp(listener, policy=policy, spool=spool, sink=sink, limits=limits)
+    scp.start()
+    started("receive", port=scp.address[1])
+    stop.wait()
+    scp.stop(RECEIVE_GRACE_S)
+
+
+# --- records
+
+
+def apply_message(store: Store, message: ParsedMessage, raw: bytes) -> bool:
+    """Commit 3: one HL7 message, remembered and applied in one transaction; False for a repetition."""
+    result = "applied" if message.update else "ignored"
+    with store.begin() as conn:
+        is_new = records.note_message(
+            conn,
+            sender=message.sender,
+            control_id=message.control_id,
+            sent_at=str(message.sent_at or ""),
+            trigger=message.trigger,
+            result=result,
+            raw=None if message.update else raw,
+            now=clock(),
+        )
+        if is_new and message.update:
+            records.apply(conn, message.update, now=clock())
+    return is_new
+
+
+def keep_refused(store: Store, reason: str, raw: bytes) -> None:
+    """Keep what could not be understood, for a person to read."""
+    with store.begin() as conn:
+        records.note_message(conn, sender="", control_id="", sent_at="", trigger="", result="refused", reason=reason, raw=raw, now=clock())
+
+
+def records_listener(config: Config, store: Store) -> MllpServer:
+    """The HL7 v2 listener, not started yet."""
+    from worker.intake.mllp import MllpServer
+
+    settings = config.records
+    return MllpServer(
+        (settings.host, settings.port),
+        apply=lambda message, raw: apply_message(store, message, raw),
+        reject=lambda reason, raw: keep_refused(store, reason, raw),
+        zone=config.zone,
+        issuers=settings.issuers,
+        allowed_addresses=settings.addresses,
+        max_message_bytes=settings.max_message_mb * 2**20,
+    )
+
+
+# --- sweeps
+
+
+def bundles(config: Config) -> list[Bundle]:
+    """The configured bundles' metadata; weights are checked where they are loaded."""
+    from models.bundle import Bundle
+
+    return [Bundle.read(folder, verify=False) for folder in config.run.bundles]
+
+
+def sweeps(config: Config, store: Store, spool: Spool) -> BackgroundScheduler:
+    """Everything periodic, each run idempotent, never two of a kind at once; not started yet."""
+    from apscheduler.schedulers.background import BackgroundScheduler
+
+    from worker.intake import assembly
+
+    wants = [
+        assembly.Wants(bundle.name, frozenset(bundle.series.modalities), bundle.series.min_instances * bundle.series.required)
+        for bundle in bundles(config)
+    ]
+    limit_s = config.assembly.incomplete_limit_s
+    asking = {sender.ae_title: sender for sender in config.senders if sender.query_port}
+
+    def complete() -> None:
+        assembly.sweep(store, wants=wants, limit_s=limit_s, now=clock())
+
+    def ask() -> None:
+        assembly.ask_senders(store, ask=lambda one: _expected(config, one), after_s=config.assembly.ask_sender_after_s, now=clock())
+
+    def rescue() -> None:
+        with store.begin() as conn:
+            rescued = queue.rescue(conn, now=clock())
+        for job in rescued:
+            events.emit("job.rescued", job=job)
+
+    def clean() -> None:
+        sweep_spool(store, spool)
+
+    scheduler = BackgroundScheduler(timezone=UTC, job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": None})
+    scheduler.add_job(_spared(complete), "interval", seconds=config.assembly.sweep_s)
+    scheduler.add_job(_spared(rescue), "interval", seconds=max(1.0, config.run.lease_s / 6))
+    if asking:
+        scheduler.add_job(_spared(ask), "interval", seconds=config.assembly.sweep_s)
+    # Once, in the background: with 100 000 files it must not delay the first association.
+    scheduler.add_job(_spared(clean))
+    return scheduler
+
+
+def _spared(sweep: Callable[[], None]) -> Callable[[], None]:
+    """A sweep that fails says so and comes again; the scheduler would only print a traceback."""
+
+    def run() -> None:
+        try:
+            sweep()
+        except WorkerError as exc:
+            events.emit("sweep.failed", sweep=sweep.__name__, reason=str(exc))
+
+    return run
+
+
+def _expected(config: Config, one: Pending) -> int | None:
+    """Ask the study's sender for its count, if the sender may be asked."""
+    from worker.deliver import cstore
+
+    for sender in config.senders:
+        if sender.ae_title == one.calling_ae and sender.query_port:
+            peer = cstore.Peer(
+                name=sender.ae_title,
+                ae_title=sender.ae_title,
+                host=sender.query_host or one.address,
+                port=sender.query_port,
+                own_ae_title=config.receive.ae_title,
+                timeout_s=10.0,
+            )
+            try:
+                return cstore.count_instances(peer, study_instance_uid=one.study_instance_uid)
+            except WorkerError as exc:
+                events.emit("sweep.failed", sweep="ask_sender", reason=str(exc))
+    return None
+
+
+def sweep_spool(store: Store, spool: Spool) -> None:
+    """Remove what a crash left half-written: parts, and files whose sender was never told Success."""
+
+    def known(paths: Sequence[str]) -> set[str]:
+        with store.read() as conn:
+            return studies.known_paths(conn, paths)
+
+    spool.sweep(known, written_before=clock() - ORPHAN_AGE)
+
+
+# --- run
+
+
+def run(config: Config, store: Store, stop: threading.Event) -> None:
+    """Lease and process until told to stop; what is in hand is finished first."""
+    from worker.decoding import DecoderPool
+    from worker.infer import Model
+    from worker.pipeline import Line, process
+
+    settings = config.run
+    loaded = [Model(folder, device=settings.device, threads=settings.threads) for folder in settings.bundles]
+    pool = DecoderPool(processes=settings.decoders, memory_bytes=settings.decoder_memory_mb * 2**20, timeout_s=settings.decoder_timeout_s)
+    line = Line(
+        store=store,
+        models={model.name: model for model in loaded},
+        decoders=pool,
+        destinations=tuple(peer.name for peer in config.destinations),
+        zone=config.zone,
+        clock=clock,
+    )
+    names = sorted(line.models)
+    started("run", bundles={model.name: model.digest[:12] for model in loaded})
+    with pool:
+        _work(store, stop, poll_s=settings.poll_s, lease_s=settings.lease_s, take=_take(store, config, names), do=lambda jobs: process(line, jobs))
+
+
+def _take(store: Store, config: Config, names: Sequence[str]) -> Callable[[], list[Job]]:
+    def take() -> list[Job]:
+        with store.begin() as conn:
+            return queue.lease(
+                conn, "infer", owner=owner(), limit=config.run.batch, lease_s=config.run.lease_s, now=clock(), bundles=names
+            )
+
+    return take
+
+
+def _work(
+    store: Store, stop: threading.Event, *, poll_s: float, lease_s: float, take: Callable[[], list[Job]], do: Callable[[list[Job]], object]
+) -> None:
+    """Take and do until told to stop, renewing leases beside; a database that is away is waited for."""
+    while not stop.is_set():
+        try:
+            jobs = take()
+            if jobs:
+                with heartbeat(store, jobs, lease_s=lease_s):
+                    do(jobs)
+                continue
+        except DatabaseUnavailable as exc:
+            events.emit("sweep.failed", sweep="lease", reason=str(exc))
+            stop.wait(1.0)
+        stop.wait(poll_s)
+
+
+@contextlib.contextmanager
+def heartbeat(store: Store, jobs: Sequence[Job], *, lease_s: float) -> Iterator[None]:
+    """Renew the leases of `jobs` at each third of their time while the block runs."""
+    done = threading.Event()
+
+    def beat() -> None:
+        while not done.wait(lease_s / 3):
+            # If the database is away the leases run out, and the verdicts are fenced: nothing to do here.
+            with contextlib.suppress(DatabaseUnavailable), store.begin() as conn:
+                queue.renew(conn, jobs, lease_s=lease_s, now=clock())
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+# --- deliver
+
+
+def peer_of(destination: Destination, *, own_ae_title: str) -> Peer:
+    """A destination as the network part takes it."""
+    from worker.deliver.cstore import Peer
+
+    return Peer(
+        name=destination.name,
+        ae_title=destination.ae_title,
+        host=destination.host,
+        port=destination.port,
+        own_ae_title=destination.own_ae_title or own_ae_title,
+        timeout_s=destination.timeout_s,
+        read_back=destination.read_back,
+    )
+
+
+def deliver(config: Config, store: Store, stop: threading.Event) -> None:
+    """One thread a destination, so that one PACS that is down or slow holds up no other."""
+    from worker.deliver.send import deliver as send
+
+    settings = config.deliver
+
+    def serve(destination: Destination) -> None:
+        peer = peer_of(destination, own_ae_title=config.receive.ae_title)
+
+        def take() -> list[Job]:
+            with store.begin() as conn:
+                return queue.lease(
+                    conn,
+                    "deliver",
+                    owner=owner(),
+                    limit=settings.batch,
+                    lease_s=settings.lease_s,
+                    now=clock(),
+                    destination=destination.name,
+                )
+
+        _work(
+            store,
+            stop,
+            poll_s=settings.poll_s,
+            lease_s=settings.lease_s,
+            take=take,
+            do=lambda jobs: send(jobs, store=store, peer=peer, clock=clock),
+        )
+
+    threads = [threading.Thread(target=serve, args=(peer,), name=f"deliver-{peer.name}") for peer in config.destinations]
+    for thread in threads:
+        thread.start()
+    started("deliver", destinations=[peer.name for peer in config.destinations])
+    stop.wait()
+    for thread in threads:
+        thread.join()

@@ -1,0 +1,47 @@
+"""What a person asked to see, as plain tables: used by `synoptic show` and the demo."""
+
+from __future__ import annotations
+
+import io
+
+from pydicom import dcmread
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from worker.report import tree
+from worker.store import documents, history, queue, studies
+from worker.store.database import Store
+
+
+def show(out: Console, store: Store, study_id: int, *, with_report: bool) -> None:
+    """A study: its history, its jobs, its reports with their findings."""
+    with store.read() as conn:
+        study = studies.load(conn, study_id)
+        entries = history.of_study(conn, study_id)
+        jobs = queue.of_study(conn, study_id)
+        reports = documents.of_study(conn, study_id)
+    out.print(f"study {study_id}  {study.study_instance_uid}  version {study.version}  {sum(len(s.instances) for s in study.series)} images")
+    if study.hold:
+        out.print(f"[red]On hold:[/red] {escape(study.hold)}")
+    for entry in entries:
+        facts = "  ".join(f"{name}={value}" for name, value in entry.facts.items() if value not in ("", {}, None))
+        out.print(f"{entry.at:%Y-%m-%d %H:%M:%S.%f}"[:-3] + f"Z  {entry.name:22s} {escape(facts)}", soft_wrap=True)
+    if jobs:
+        table = Table("job", "kind", "bundle or destination", "version", "state", "attempt", "reason")
+        for job in jobs:
+            row = (job.id, job.kind, job.destination or job.bundle, job.input_version, job.state, job.attempt, escape(job.reason))
+            table.add_row(*(str(cell) for cell in row))
+        out.print(table)
+    for document, findings in reports:
+        out.print(f"report {document.sop_instance_uid}  version {document.input_version}  {escape(document.failure)}", soft_wrap=True)
+        for one in findings:
+            out.print(f"  {one.meaning}: {one.probability:.3f} {one.verdict} (threshold {one.threshold:g})")
+    if with_report and reports:
+        print_report(out, bytes(reports[-1][0].data))
+
+
+def print_report(out: Console, data: bytes) -> None:
+    """A report as a readable tree."""
+    for line in tree.lines(dcmread(io.BytesIO(data))):
+        out.print(escape(line), soft_wrap=True)
