@@ -1,0 +1,1 @@
+"""Networks and bundles: knows tensors, not DICOM, not SQL, not the worker."""

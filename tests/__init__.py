@@ -1,0 +1,1 @@
+"""Every test opens real things: databases, sockets, processes, peers."""

@@ -28,6 +28,7 @@ from pynetdicom.pdu import A_ASSOCIATE_AC, A_ASSOCIATE_RQ
 from pynetdicom.transport import ThreadedAssociationServer
 
 from worker.deliver.association import STUDY_ROOT_FIND, VERIFICATION, Peer
+from worker.deliver.wire import open_file
 from worker.demo import query
 
 COMPREHENSIVE_3D_SR: Final = "1.2.840.10008.5.1.4.1.1.88.34"
@@ -82,7 +83,7 @@ def free_port() -> int:
 class ScriptedPacs:
     """A PACS that does `steps`, one for each C-STORE, and after them answers Success and keeps.
 
-    Statuses 0x0000, 0x0111 and warnings go with keeping the object, others with losing it; 0x0111 keeps nothing new.
+    It keeps the object with 0x0000 and with warnings, and loses it with any other status.
     """
 
     steps: Sequence[Step] = ()
@@ -95,6 +96,7 @@ class ScriptedPacs:
     kept: dict[str, Dataset] = field(default_factory=dict)
     associations: int = 0
     _stopped: threading.Event = field(default_factory=threading.Event)
+    _sockets: list[socket.socket] = field(default_factory=list)
     _server: ThreadedAssociationServer | None = None
 
     def __enter__(self) -> Self:
@@ -105,6 +107,7 @@ class ScriptedPacs:
         for sop_class in self.sop_classes:
             ae.add_supported_context(sop_class, list(self.syntaxes))
         handlers: list[evt.EventHandlerType] = [
+            (evt.EVT_CONN_OPEN, self._opened),
             (evt.EVT_ACCEPTED, self._accepted),
             (evt.EVT_C_STORE, self._store),
             (evt.EVT_C_FIND, self._find),
@@ -117,6 +120,9 @@ class ScriptedPacs:
         assert self._server is not None
         self._server.shutdown()
         self._server.ae.shutdown()
+        # pynetdicom 3.0.4 leaves a socket to the garbage collector when the caller has gone first.
+        for sock in self._sockets:
+            sock.close()
 
     @property
     def peer(self) -> Peer:
@@ -124,15 +130,22 @@ class ScriptedPacs:
         assert self._server is not None
         return Peer("the scripted PACS", "SCRIPTED", "127.0.0.1", int(self._server.server_address[1]), "WORKER", timeout_s=self.timeout_s)
 
+    def _opened(self, event: evt.Event) -> None:
+        transport = event.assoc.dul.socket
+        assert transport is not None
+        assert transport.socket is not None
+        self._sockets.append(transport.socket)
+
     def _accepted(self, _event: evt.Event) -> None:
         self.associations += 1
 
     def _store(self, event: evt.Event) -> int:
         step = self.steps[len(self.received)] if len(self.received) < len(self.steps) else 0
-        self.received.append(event.request.DataSet.getvalue())
-        keeps = step in (0, "keep, abort", "keep, silence") or (isinstance(step, int) and step >> 12 == 0xB)
+        item = open_file(event.encoded_dataset())
+        self.received.append(bytes(item.data))
+        keeps = step in (0, 0x0107, 0xB000, 0xB006, 0xB007, "keep, abort", "keep, silence")
         if keeps:
-            self.kept[str(event.request.AffectedSOPInstanceUID)] = event.dataset
+            self.kept[item.sop_instance_uid] = event.dataset
         if step in ("abort", "keep, abort"):
             event.assoc.abort()
         elif step in ("silence", "keep, silence"):
@@ -196,7 +209,7 @@ def accept_association(connection: socket.socket) -> None:
     primitive = request.to_primitive()
     contexts = primitive.presentation_context_definition_list
     for context in contexts:
-        context.transfer_syntax, context.result = context.transfer_syntax[:1], 0
+        context.transfer_syntax, context.result = [context.transfer_syntax[0]], 0
     primitive.presentation_context_definition_list = []
     primitive.presentation_context_definition_results_list = contexts
     primitive.result = 0
@@ -295,7 +308,7 @@ def orthanc(folder: Path, *, callers: dict[str, int] | None = None, lua: str = "
 def storescp(folder: Path, *options: str) -> Iterator[Peer]:
     """Run DCMTK's storescp into `folder` with fault options until the block ends."""
     port = free_port()
-    command = [require("storescp"), "-aet", "STORESCP", "-xcs", "true", "--promiscuous", "-od", str(folder), *options, str(port)]
+    command = [require("storescp"), "-aet", "STORESCP", "--promiscuous", "-od", str(folder), *options, str(port)]
     with (folder / "storescp.log").open("wb") as log:
         process = subprocess.Popen(command, env=_ENVIRONMENT, stdout=log, stderr=log)
         try:
@@ -321,8 +334,11 @@ def _await(process: subprocess.Popen[bytes], attempt: Callable[[], None]) -> Non
         try:
             attempt()
         except OSError:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                raise RuntimeError(f"The server ended with {process.wait(0.05)}; its log is beside its files.") from None
+            try:
+                ended = process.wait(0.05)
+            except subprocess.TimeoutExpired:
+                continue
+            raise RuntimeError(f"The server ended with {ended}; its log is beside its files.") from None
         else:
             return
     raise RuntimeError("The server is not ready after 30 s.")

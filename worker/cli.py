@@ -41,7 +41,8 @@ out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
 ConfigFile = Annotated[
-    Path | None, typer.Option("--config", "-c", envvar="SYNOPTIC_CONFIG", help="The TOML file; else ./synoptic.toml, else /etc/synoptic/synoptic.toml.")
+    Path | None,
+    typer.Option("--config", "-c", envvar="SYNOPTIC_CONFIG", help="The TOML file; else ./synoptic.toml, else /etc/synoptic/synoptic.toml."),
 ]
 StudyArg = Annotated[str, typer.Argument(help="Its number in `synoptic studies`, its accession number or its Study Instance UID.")]
 
@@ -214,7 +215,9 @@ def _find(store: Store, wanted: str) -> int:
 
 
 @app.command()
-def show(study: StudyArg, given: ConfigFile = None, report: Annotated[bool, typer.Option("--report", help="Print its last report too.")] = False) -> None:
+def show(
+    study: StudyArg, given: ConfigFile = None, report: Annotated[bool, typer.Option("--report", help="Print its last report too.")] = False
+) -> None:
     """A study's whole history, one line an event, then its jobs and findings."""
     from worker import view
 
@@ -305,7 +308,9 @@ def doctor(given: ConfigFile = None) -> None:
 
 @app.command()
 def train(
-    bundle: Annotated[Path, typer.Option("--bundle", "-b", exists=True, file_okay=False, help="The bundle's folder; its weights are replaced.")],
+    bundle: Annotated[
+        Path, typer.Option("--bundle", "-b", exists=True, file_okay=False, help="The bundle's folder; its weights are replaced.")
+    ],
     cohort: Annotated[Path, typer.Option("--cohort", exists=True, file_okay=False, help="dicom/, hl7/ or fhir/, labels.csv.")],
     given: ConfigFile = None,
     seed: Annotated[int, typer.Option(help="Same seed, same weights (on a CPU).")] = 0,

@@ -45,7 +45,8 @@ def fragments_of_one_frame(value: bytes, *, is_rle: bool) -> bytes:
     # PS3.5 §A.4: one offset a frame; §A.4.2: an RLE frame is one fragment; a second start of image is a second frame.
     starts = sum(fragment.startswith((_SOI, _SOC_SIZ)) for fragment in fragments)
     if len(table) > 4 or starts > 1 or (is_rle and len(fragments) != 1):
-        raise PixelError(f"Number of Frames is 1, but Pixel Data holds {max(len(table) // 4, starts, len(fragments) if is_rle else 1)} frames.")
+        frames = max(len(table) // 4, starts, len(fragments) if is_rle else 1)
+        raise PixelError(f"Number of Frames is 1, but Pixel Data holds {frames} frames.")
     return b"".join(fragments)
 
 

@@ -105,4 +105,3 @@ def _case(uid: str, row: Mapping[str, str], *, store: Store, pool: DecoderPool, 
     labels = {name: float(value) if value else None for name, value in row.items() if name not in NOT_LABELS}
     group = row.get("group") or row.get("patient_id") or study.patient.key.patient_id
     return LabeledStudy(uid, group, loaded, inputs, labels)
-

@@ -71,7 +71,7 @@ class Assembly:
     """When a study is complete."""
 
     quiet_s: float = 60.0
-    quiet_by_modality: Mapping[str, float] = field(default_factory=dict)
+    quiet_by_modality: Mapping[str, float] = field(default_factory=lambda: {"CR": 15.0, "DX": 15.0})
     sweep_s: float = 0.25
     ask_sender_after_s: float = 0.5
     incomplete_limit_s: float = 1800.0
@@ -171,7 +171,7 @@ def parse_zone(text: str) -> tzinfo:
     """Read ``Europe/Berlin``, ``UTC`` or a fixed ``+01:00``."""
     if text[:1] in "+-" and text:
         try:
-            return timezone(datetime.strptime(text, "%z").utcoffset() or timedelta())  # noqa: DTZ007  only the offset is read
+            return timezone(datetime.strptime(text, "%z").utcoffset() or timedelta())  # only the offset is read
         except ValueError as exc:
             raise ConfigError(f"[site] timezone: {text!r} is no offset; write it as +01:00.") from exc
     try:
@@ -280,18 +280,20 @@ def _check(config: Config) -> None:
         # PS3.5 §6.2, VR AE: at most 16 characters, not all spaces, no backslash or control characters.
         if not title.strip() or len(title) > 16 or "\\" in title or not title.isprintable() or not title.isascii():
             raise ConfigError(f"{where}: {title!r} is no AE title: 1 to 16 printable ASCII characters, no backslash.")
-    for where, addresses in [("records", config.records.addresses), *((sender.ae_title, sender.addresses) for sender in config.senders)]:
-        for address in addresses:
-            try:
-                ipaddress.ip_network(address, strict=False)
-            except ValueError as exc:
-                raise ConfigError(f"{where}: {address!r} is no IP address or network; write 10.1.2.3 or 10.1.2.0/24.") from exc
+    _check_addresses("records", config.records.addresses)
+    for sender in config.senders:
+        _check_addresses(f"senders {sender.ae_title}", sender.addresses)
     names = [peer.name for peer in config.destinations]
     if len(set(names)) != len(names):
         raise ConfigError("destinations: two have the same name.")
-    for where, port in (("receive.port", config.receive.port), ("records.port", config.records.port)):
-        if not 0 <= port <= 65535:
-            raise ConfigError(f"{where}: {port} is no TCP port.")
     if config.receive.processes < 1 or config.run.processes < 1:
         raise ConfigError("receive.processes and run.processes are at least 1.")
     parse_zone(config.site.timezone)
+
+
+def _check_addresses(where: str, addresses: tuple[str, ...]) -> None:
+    for address in addresses:
+        try:
+            ipaddress.ip_network(address, strict=False)
+        except ValueError as exc:
+            raise ConfigError(f"{where}: {address!r} is no IP address or network; write 10.1.2.3 or 10.1.2.0/24.") from exc

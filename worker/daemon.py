@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from worker import events, roles
+from worker import events, roles, sweeps
 from worker.config import Config
 from worker.store.database import DatabaseUnavailable, Store
 from worker.store.spool import Spool
@@ -176,7 +176,7 @@ def _front(config: Config, config_file: Path | None, store: Store, supervisor: S
         server = roles.records_listener(config, store)
         server.start()
         closers.append(server.stop)
-    scheduler = roles.sweeps(config, store, spool)
+    scheduler = sweeps.scheduler(config, store, spool)
     scheduler.start()
     closers.append(scheduler.shutdown)
     return closers

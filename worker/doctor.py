@@ -92,7 +92,9 @@ def _bundles(config: Config) -> Iterator[Check]:
             model = Model(folder, device=config.run.device)
             seconds = time.perf_counter() - started
             sha256 = model.bundle.weights.sha256
-            return f"{model.name} {model.version} on {config.run.device}, weights sha256 {sha256[:16]}… as stated, loaded in {seconds:.1f} s"
+            return (
+                f"{model.name} {model.version} on {config.run.device}, weights sha256 {sha256[:16]}… as stated, loaded in {seconds:.1f} s"
+            )
 
         yield _tried("bundle", load)
 
@@ -116,7 +118,11 @@ def _roles() -> Iterator[Check]:
         line = process.info["cmdline"] or []
         if "worker" in line and "role" in line:
             minutes = (time.time() - process.info["create_time"]) / 60
-            yield f"running: {line[line.index('role') + 1]}", f"{process.info['memory_info'].rss / 2**20:.0f} MB, for {minutes:.0f} min", True
+            yield (
+                f"running: {line[line.index('role') + 1]}",
+                f"{process.info['memory_info'].rss / 2**20:.0f} MB, for {minutes:.0f} min",
+                True,
+            )
 
 
 def _idle(config: Config, config_file: Path | None) -> Iterator[Check]:

@@ -90,7 +90,7 @@ def import_dicom(path: Path, *, config: Config, store: Store, spool: Spool) -> R
         No such transfer syntax, or the data set lacks what names it.
     """
     try:
-        meta = dcmread(path, stop_before_pixels=True, specific_tags=_META_TAGS).file_meta  # type: ignore[list-item]
+        meta = dcmread(path, stop_before_pixels=True, specific_tags=_META_TAGS).file_meta
         transfer_syntax_uid = str(meta.TransferSyntaxUID)
     except Exception as exc:
         raise Reject(f"The file meta information cannot be read ({type(exc).__name__}).") from exc
@@ -134,4 +134,3 @@ def _import_fhir(path: Path, tally: Tally, *, config: Config, store: Store) -> N
             added = records.apply(conn, update, now=roles.clock())
         tally.counts["patient updated"] += 1
         tally.counts["fact added"] += added
-

@@ -20,7 +20,7 @@ from datetime import datetime, timedelta, tzinfo
 
 from worker import __version__, events, volume
 from worker.decoding import DecoderPool
-from worker.domain import Document, Finding, Inputs, Job, Study, Volume
+from worker.domain import Code, Document, Finding, Inputs, Job, Study, Volume
 from worker.errors import NoSuitableSeries, PatientConflict, RecordPending, Reject, Retry, Snooze, Superseded, Unanalysable, WorkerError
 from worker.infer import Model, Prepared
 from worker.inputs import select_inputs
@@ -169,7 +169,7 @@ def report(line: Line, case: Case) -> Case:
         weights_sha256=bundle.weights.sha256,
         input_sha256=input_sha256,
         code_version=__version__,
-        procedure=model.procedure,
+        procedure=Code(bundle.procedure.value, bundle.procedure.scheme, bundle.procedure.meaning),
         quality_statement=bundle.quality_statement,
         research_use=bundle.research_use,
     )
@@ -190,7 +190,11 @@ def report(line: Line, case: Case) -> Case:
 def digest(bundle: str, inputs: Inputs | None, instances: Sequence[tuple[str, str]], failure: str) -> str:
     """Hash all that an answer rests on, so that the same input gives the same object."""
     values = [(v.code.scheme, v.code.value, v.comparator, v.value, v.unit, v.at.isoformat()) for v in inputs.values] if inputs else []
-    texts = [(t.code.scheme, t.code.value, hashlib.sha256(t.text.encode()).hexdigest(), t.at.isoformat()) for t in inputs.texts] if inputs else []
+    texts = (
+        [(t.code.scheme, t.code.value, hashlib.sha256(t.text.encode()).hexdigest(), t.at.isoformat()) for t in inputs.texts]
+        if inputs
+        else []
+    )
     facts = {"bundle": bundle, "instances": sorted(instances), "values": sorted(values), "texts": sorted(texts), "failure": failure}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

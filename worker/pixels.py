@@ -1,4 +1,4 @@
-"""What one file holds: checked, parsed and decoded. Runs in a child process of `decoding.DecoderPool`, and nowhere else.
+"""What one file holds: checked, parsed and decoded. Runs in a decoding process (child.py), and nowhere else.
 
 ::
 
@@ -12,23 +12,12 @@ Not here: geometry, rescale and photometric interpretation (volume.py).
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import hashlib
-import json
-import logging
 import math
 import os
-import resource
-import signal
-import socket
 import stat
-import struct
-import sys
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib import import_module
-from importlib.metadata import version
 from io import BytesIO
 from typing import Any, Final
 
@@ -37,15 +26,14 @@ import pydicom
 from numpy.typing import NDArray
 from pydicom.datadict import dictionary_description, tag_for_keyword
 from pydicom.dataset import Dataset
-from pydicom.pixels import get_decoder
+from pydicom.pixels.decoders.base import get_decoder
 from pydicom.tag import Tag
 
 from worker.codestream import fragments_of_one_frame, stated_by_codestream
 from worker.decoding import CODECS
-from worker.errors import GeometryError, PixelError, Retry, WorkerError
+from worker.errors import GeometryError, PixelError, Retry
 
-#: The distribution that brings each decoding module, and pydicom's name for the plug-in around it.
-DISTRIBUTIONS: Final = {"gdcm": "python-gdcm", "jpeg_ls": "pyjpegls", "openjpeg": "pylibjpeg-openjpeg", "rle": "pylibjpeg-rle"}
+# pydicom's name for the plug-in around each decoding module.
 _PLUGINS: Final = {"gdcm": "gdcm", "jpeg_ls": "pyjpegls", "openjpeg": "pylibjpeg", "rle": "pylibjpeg"}
 #: A file may take a quarter of the child's memory (pydicom copies the pixels out of it), its pixels an eighth
 #: (openjpeg works on 4 bytes a sample, beside input and output).
@@ -128,7 +116,7 @@ def _check_is_one_grey_frame(ds: Dataset) -> None:
     samples = _integer(ds, "SamplesPerPixel")
     photometric = _text(ds, "PhotometricInterpretation")
     if samples != 1 or photometric not in {"MONOCHROME1", "MONOCHROME2"}:
-        raise PixelError(f"Only monochrome images are analyzed; this one has {samples} samples per pixel and is not MONOCHROME1 or MONOCHROME2.")
+        raise PixelError(f"Only MONOCHROME1 and MONOCHROME2 images are analyzed; this one is neither, with {samples} samples per pixel.")
 
 
 def _check_layout(ds: Dataset, *, limit: int) -> tuple[tuple[int, int], np.dtype[Any]]:
@@ -140,7 +128,8 @@ def _check_layout(ds: Dataset, *, limit: int) -> tuple[tuple[int, int], np.dtype
         raise PixelError(f"Rows x Columns is {rows} x {columns}.")
     if allocated not in {8, 16} or not 1 <= stored <= allocated or high != stored - 1 or representation not in {0, 1}:
         raise PixelError(
-            f"Bits Allocated {allocated}, Bits Stored {stored}, High Bit {high} and Pixel Representation {representation} are not decoded together."
+            f"Bits Allocated {allocated}, Bits Stored {stored}, High Bit {high} and Pixel Representation {representation} "
+            "are not decoded together."
         )
     size = rows * columns * allocated // 8
     if size > limit:
@@ -203,11 +192,13 @@ def _check_codestream(stream: bytes, ds: Dataset, codec: str, *, shape: tuple[in
     stated = stated_by_codestream(stream, is_jpeg_2000=codec == "openjpeg")
     if (stated.rows, stated.columns, stated.components) != (*shape, 1):
         raise PixelError(
-            f"The codestream states {stated.rows} x {stated.columns} with {stated.components} components; the header {shape[0]} x {shape[1]} with 1."
+            f"The codestream states {stated.rows} x {stated.columns} with {stated.components} components; "
+            f"the header {shape[0]} x {shape[1]} with 1."
         )
     is_signed = ds.PixelRepresentation == 1
     if stated.is_signed is not None and stated.is_signed != is_signed:
-        raise PixelError(f"The codestream is {'' if stated.is_signed else 'not '}signed at {stated.precision} bits; Pixel Representation says otherwise.")
+        sign = "signed" if stated.is_signed else "unsigned"
+        raise PixelError(f"The codestream is {sign} at {stated.precision} bits; Pixel Representation says otherwise.")
     if not 1 <= stated.precision <= ds.BitsAllocated:
         raise PixelError(f"The codestream has {stated.precision} bits a sample; Bits Allocated is {ds.BitsAllocated}.")
     if stated.is_signed is None and is_signed and stated.precision not in {ds.BitsStored, ds.BitsAllocated}:
@@ -231,9 +222,7 @@ def _bits(ds: Dataset, keyword: str, dtype: np.dtype[Any]) -> int | None:
     return int(np.array(bits & (2 ** (8 * dtype.itemsize) - 1), f"u{dtype.itemsize}").view(dtype))
 
 
-def _bits_stored(
-    pixels: NDArray[Any], padding: tuple[int, int] | None, ds: Dataset
-) -> tuple[NDArray[Any], tuple[int, int] | None]:
+def _bits_stored(pixels: NDArray[Any], padding: tuple[int, int] | None, ds: Dataset) -> tuple[NDArray[Any], tuple[int, int] | None]:
     """Read each value as `BitsStored` wide (PS3.5 §8.1.1), or refuse what can be read in two ways.
 
     Values that fit are left alone. Padding may lie outside. High bits that an overlay declares as its own are cleared.
@@ -247,12 +236,12 @@ def _bits_stored(
     real = pixels if padding is None else pixels[(pixels < padding[0]) | (pixels > padding[1])]
     if real.size == 0 or (low <= int(real.min()) and int(real.max()) <= high):
         return pixels, padding
-    overlaid = [int(ds[tag].value) for tag in _OVERLAY_BITS if tag in ds and ds[tag].value]
-    if overlaid and all(bit >= stored for bit in overlaid):
-        unused = sum(1 << bit for bit in set(overlaid))
-        whole = pixels.view(f"u{pixels.dtype.itemsize}") & np.array(~unused & (2 ** (8 * pixels.dtype.itemsize) - 1), f"u{pixels.dtype.itemsize}")
-        if int(whole.max()) < 2**stored:
-            return (_sign_extended(whole.view(pixels.dtype), stored) if is_signed else whole), padding
+    overlaid = {int(ds[tag].value) for tag in _OVERLAY_BITS if tag in ds and ds[tag].value}
+    if overlaid and min(overlaid) >= stored:
+        unsigned = np.dtype(f"u{pixels.dtype.itemsize}")
+        cleared = pixels.view(unsigned) & np.array(sum(1 << bit for bit in range(16) if bit not in overlaid), "u4").astype(unsigned)
+        if int(cleared.max()) < 2**stored:
+            return (_sign_extended(cleared.view(pixels.dtype), stored) if is_signed else cleared), padding
     if is_signed and least >= 0 and most < 2**stored:
         extended = None if padding is None else tuple(int(_sign_extended(np.array(v, pixels.dtype), stored)) for v in padding)
         return _sign_extended(pixels, stored), None if extended is None else (min(extended), max(extended))
@@ -353,79 +342,3 @@ def _floats(values: Sequence[Any]) -> list[float]:
     except (TypeError, ValueError):
         return []
     return numbers if all(math.isfinite(number) for number in numbers) else []
-
-
-# --- the process
-
-
-def main(fd: int, memory_bytes: int, parent: int) -> None:
-    """Answer requests on the socket `fd` until it closes."""
-    _confine(memory_bytes, parent)
-    link = socket.socket(fileno=fd)
-    while head := link.recv(4, socket.MSG_WAITALL):
-        (size,) = struct.unpack("<I", head)
-        request = json.loads(link.recv(size, socket.MSG_WAITALL))
-        if "codecs" in request:
-            _send(link, {name: _codec_version(name) for name in request["codecs"]})
-            continue
-        for path, digest in request["files"]:
-            if not _answer(link, path, digest, memory_bytes=memory_bytes):
-                break  # the parent knows: after an error nothing more comes
-
-
-def _confine(memory_bytes: int, parent: int) -> None:
-    """Die with the parent, leave no core, write no file, take no more memory than allowed, and say nothing of what is read."""
-    pr_set_pdeathsig = 1  # prctl(2)
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit(1)
-    for what, most in ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_AS, memory_bytes), (resource.RLIMIT_FSIZE, memory_bytes)):
-        resource.setrlimit(what, (most, most))
-    # pydicom's warnings and log lines quote values.
-    warnings.simplefilter("ignore")
-    logging.disable(logging.CRITICAL)
-    pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
-    gc.freeze()
-
-
-def _answer(link: socket.socket, path: str, digest: str, *, memory_bytes: int) -> bool:
-    """Answer for one file; False after an error."""
-    try:
-        facts, pixels = read(path, digest, memory_bytes=memory_bytes)
-    except WorkerError as exc:
-        _send(link, {"error": type(exc).__name__, "message": str(exc)})
-    except MemoryError:
-        _send(link, {"limit": f"needed more than its {memory_bytes} bytes of memory"})
-    except RecursionError:
-        _send(link, {"error": "PixelError", "message": "The data set is nested deeper than can be read."})
-    except Exception as exc:  # noqa: BLE001  hostile headers make pydicom raise anything; its text quotes them
-        _send(link, {"error": "PixelError", "message": f"The stored file cannot be parsed ({type(exc).__name__})."})
-    else:
-        _send(link, facts | {"shape": pixels.shape, "dtype": pixels.dtype.str}, np.ascontiguousarray(pixels))
-        return True
-    return False
-
-
-def _send(link: socket.socket, answer: Mapping[str, object], pixels: NDArray[Any] | None = None) -> None:
-    text = json.dumps(answer).encode()
-    fds = []
-    if pixels is not None:
-        fds.append(os.memfd_create("pixels", os.MFD_CLOEXEC))
-        with memoryview(pixels).cast("B") as rest:
-            os.write(fds[0], rest)
-    sent = socket.send_fds(link, [struct.pack("<I", len(text)), text], fds)
-    link.sendall((struct.pack("<I", len(text)) + text)[sent:])
-    for one in fds:
-        os.close(one)
-
-
-def _codec_version(module: str) -> str:
-    try:
-        import_module(module)
-        return version(DISTRIBUTIONS[module])
-    except ImportError:
-        return ""
-
-
-if __name__ == "__main__":
-    main(*(int(argument) for argument in sys.argv[1:4]))

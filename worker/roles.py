@@ -4,7 +4,6 @@
 
     receive   StorageScp → spool → studies.add_instance          (n processes, one listening socket)
     records   MLLP listener → records.apply                      (a thread of the supervisor)
-    sweeps    completeness, senders' counts, rescue              (APScheduler in the supervisor)
     run       lease → pipeline.process, a heartbeat beside it    (the only one that loads torch)
     deliver   lease → deliver.send, one thread a destination
 
@@ -28,26 +27,19 @@ import psutil
 from worker import events
 from worker.config import Config, Destination
 from worker.domain import Header, Job, Received
-from worker.errors import WorkerError
 from worker.store import queue, records, studies
 from worker.store.database import DatabaseUnavailable, Store
 from worker.store.spool import Spool, Stored
 
 if TYPE_CHECKING:
-    from apscheduler.schedulers.background import BackgroundScheduler
-
-    from models.bundle import Bundle
     from worker.deliver.cstore import Peer
     from worker.intake.hl7 import ParsedMessage
     from worker.intake.mllp import MllpServer
-    from worker.intake.scp import StorageScp
-    from worker.store.studies import Pending
+    from worker.intake.negotiation import Peer as Sender
 
 
 #: Seconds that transfers under way have to finish after SIGTERM.
 RECEIVE_GRACE_S: Final = 10.0
-#: A file without a row is a crash's after this long; rows follow files within seconds.
-ORPHAN_AGE: Final = timedelta(minutes=15)
 
 
 def clock() -> datetime:
@@ -115,7 +107,7 @@ def add_instance(config: Config, store: Store, header: Header, stored: Stored, *
 def receive(config: Config, store: Store, listener: socket.socket, stop: threading.Event) -> None:
     """Serve C-ECHO and C-STORE on a listening socket until told to stop; transfers under way are finished."""
     from worker.decoding import decodable_transfer_syntaxes
-    from worker.intake.negotiation import Peer, Policy
+    from worker.intake.negotiation import Policy
     from worker.intake.scp import Limits, StorageScp
 
     settings = config.receive
@@ -135,7 +127,7 @@ def receive(config: Config, store: Store, listener: socket.socket, stop: threadi
         idle_s=settings.idle_s,
     )
 
-    def sink(header: Header, stored: Stored, sender: Peer) -> Received:
+    def sink(header: Header, stored: Stored, sender: Sender) -> Received:
         return add_instance(config, store, header, stored, calling_ae=sender.calling_ae, address=sender.address)
 
     scp = StorageScp(listener, policy=policy, spool=spool, sink=sink, limits=limits)
@@ -189,97 +181,6 @@ def records_listener(config: Config, store: Store) -> MllpServer:
     )
 
 
-# --- sweeps
-
-
-def bundles(config: Config) -> list[Bundle]:
-    """The configured bundles' metadata; weights are checked where they are loaded."""
-    from models.bundle import Bundle
-
-    return [Bundle.read(folder, verify=False) for folder in config.run.bundles]
-
-
-def sweeps(config: Config, store: Store, spool: Spool) -> BackgroundScheduler:
-    """Everything periodic, each run idempotent, never two of a kind at once; not started yet."""
-    from apscheduler.schedulers.background import BackgroundScheduler
-
-    from worker.intake import assembly
-
-    wants = [
-        assembly.Wants(bundle.name, frozenset(bundle.series.modalities), bundle.series.min_instances * bundle.series.required)
-        for bundle in bundles(config)
-    ]
-    limit_s = config.assembly.incomplete_limit_s
-    asking = {sender.ae_title: sender for sender in config.senders if sender.query_port}
-
-    def complete() -> None:
-        assembly.sweep(store, wants=wants, limit_s=limit_s, now=clock())
-
-    def ask() -> None:
-        assembly.ask_senders(store, ask=lambda one: _expected(config, one), after_s=config.assembly.ask_sender_after_s, now=clock())
-
-    def rescue() -> None:
-        with store.begin() as conn:
-            rescued = queue.rescue(conn, now=clock())
-        for job in rescued:
-            events.emit("job.rescued", job=job)
-
-    def clean() -> None:
-        sweep_spool(store, spool)
-
-    scheduler = BackgroundScheduler(timezone=UTC, job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": None})
-    scheduler.add_job(_spared(complete), "interval", seconds=config.assembly.sweep_s)
-    scheduler.add_job(_spared(rescue), "interval", seconds=max(1.0, config.run.lease_s / 6))
-    if asking:
-        scheduler.add_job(_spared(ask), "interval", seconds=config.assembly.sweep_s)
-    # Once, in the background: with 100 000 files it must not delay the first association.
-    scheduler.add_job(_spared(clean))
-    return scheduler
-
-
-def _spared(sweep: Callable[[], None]) -> Callable[[], None]:
-    """A sweep that fails says so and comes again; the scheduler would only print a traceback."""
-
-    def run() -> None:
-        try:
-            sweep()
-        except WorkerError as exc:
-            events.emit("sweep.failed", sweep=sweep.__name__, reason=str(exc))
-
-    return run
-
-
-def _expected(config: Config, one: Pending) -> int | None:
-    """Ask the study's sender for its count, if the sender may be asked."""
-    from worker.deliver import cstore
-
-    for sender in config.senders:
-        if sender.ae_title == one.calling_ae and sender.query_port:
-            peer = cstore.Peer(
-                name=sender.ae_title,
-                ae_title=sender.ae_title,
-                host=sender.query_host or one.address,
-                port=sender.query_port,
-                own_ae_title=config.receive.ae_title,
-                timeout_s=10.0,
-            )
-            try:
-                return cstore.count_instances(peer, study_instance_uid=one.study_instance_uid)
-            except WorkerError as exc:
-                events.emit("sweep.failed", sweep="ask_sender", reason=str(exc))
-    return None
-
-
-def sweep_spool(store: Store, spool: Spool) -> None:
-    """Remove what a crash left half-written: parts, and files whose sender was never told Success."""
-
-    def known(paths: Sequence[str]) -> set[str]:
-        with store.read() as conn:
-            return studies.known_paths(conn, paths)
-
-    spool.sweep(known, written_before=clock() - ORPHAN_AGE)
-
-
 # --- run
 
 
@@ -303,15 +204,20 @@ def run(config: Config, store: Store, stop: threading.Event) -> None:
     names = sorted(line.models)
     started("run", bundles={model.name: model.digest[:12] for model in loaded})
     with pool:
-        _work(store, stop, poll_s=settings.poll_s, lease_s=settings.lease_s, take=_take(store, config, names), do=lambda jobs: process(line, jobs))
+        _work(
+            store,
+            stop,
+            poll_s=settings.poll_s,
+            lease_s=settings.lease_s,
+            take=_take(store, config, names),
+            do=lambda jobs: process(line, jobs),
+        )
 
 
 def _take(store: Store, config: Config, names: Sequence[str]) -> Callable[[], list[Job]]:
     def take() -> list[Job]:
         with store.begin() as conn:
-            return queue.lease(
-                conn, "infer", owner=owner(), limit=config.run.batch, lease_s=config.run.lease_s, now=clock(), bundles=names
-            )
+            return queue.lease(conn, "infer", owner=owner(), limit=config.run.batch, lease_s=config.run.lease_s, now=clock(), bundles=names)
 
     return take
 

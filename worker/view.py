@@ -21,7 +21,9 @@ def show(out: Console, store: Store, study_id: int, *, with_report: bool) -> Non
         entries = history.of_study(conn, study_id)
         jobs = queue.of_study(conn, study_id)
         reports = documents.of_study(conn, study_id)
-    out.print(f"study {study_id}  {study.study_instance_uid}  version {study.version}  {sum(len(s.instances) for s in study.series)} images")
+    out.print(
+        f"study {study_id}  {study.study_instance_uid}  version {study.version}  {sum(len(s.instances) for s in study.series)} images"
+    )
     if study.hold:
         out.print(f"[red]On hold:[/red] {escape(study.hold)}")
     for entry in entries:

@@ -1,0 +1,1 @@
+"""Figures; each prints one JSON line."""

@@ -1,0 +1,1 @@
+"""No sockets, no sleeping."""

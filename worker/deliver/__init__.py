@@ -1,0 +1,1 @@
+"""Reports out to a PACS, and back to be sure."""

@@ -43,5 +43,12 @@ def _settle(job: Job, outcome: cstore.Outcome, *, store: Store, now: datetime) -
     if outcome.warning:
         facts["warning"] = outcome.warning
     events.emit(
-        name, kind=job.kind, job=job.id, study=job.study_id, destination=job.destination, attempt=job.attempt, status=outcome.status, **facts
+        name,
+        kind=job.kind,
+        job=job.id,
+        study=job.study_id,
+        destination=job.destination,
+        attempt=job.attempt,
+        status=outcome.status,
+        **facts,
     )

@@ -29,6 +29,8 @@ ASSOCIATE_AC, ASSOCIATE_RJ, P_DATA, RELEASE_RQ, RELEASE_RP, ABORT = 2, 3, 4, 5, 
 RELEASE_RQ_PDU: Final = bytes((RELEASE_RQ, 0, 0, 0, 0, 4, 0, 0, 0, 0))
 RELEASE_RP_PDU: Final = bytes((RELEASE_RP, 0, 0, 0, 0, 4, 0, 0, 0, 0))
 ABORT_PDU: Final = bytes((ABORT, 0, 0, 0, 0, 4, 0, 0, 0, 0))
+#: Length of an A-ASSOCIATE PDU's fixed part, PS3.8 Table 9-17.
+_ASSOCIATE_FIXED: Final = 74
 # PS3.7 Table E.1-1: command fields and the value that says "no data set".
 C_STORE, C_FIND, C_ECHO = 0x0001, 0x0020, 0x0030
 _NO_DATA_SET: Final = 0x0101
@@ -90,7 +92,15 @@ def request_pdu(*, called: str, calling: str, proposals: Mapping[int, tuple[str,
 
 
 def accepted(pdu: bytes) -> tuple[int, dict[int, str]]:
-    """Return an A-ASSOCIATE-AC's limit on PDUs (0: none) and its accepted contexts' transfer syntaxes."""
+    """Return an A-ASSOCIATE-AC's limit on PDUs (0: none) and its accepted contexts' transfer syntaxes.
+
+    Raises
+    ------
+    ValueError
+        The PDU is shorter than its fixed part. The decoder raises others of its own.
+    """
+    if len(pdu) < _ASSOCIATE_FIXED:
+        raise ValueError("An A-ASSOCIATE-AC PDU ends within its fixed part.")
     answer = A_ASSOCIATE_AC()
     answer.decode(pdu)
     primitive = answer.to_primitive()

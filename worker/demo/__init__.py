@@ -1,0 +1,1 @@
+"""`synoptic demo`: a small PACS and phantom patients."""

@@ -36,6 +36,7 @@ from pydicom.uid import (
     RLELossless,
 )
 from pynetdicom import AE, AllStoragePresentationContexts, evt
+from pynetdicom.association import Association
 from pynetdicom.transport import ThreadedAssociationServer
 
 from worker.deliver.association import NATIVE, STUDY_ROOT_FIND, VERIFICATION, Peer, associate
@@ -107,6 +108,7 @@ class DemoPacs:
         self.folder, self.ae_title, self.host, self.port = folder, ae_title, host, port
         self._on_store, self._clock = on_store, clock
         self._server: ThreadedAssociationServer | None = None
+        self._sockets: dict[Association, socket.socket] = {}
         self._changed = threading.Condition()
         self._stored: dict[str, Stored] = {}
         self._headers: dict[str, Dataset] = {}
@@ -135,7 +137,8 @@ class DemoPacs:
             # Both roles: C-GET sends its instances back on the same association (PS3.4 §C.5.3).
             ae.add_supported_context(str(context.abstract_syntax), _SYNTAXES, scu_role=True, scp_role=True)
         handlers: list[evt.EventHandlerType] = [
-            (evt.EVT_CONN_OPEN, _without_delay),
+            (evt.EVT_CONN_OPEN, self._opened),
+            (evt.EVT_CONN_CLOSE, self._closed),
             (evt.EVT_C_STORE, self._store),
             (evt.EVT_C_FIND, self._find),
             (evt.EVT_C_GET, self._get),
@@ -176,6 +179,18 @@ class DemoPacs:
         """Send one study's instances to `peer`, calling as this PACS unless told otherwise."""
         calling = replace(peer, own_ae_title=calling_ae_title or self.ae_title)
         return forward([s.path for s in self.instances(study_instance_uid)], peer=calling, on_response=on_response, clock=self._clock)
+
+    def _opened(self, event: evt.Event) -> None:
+        transport = event.assoc.dul.socket
+        if transport and transport.socket:
+            # Nagle and delayed acknowledgement together cost 40 ms a message on Linux.
+            transport.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._sockets[event.assoc] = transport.socket
+
+    def _closed(self, event: evt.Event) -> None:
+        # pynetdicom 3.0.4 leaves the socket to the garbage collector when the caller has gone first.
+        if sock := self._sockets.pop(event.assoc, None):
+            sock.close()
 
     def _store(self, event: evt.Event) -> int:
         file = event.encoded_dataset()
@@ -283,10 +298,3 @@ def forward(
             if on_response:
                 on_response(status)
     return Forwarded(tuple(statuses), responded_at)
-
-
-def _without_delay(event: evt.Event) -> None:
-    # Nagle and delayed acknowledgement together cost 40 ms a message on Linux.
-    transport = event.assoc.dul.socket
-    if transport and transport.socket:
-        transport.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

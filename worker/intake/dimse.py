@@ -62,7 +62,7 @@ def encode_response(command: Command, status: int, comment: str = "") -> bytes:
     body = _element(_CLASS, command.sop_class_uid) if command.sop_class_uid else b""
     body += _us(_FIELD, command.field | RESPONSE) + _us(_RESPONDED, command.message_id) + _us(_DATA_SET, NO_DATA_SET) + _us(_STATUS, status)
     if comment:
-        body += _element(_COMMENT, comment, pad=b" ")
+        body += _element(_COMMENT, comment[:64], pad=b" ")
     if command.sop_instance_uid:
         body += _element(_INSTANCE, command.sop_instance_uid)
     return struct.pack("<HHLL", 0, 0, 4, len(body)) + body

@@ -76,4 +76,4 @@ def latest_instant(parts: Sequence[str | None], zone: tzinfo) -> datetime:
         at = at.replace(hour=23, minute=59, second=59)
     elif minute is None:
         at = at.replace(minute=59, second=59)
-    return at.astimezone(UTC)
+    return at.astimezone(UTC).replace(fold=0)

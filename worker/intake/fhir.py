@@ -21,7 +21,8 @@ import binascii
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta, timezone, tzinfo
 from typing import Any, Final
@@ -67,7 +68,7 @@ def parse(
     issuers: Mapping[str, str],
     schemes: Mapping[str, str] | None = None,
     source: str = "FHIR",
-    max_bytes: int = 256 * 2**20,
+    max_bytes: int = 64 * 2**20,
 ) -> list[RecordUpdate]:
     """Read one bundle: one update for each patient named in it, in the bundle's order.
 
@@ -133,11 +134,12 @@ class _Reader:
             patients[patient.key] = patient
         facts: dict[PatientKey, list[Observation]] = {key: [] for key in patients}
         for entry, resource in entries:
-            read = _READERS.get(str(resource.get("resourceType")))
-            if read is None:
+            kind = str(resource.get("resourceType"))
+            if kind not in _READERS:
                 continue
-            found = list(read(self, resource, _text(resource, "id") or _text(entry, "fullUrl")))
-            if found:
+            name = _text(resource, "id") or _text(entry, "fullUrl")
+            # Without a name of its own a fact supersedes nothing and nothing supersedes it.
+            if found := list(_READERS[kind](self, resource, f"{self.source}/{kind}/{name}" if name else "")):
                 facts.setdefault(self.subject(resource, references), []).extend(found)
         return [
             RecordUpdate(patients.get(key, Patient(key)), tuple(found), self.source, has_demographics=key in patients)
@@ -201,24 +203,25 @@ class _Reader:
         status = self.status(resource, "status")
         if status is None:
             return
-        key = f"{self.source}/Observation/{key}"
         at: datetime | None = None
+        repeats: Counter[str] = Counter()
         for position, part in enumerate((resource, *_objects(resource, "component"))):
             code = preferred(self.codes(_object(part, "code")))
             value, comparator, unit, text = self.content(part)
             if not code.value or (value is None and not text and status not in SUPERSEDING):
                 continue
-            at = at or self.first_time(resource, "effectiveDateTime", "effectivePeriod", "effectiveInstant", "issued")
-            own = f"{key}/{code.scheme}/{code.value}" if position else key
+            at = at or self.first_time(resource, ("effectiveDateTime", "effectivePeriod", "effectiveInstant", "issued"))
+            own = f"{key}/{code.scheme}/{code.value}" if key and position else key
+            repeats[own] += 1
+            own = f"{own}#{repeats[own]}" if own and repeats[own] > 1 else own
             yield Observation(code, at, value, comparator, unit, text, status, own, self.source)
 
     def report(self, resource: Json, key: str) -> Iterator[Observation]:
         """Read the words of a DiagnosticReport, which count from when they were issued."""
         status = self.status(resource, "status")
-        words = self.words(_objects(resource, "presentedForm")) or clean(_text(resource, "conclusion"))
-        yield from self.narrative(
-            resource, f"DiagnosticReport/{key}", _object(resource, "code"), status, words, "issued", "effectiveDateTime", "effectivePeriod"
-        )
+        words = self.words(_objects(resource, "presentedForm")) or clean(_raw(resource, "conclusion")).strip("\n")
+        times = ("issued", "effectiveDateTime", "effectivePeriod")
+        yield from self.narrative(resource, key, "code", status, words, times)
 
     def document(self, resource: Json, key: str) -> Iterator[Observation]:
         """Read the words of a DocumentReference, which count from when it was made."""
@@ -226,15 +229,16 @@ class _Reader:
         if status == "F" and "docStatus" in resource:
             status = self.status(resource, "docStatus")
         words = self.words([_object(content, "attachment") for content in _objects(resource, "content")])
-        yield from self.narrative(resource, f"DocumentReference/{key}", _object(resource, "type"), status, words, "date", "indexed")
+        yield from self.narrative(resource, key, "type", status, words, ("date", "indexed"))
 
-    def narrative(self, resource: Json, key: str, concept: Json, status: str | None, words: str, *times: str) -> Iterator[Observation]:
-        """Give the text as one observation."""
-        code = preferred(self.codes(concept))
+    def narrative(
+        self, resource: Json, key: str, concept: str, status: str | None, words: str, times: Sequence[str]
+    ) -> Iterator[Observation]:
+        """Give `words` as one observation."""
+        code = preferred(self.codes(_object(resource, concept)))
         if status is None or not code.value or (not words and status not in SUPERSEDING):
             return
-        at = self.first_time(resource, *times)
-        yield Observation(code, at, text=words, status=status, key=f"{self.source}/{key}", source=self.source)
+        yield Observation(code, self.first_time(resource, times), text=words, status=status, key=key, source=self.source)
 
     def status(self, resource: Json, name: str) -> str | None:
         """Return the status as in HL7 table 0085; None where there is no result yet."""
@@ -256,17 +260,17 @@ class _Reader:
         if "valueInteger" in part:
             return _number(part["valueInteger"], "Observation.valueInteger"), "", "", ""
         if concept := _object(part, "valueCodeableConcept"):
-            coded = (token(code.meaning or code.value) for code in self.codes(concept))
-            return None, "", "", next(filter(None, coded), "") or token(_text(concept, "text"))
+            coded = (code.meaning or code.value for code in self.codes(concept))
+            return None, "", "", next(filter(None, coded), "") or _text(concept, "text")
         if isinstance(part.get("valueBoolean"), bool):
             return None, "", "", str(part["valueBoolean"]).lower()
-        texts = (_text(part, name) for name in ("valueString", "valueDateTime", "valueTime"))
+        texts = (_raw(part, name) for name in ("valueString", "valueDateTime", "valueTime"))
         return None, "", "", clean(next(filter(None, texts), "")).strip("\n")
 
     def codes(self, concept: Json) -> list[Code]:
         """Return the codings of a CodeableConcept; a system left out is local, 'L'."""
         return [
-            Code(_text(one, "code"), self.schemes.get(system, system or "L"), _text(one, "display") or token(_text(concept, "text")))
+            Code(_text(one, "code"), self.schemes.get(system, system or "L"), _text(one, "display") or _text(concept, "text"))
             for one in _objects(concept, "coding")
             for system in (_text(one, "system"),)
         ]
@@ -280,12 +284,12 @@ class _Reader:
                 continue
             charset = re.search(r"charset=\"?([a-z0-9_-]+)", parameters)
             try:
-                texts.append(base64.b64decode(_text(one, "data"), validate=False).decode(charset[1] if charset else "utf-8"))
+                texts.append(base64.b64decode("".join(_raw(one, "data").split()), validate=True).decode(charset[1] if charset else "utf-8"))
             except (binascii.Error, UnicodeDecodeError, LookupError, ValueError):
                 raise RecordError("Attachment.data is not base64 of a text in its charset.") from None
         return clean("\n".join(texts)).strip("\n")
 
-    def first_time(self, resource: Json, *names: str) -> datetime:
+    def first_time(self, resource: Json, names: Sequence[str]) -> datetime:
         """Return the first time there is; of a period its end, else its start."""
         for name in names:
             if name.endswith("Period"):
@@ -350,6 +354,11 @@ def _texts(parent: Json, name: str) -> list[str]:
 
 
 def _text(parent: Json, name: str) -> str:
+    return token(_raw(parent, name))
+
+
+def _raw(parent: Json, name: str) -> str:
+    """Return a string with its line breaks."""
     value = parent.get(name, "")
     if not isinstance(value, str):
         raise RecordError(f"{name} is not a string.")

@@ -27,6 +27,7 @@ from typing import Final
 
 from worker.domain import Code, Observation, Patient, PatientKey, RecordUpdate
 from worker.errors import RecordError
+from worker.intake.envelope import BOM, Envelope, read_envelope
 from worker.intake.facts import COMPARATORS, SUPERSEDING, Comparator, clean, latest_instant, number, preferred, token
 
 DEMOGRAPHICS: Final = frozenset({"ADT^A01", "ADT^A04", "ADT^A08"})
@@ -52,7 +53,6 @@ _STRINGS: Final = frozenset({"ST", "TX", "FT", "DT", "TM", "TS", "DTM", "IS", "I
 _CODED: Final = frozenset({"CE", "CWE", "CNE", "CF"})
 
 _SEXES: Final = {"M": "M", "F": "F", "O": "O", "A": "O"}  # table 0001 → PS3.3 §C.7.1.1
-_BOM: Final = b"\xef\xbb\xbf"
 _SEGMENT: Final = re.compile(r"[A-Z][A-Z0-9]{2}")
 _READ: Final = frozenset({"MSH", "PID", "OBR", "OBX"})
 #: Escape sequence (§2.7.1) → which of the separators it stands for.
@@ -60,23 +60,6 @@ _ESCAPED: Final = {"F": 0, "S": 1, "R": 2, "E": 3, "T": 4}
 _TIME: Final = re.compile(
     r"([0-9]{4})(?:([0-9]{2})(?:([0-9]{2})(?:([0-9]{2})(?:([0-9]{2})(?:([0-9]{2})(?:\.([0-9]{1,6})[0-9]*)?)?)?)?)?)?([+-][0-9]{4})?"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Envelope:
-    """MSH as it came, undecoded (one character a byte): enough to answer a message that cannot be read."""
-
-    separators: str  # field, component, repetition, escape, subcomponent: MSH-1 and MSH-2
-    fields: tuple[str, ...]
-
-    def raw(self, number: int) -> str:
-        """Return MSH-`number` (2 and above), undecoded; '' where it is absent."""
-        return self.fields[number - 1] if number <= len(self.fields) else ""
-
-    @property
-    def trigger(self) -> str:
-        """MSH-9.1 and MSH-9.2, as in 'ADT^A01'."""
-        return "^".join(part.strip() for part in self.raw(9).split(self.separators[1])[:2])
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,24 +75,6 @@ class ParsedMessage:
     trigger: str
     update: RecordUpdate | None
     skipped: int = 0
-
-
-def read_envelope(raw: bytes) -> Envelope:
-    """Read MSH without decoding it.
-
-    Raises
-    ------
-    RecordError
-        There is no MSH, or its separators are not five different characters.
-    """
-    line = re.split(b"[\r\n]", raw.removeprefix(_BOM)[:65536], maxsplit=1)[0].decode("latin-1")
-    if not line.startswith("MSH"):
-        raise RecordError("The message does not begin with an MSH segment.")
-    fields = tuple(line[3:].split(line[3:4] or "|"))
-    separators = line[3:4] + fields[1][:4] if len(fields) > 1 else ""
-    if len(set(separators)) != 5 or any(c.isalnum() or c.isspace() for c in separators) or len(fields[1]) > 5:
-        raise RecordError("MSH-1 and MSH-2 do not name five different separators.")
-    return Envelope(separators, ("MSH", *fields[1:]))
 
 
 def parse(
@@ -141,7 +106,7 @@ def parse(
     if b"\x1b" in raw:
         raise RecordError("The message switches character sets by ISO 2022, which is not supported.")
     try:
-        text = raw.removeprefix(_BOM).decode(codec)
+        text = raw.removeprefix(BOM).decode(codec)
     except UnicodeDecodeError as exc:
         raise RecordError(f"Byte {exc.start} is not {codec}, which MSH-18 or, where it is empty, the configuration names.") from None
     return _Reader(envelope, text, codec, zone, issuers, schemes or {}).parsed()
@@ -199,7 +164,7 @@ class _Reader:
         if sent[-5:-4] in ("+", "-"):
             self.zone = _offset(sent[-5:])
         self.sender = "|".join(self.authority(_at(msh, index), 1)[0] for index in (2, 3))
-        trigger = token(self.envelope.trigger)
+        trigger = self.envelope.trigger
         update = None
         if trigger in DEMOGRAPHICS | RESULTS:
             patient = self.patient([fields for fields in segments if fields[0] == "PID"])
@@ -281,8 +246,7 @@ class _Reader:
             raise RecordError("PID-3.1 has no patient ID.")
         chosen = min(numbers, key=lambda parts: {"MR": 0, "PI": 1}.get(self.value(_at(parts, 4)), 2))
         names = [name for name in self.authority(_at(chosen, 3), 4) if name] or [""]
-        issuer = next((self.issuers[name] for name in names if name in self.issuers), names[0])
-        if not issuer:
+        if not (issuer := next((self.issuers[name] for name in names if name in self.issuers), names[0])):
             raise RecordError("PID-3.4 has no assigning authority.")
         return PatientKey(issuer, self.value(chosen[0]))
 

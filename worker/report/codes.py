@@ -79,8 +79,8 @@ PROCEDURES: Final = {
 
 # PS3.16 Table 8-1, the designators that clinical codes come with.
 _STANDARD: Final = frozenset(
-    "ACR ATC BI CDCREC CPT-4 CVX DCM DCMUID FMA HGNC HPC I10 I10C I10P I11 I9 I9C ICDO3 LN LOINC-PART MDC MDNS MSH "
-    "NCDR NCIt NDC NEU NICIP NPI PATHLEX PUBCHEM_CID RADLEX RFC5646 RXNORM SCT SRT UBERON UCUM UMLS UNIPROT UNS".split()
+    {"ACR", "BI", "C4", "DCM", "FMA", "I10", "I10P", "I9", "I9C", "ICDO3", "LN", "MSH", "NCIt", "NDC", "NEU", "PUBCHEM_CID"}
+    | {"RADLEX", "RFC5646", "RXNORM", "SCT", "SRT", "UCUM", "UMLS"}
 )
 # HL7 v2 table 0396 and FHIR's system URIs, where they name what DICOM names otherwise.
 _ALIASES: Final = {

@@ -24,8 +24,10 @@ from itertools import groupby
 from typing import Final
 
 from highdicom import sr
+from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes as standard
-from pydicom.uid import generate_uid
+from pydicom.sr.coding import Code as DicomCode
+from pydicom.uid import UID, generate_uid
 from pydicom.valuerep import DT
 
 from worker.domain import Code, Finding, Inputs, Study, UsedText, UsedValue, Verdict
@@ -97,10 +99,8 @@ def tree(
     root.ContentSequence = sr.ContentSequence()
     root.ContentSequence.extend(sr.LanguageOfContentItemAndDescendants(concept(codes.ENGLISH)))
     root.ContentSequence.extend(_observer(algorithm, device_uid=uids.device_uid))
-    root.ContentSequence.append(
-        sr.CodeContentItem(standard.DCM.ProcedureReported, concept(algorithm.procedure), _HAS_CONCEPT_MOD)
-    )
-    root.ContentSequence.append(_image_library(source))
+    root.ContentSequence.append(sr.CodeContentItem(standard.DCM.ProcedureReported, concept(algorithm.procedure), _HAS_CONCEPT_MOD))
+    root.ContentSequence.extend(_image_library(source))
     if groups:
         root.ContentSequence.append(_container(standard.DCM.ImagingMeasurements, (item for g in groups for item in g)))
     root.ContentSequence.append(_container(concept(codes.QUALITATIVE_EVALUATIONS), said))
@@ -126,32 +126,28 @@ def _observer(algorithm: Algorithm, *, device_uid: str) -> sr.ObservationContext
         model_name=algorithm.name,
         serial_number=algorithm.bundle_sha256,
     )
-    return sr.ObservationContext(
-        observer_device_context=sr.ObserverContext(standard.DCM.Device, observer_identifying_attributes=device)
-    )
+    return sr.ObservationContext(observer_device_context=sr.ObserverContext(standard.DCM.Device, observer_identifying_attributes=device))
 
 
-def _image_library(source: Evidence) -> sr.ContainerContentItem:
+def _image_library(source: Evidence) -> list[sr.ContainerContentItem]:
     """List what was analysed. Geometry stays in the images: repeated for each slice, it would hide the findings."""
-    group: list[sr.ContentItem] = []
-    if modality := _MODALITIES.get(source.modality):
-        group.append(sr.CodeContentItem(standard.DCM.Modality, modality, _HAS_ACQ_CONTEXT))
-    group += [
-        sr.ImageContentItem(concept(codes.SOURCE), ds.SOPClassUID, ds.SOPInstanceUID, relationship_type=_CONTAINS)
+    purpose = concept(codes.SOURCE)
+    images: list[sr.ContentItem] = [
+        sr.ImageContentItem(purpose, ds.SOPClassUID, ds.SOPInstanceUID, relationship_type=_CONTAINS)
         for ds in source.instances
+        if "Image Storage" in UID(ds.SOPClassUID).name
     ]
-    return _container(standard.DCM.ImageLibrary, [_container(standard.DCM.ImageLibraryGroup, group)])
+    if not images:
+        return []
+    if modality := _MODALITIES.get(source.modality):
+        images.insert(0, sr.CodeContentItem(standard.DCM.Modality, modality, _HAS_ACQ_CONTEXT))
+    return [_container(standard.DCM.ImageLibrary, [_container(standard.DCM.ImageLibraryGroup, images)])]
 
 
-def _finding_group(
-    finding: Finding, *, study: Study, algorithm: Algorithm
-) -> sr.MeasurementsAndQualitativeEvaluations:
+def _finding_group(finding: Finding, *, study: Study, algorithm: Algorithm) -> sr.MeasurementsAndQualitativeEvaluations:
     """Say one finding. Its tracking UID outlives a new version of the bundle: it is still the same question."""
     code = finding.code
-    shares = [
-        _measurement(codes.shapley(part), round(share, 4), codes.NO_UNITS)
-        for part, share in finding.shapley.items()
-    ]
+    shares = [_measurement(codes.shapley(part), round(share, 4), codes.NO_UNITS) for part, share in finding.shapley.items()]
     return sr.MeasurementsAndQualitativeEvaluations(
         tracking_identifier=sr.TrackingIdentifier(
             uid=derive_uid("tracking", study.study_instance_uid, algorithm.name, code.scheme, code.value),
@@ -164,9 +160,7 @@ def _finding_group(
             _measurement(codes.THRESHOLD, percent(finding.threshold), codes.PERCENT),
             *shares,
         ],
-        qualitative_evaluations=[
-            sr.QualitativeEvaluation(concept(codes.VERDICT), concept(codes.VERDICTS[finding.verdict]))
-        ],
+        qualitative_evaluations=[sr.QualitativeEvaluation(concept(codes.VERDICT), concept(codes.VERDICTS[finding.verdict]))],
     )
 
 
@@ -189,10 +183,7 @@ def _value_groups(
 ) -> list[sr.MeasurementsAndQualitativeEvaluations]:
     """Repeat the record's values that the network was given, one group for each time and source."""
     in_order = sorted(values, key=_drawn)
-    return [
-        _value_group(list(drawn), study=study, algorithm=algorithm, zone=zone)
-        for _, drawn in groupby(in_order, key=_drawn)
-    ]
+    return [_value_group(list(drawn), study=study, algorithm=algorithm, zone=zone) for _, drawn in groupby(in_order, key=_drawn)]
 
 
 def _drawn(value: UsedValue) -> tuple[datetime, str]:
@@ -222,8 +213,7 @@ def _value(value: UsedValue, *, zone: tzinfo) -> sr.Measurement:
     comparator = codes.COMPARATORS[value.comparator] if value.comparator else None
     measurement = _measurement(value.code, value.value, codes.unit(value.unit), qualifier=comparator)
     item = measurement[0]
-    # PS3.3 §C.17.3, Document Relationship Macro: the time of a content item that is not the document's.
-    item.ObservationDateTime = DT(_dicom_time(value.at, zone=zone))
+    _observed(item, value.at, zone=zone)
     if comparator:
         # PS3.16 TID 300 row 2: a modifier of the concept.
         modifier = sr.CodeContentItem(concept(codes.COMPARATOR), concept(comparator), _HAS_CONCEPT_MOD)
@@ -235,9 +225,7 @@ def _measurement(name: Code, value: float, unit: Code, *, qualifier: Code | None
     """Write a number as people write it: highdicom makes "3.0" of 3, which claims a digit that nobody measured."""
     if not math.isfinite(value):
         raise ValueError("A number in a report must be finite.")
-    measurement = sr.Measurement(
-        concept(name), float(value), concept(unit), qualifier=concept(qualifier) if qualifier else None
-    )
+    measurement = sr.Measurement(concept(name), float(value), concept(unit), qualifier=concept(qualifier) if qualifier else None)
     # PS3.5 §6.2: a DS has 16 characters; the exact value stands beside it as Floating Point Value.
     measurement[0].MeasuredValueSequence[0].NumericValue = f"{value:.10g}"
     return measurement
@@ -285,7 +273,7 @@ def _named(heading: str, findings: Sequence[Finding], verdict: Verdict) -> str:
 
 def _statements(algorithm: Algorithm) -> list[sr.ContentItem]:
     use = RESEARCH_STATEMENT if algorithm.research_use else CLINICAL_STATEMENT
-    stated = [_text(codes.INTENDED_USE, f"{algorithm.title}. {use}" if algorithm.title else use)]
+    stated: list[sr.ContentItem] = [_text(codes.INTENDED_USE, f"{algorithm.title}. {use}" if algorithm.title else use)]
     if algorithm.quality_statement:
         stated.append(_text(codes.QUALITY, algorithm.quality_statement))
     return stated
@@ -304,8 +292,13 @@ def _record(inputs: Inputs, *, zone: tzinfo) -> list[sr.ContentItem]:
 def _text_given(text: UsedText, *, zone: tzinfo) -> sr.TextContentItem:
     when = _clock_time(text.at, zone=zone)
     item = _text(text.code, f"{text.name}, written {when}{_origin(text.source)}: given to the network, not repeated here.")
-    item.ObservationDateTime = DT(_dicom_time(text.at, zone=zone))
+    _observed(item, text.at, zone=zone)
     return item
+
+
+def _observed(item: Dataset, at: datetime, *, zone: tzinfo) -> None:
+    """Give `item` its own time, where it is not the document's (PS3.3 §C.17.3, Document Relationship Macro)."""
+    item.ObservationDateTime = DT(_dicom_time(at, zone=zone))
 
 
 def _origin(source: str) -> str:
@@ -316,7 +309,7 @@ def _text(name: Code, value: str) -> sr.TextContentItem:
     return sr.TextContentItem(concept(name), codes.one_line(value), _CONTAINS)
 
 
-def _container(name: sr.CodedConcept | object, items: Iterable[sr.ContentItem]) -> sr.ContainerContentItem:
+def _container(name: DicomCode | sr.CodedConcept, items: Iterable[sr.ContentItem]) -> sr.ContainerContentItem:
     container = sr.ContainerContentItem(name, relationship_type=_CONTAINS)
     container.ContentSequence = sr.ContentSequence(list(items))
     return container

@@ -7,10 +7,11 @@ Whatever an image says outside its VR is left out rather than carried into a doc
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Final
 
@@ -19,36 +20,79 @@ from pydicom import config
 from pydicom.datadict import tag_for_keyword
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
+from pydicom.errors import InvalidDicomError
 from pydicom.filereader import read_partial
+from pydicom.uid import SecondaryCaptureImageStorage
 
 from worker.domain import Study
 from worker.errors import PatientConflict, PixelError
 from worker.report import codes
 
 # PS3.3 §C.7.1.1 (Patient Module) and §C.7.2.1 (General Study Module): copied as they are.
-_TYPE_2: Final = (
-    "PatientName PatientID PatientBirthDate PatientSex StudyDate StudyTime AccessionNumber ReferringPhysicianName StudyID"
-).split()
+_TYPE_2: Final = [
+    "PatientName",
+    "PatientID",
+    "PatientBirthDate",
+    "PatientSex",
+    "StudyDate",
+    "StudyTime",
+    "AccessionNumber",
+    "ReferringPhysicianName",
+    "StudyID",
+]
 _COPIED: Final = (
     *_TYPE_2,
-    *(
-        "IssuerOfPatientID TypeOfPatientID IssuerOfPatientIDQualifiersSequence PatientBirthTime QualityControlSubject "
-        "OtherPatientIDsSequence OtherPatientNames PatientSpeciesDescription PatientSpeciesCodeSequence "
-        "PatientBreedDescription PatientBreedCodeSequence BreedRegistrationSequence ResponsiblePerson "
-        "ResponsiblePersonRole ResponsibleOrganization PatientIdentityRemoved DeidentificationMethod "
-        "DeidentificationMethodCodeSequence IssuerOfAccessionNumberSequence StudyDescription ProcedureCodeSequence"
-    ).split(),
+    *[
+        "IssuerOfPatientID",
+        "TypeOfPatientID",
+        "IssuerOfPatientIDQualifiersSequence",
+        "PatientBirthTime",
+        "QualityControlSubject",
+        "OtherPatientIDsSequence",
+        "OtherPatientNames",
+        "PatientSpeciesDescription",
+        "PatientSpeciesCodeSequence",
+        "PatientBreedDescription",
+        "PatientBreedCodeSequence",
+        "BreedRegistrationSequence",
+        "ResponsiblePerson",
+        "ResponsiblePersonRole",
+        "ResponsibleOrganization",
+        "PatientIdentityRemoved",
+        "DeidentificationMethod",
+        "DeidentificationMethodCodeSequence",
+        "IssuerOfAccessionNumberSequence",
+        "StudyDescription",
+        "ProcedureCodeSequence",
+    ],
 )
-_EQUIPMENT: Final = (
-    "Manufacturer ManufacturerModelName InstitutionName StationName DeviceSerialNumber SoftwareVersions".split()
-)
-_IDENTITY: Final = (
-    "SpecificCharacterSet SOPClassUID SOPInstanceUID Modality StudyInstanceUID SeriesInstanceUID PatientID "
-    "IssuerOfPatientID"
-).split()
+_EQUIPMENT: Final = ["Manufacturer", "ManufacturerModelName", "InstitutionName", "StationName", "DeviceSerialNumber", "SoftwareVersions"]
+_IDENTITY: Final = [
+    "SpecificCharacterSet",
+    "SOPClassUID",
+    "SOPInstanceUID",
+    "Modality",
+    "StudyInstanceUID",
+    "SeriesInstanceUID",
+    "PatientID",
+    "IssuerOfPatientID",
+]
 _HEADER: Final = [*_IDENTITY, *_COPIED, *_EQUIPMENT, "TimezoneOffsetFromUTC", "RequestAttributesSequence"]
 _LAST_IDENTITY_TAG: Final = 0x0020000E
 _IDENTITY_TAGS: Final = [tag for keyword in _IDENTITY if (tag := tag_for_keyword(keyword))]
+
+# What pydicom raises on a damaged header. Not OSError: a file that is gone is not the sender's fault.
+_UNREADABLE: Final = (
+    InvalidDicomError,
+    struct.error,
+    EOFError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    NotImplementedError,
+    RecursionError,
+)
 
 # PS3.5 §6.2. What does not match is not a value of that VR, and an archive may refuse the object for it.
 _LEGAL: Final = {
@@ -64,13 +108,41 @@ class Evidence:
     """What the analysed instances say of patient, study, order and equipment.
 
     ``instances`` hold UIDs and SOP class each, in the order of their UIDs; the rest is the first one's.
+    ``stand_in`` is an image for highdicom, with nobody's name in it.
     """
 
     instances: tuple[Dataset, ...]
+    stand_in: Dataset
     copied: tuple[DataElement, ...]
     requests: tuple[Dataset, ...]
     modality: str
     utc_offset: timedelta | None
+
+
+def references(instances: Sequence[Dataset]) -> list[Dataset]:
+    """List `instances` by study and series, as the evidence sequences do (PS3.3 Table 10-11)."""
+    by_study: dict[str, dict[str, list[Dataset]]] = {}
+    for ds in instances:
+        item = Dataset()
+        item.ReferencedSOPClassUID = ds.SOPClassUID
+        item.ReferencedSOPInstanceUID = ds.SOPInstanceUID
+        by_study.setdefault(ds.StudyInstanceUID, {}).setdefault(ds.SeriesInstanceUID, []).append(item)
+    return [
+        _listed(
+            "StudyInstanceUID",
+            uid,
+            "ReferencedSeriesSequence",
+            [_listed("SeriesInstanceUID", series, "ReferencedSOPSequence", items) for series, items in by_series.items()],
+        )
+        for uid, by_series in by_study.items()
+    ]
+
+
+def _listed(level: str, uid: str, keyword: str, items: list[Dataset]) -> Dataset:
+    ds = Dataset()
+    setattr(ds, level, uid)
+    setattr(ds, keyword, items)
+    return ds
 
 
 def read(paths: Sequence[Path], *, study: Study) -> Evidence:
@@ -89,17 +161,16 @@ def read(paths: Sequence[Path], *, study: Study) -> Evidence:
         raise ValueError("A report needs at least one analysed instance.")
     # pydicom quotes a value outside its VR in a warning: what images say must not reach a log.
     with config.disable_value_validation():
-        found = {_text(ds, "SOPInstanceUID"): (ds, path) for path in paths for ds in (_identity(path),)}
-        for ds, _ in found.values():
-            _check_owner(ds, study)
-        instances = tuple(_instance(ds) for ds, _ in (found[uid] for uid in sorted(found)))
-        header = _header(found[instances[0].SOPInstanceUID][1])
+        found = {said["SOPInstanceUID"]: (said, path) for path in paths for said in (_identity(path),)}
+        for said, _ in found.values():
+            _check_owner(said, study)
+        instances = tuple(_reference(found[uid][0]) for uid in sorted(found))
+        header = _header(found[min(found)][1])
+        stand_in = _stand_in(instances[0], header)
     copied = tuple(header[keyword] for keyword in _COPIED if keyword in header)
-    for keyword in _EQUIPMENT:
-        if keyword in header:
-            setattr(instances[0], keyword, header[keyword].value)
     return Evidence(
         instances=instances,
+        stand_in=stand_in,
         copied=copied,
         requests=_requests(header),
         modality=_text(header, "Modality"),
@@ -107,54 +178,63 @@ def read(paths: Sequence[Path], *, study: Study) -> Evidence:
     )
 
 
-def _identity(path: Path) -> Dataset:
-    """Read no further than Series Instance UID: a fifth of the time of a whole header."""
+def _identity(path: Path) -> dict[str, str]:
+    """Read whose instance it is, and no further than Series Instance UID: there may be a thousand."""
     try:
         with path.open("rb") as file:
             ds = read_partial(file, lambda tag, _vr, _length: tag > _LAST_IDENTITY_TAG, specific_tags=list(_IDENTITY_TAGS))
-            ds.decode()
-    except (OSError, ValueError, LookupError, AttributeError, TypeError, NotImplementedError, RecursionError) as error:
+            return {keyword: _text(ds, keyword) for keyword in _IDENTITY}
+    except _UNREADABLE as error:
         raise PixelError(f"The header of an analysed instance cannot be read ({type(error).__name__}).") from None
-    return ds
 
 
 def _header(path: Path) -> Dataset:
     try:
         header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(_HEADER))
         header.decode()
-    except (OSError, ValueError, LookupError, AttributeError, TypeError, NotImplementedError, RecursionError) as error:
+    except _UNREADABLE as error:
         raise PixelError(f"The header of an analysed instance cannot be read ({type(error).__name__}).") from None
     _drop_illegal(header)
     for keyword in _TYPE_2:
         if keyword not in header or header[keyword].value is None:
             setattr(header, keyword, "")
-    if "StudyDescription" in header:
-        header.StudyDescription = codes.short(_text(header, "StudyDescription"))
+    if isinstance(title := header.get("StudyDescription"), str):
+        header.StudyDescription = codes.short(title)
     return header
 
 
-def _check_owner(ds: Dataset, study: Study) -> None:
-    """An image without an issuer is its study's; one that names another issuer is another patient's."""
-    issuer = _text(ds, "IssuerOfPatientID")
-    if _text(ds, "PatientID") != study.patient.key.patient_id.strip():
+def _check_owner(said: dict[str, str], study: Study) -> None:
+    """Compare patient and study. An image that names no issuer is its study's; one that names another is not."""
+    issuer = said["IssuerOfPatientID"]
+    if said["PatientID"] != study.patient.key.patient_id.strip():
         raise PatientConflict("An analysed instance is of another patient than its study: nothing is reported.")
     if issuer and study.patient.key.issuer and issuer != study.patient.key.issuer.strip():
         raise PatientConflict("An analysed instance has another issuer of its patient ID than its study.")
-    if _text(ds, "StudyInstanceUID") != study.study_instance_uid:
+    if said["StudyInstanceUID"] != study.study_instance_uid:
         raise PatientConflict("An analysed instance belongs to another study than the report.")
 
 
-def _instance(ds: Dataset) -> Dataset:
-    """Make the evidence that highdicom takes: references, and of the type 2 attributes only that they are there.
+def _reference(said: dict[str, str]) -> Dataset:
+    reference = Dataset()
+    for keyword in ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID"):
+        setattr(reference, keyword, said[keyword])
+    return reference
 
-    highdicom raises on a sex or a date outside the standard, so it never sees one; `Evidence.copied` has the real ones.
+
+def _stand_in(first: Dataset, header: Dataset) -> Dataset:
+    """Make the image that highdicom takes patient and study from, as empty as it may be.
+
+    highdicom raises on a sex or a date outside the standard and on a SOP class that it does not know, and logs
+    a name that it finds odd. So it never sees the real ones, which are in `Evidence.copied`.
     """
-    bare = Dataset()
-    for keyword in ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "Modality"):
-        setattr(bare, keyword, _text(ds, keyword))
+    image = deepcopy(first)
+    image.SOPClassUID = SecondaryCaptureImageStorage
     for keyword in _TYPE_2:
-        setattr(bare, keyword, "")
-    return bare
+        setattr(image, keyword, "")
+    for keyword in _EQUIPMENT:
+        if keyword in header:
+            setattr(image, keyword, header[keyword].value)
+    return image
 
 
 def _drop_illegal(ds: Dataset) -> None:
@@ -209,8 +289,3 @@ def _utc_offset(text: str) -> timedelta | None:
 def _text(ds: Dataset, keyword: str) -> str:
     value = ds.get(keyword)
     return "" if value is None else str(value).strip()
-
-
-def fixed_zone(offset: timedelta | None, *, default: timezone) -> timezone:
-    """Choose the zone of the document's dates: the images' own where they name one."""
-    return default if offset is None else timezone(offset)

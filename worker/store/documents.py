@@ -8,10 +8,10 @@ from datetime import datetime
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.engine import Connection, Row
+from sqlalchemy.engine import Connection
 
 from worker.domain import Document, Finding, Job
-from worker.store.schema import document, finding
+from worker.store.schema import AnyRow, document, finding
 from worker.store.studies import insert_or_ignore
 
 
@@ -76,13 +76,11 @@ def predecessor(conn: Connection, study_id: int, *, bundle: str, before_version:
     return None if row is None else _document(row)
 
 
-def of_study(conn: Connection, study_id: int) -> list[tuple[Row[Any], list[Row[Any]]]]:
+def of_study(conn: Connection, study_id: int) -> list[tuple[AnyRow, list[AnyRow]]]:
     """A study's documents with their findings, oldest first."""
     rows = conn.execute(sa.select(document).where(document.c.study_id == study_id).order_by(document.c.id)).all()
-    return [
-        (row, list(conn.execute(sa.select(finding).where(finding.c.document_id == row.id).order_by(finding.c.id)))) for row in rows
-    ]
+    return [(row, list(conn.execute(sa.select(finding).where(finding.c.document_id == row.id).order_by(finding.c.id)))) for row in rows]
 
 
-def _document(row: Row[Any]) -> Document:
+def _document(row: AnyRow) -> Document:
     return Document(row.sop_instance_uid, row.sop_class_uid, row.kind, bytes(row.data), row.predecessor_uid)

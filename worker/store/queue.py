@@ -21,12 +21,12 @@ from datetime import datetime, timedelta
 from typing import Any, Final
 
 import sqlalchemy as sa
-from sqlalchemy.engine import Connection, Row
+from sqlalchemy.engine import Connection
 
 from worker.domain import STAT, Job, JobKind, Lease
 from worker.errors import WorkerError
 from worker.store import history
-from worker.store.schema import job, study
+from worker.store.schema import AnyRow, job, study
 from worker.store.studies import insert_or_ignore
 
 #: First retry after about this long, doubling up to the cap; half of it is jitter, so that
@@ -123,7 +123,7 @@ def lease(
     return jobs
 
 
-def _job(row: Row[Any], *, owner: str, expires_at: datetime, now: datetime) -> Job:
+def _job(row: AnyRow, *, owner: str, expires_at: datetime, now: datetime) -> Job:
     return Job(
         id=row.id,
         kind=row.kind,
@@ -209,9 +209,7 @@ def backoff_s(attempt: int) -> float:
 
 def rescue(conn: Connection, *, now: datetime) -> list[int]:
     """Give back jobs whose lease ran out; those that used up their attempts become dead letters."""
-    rows = conn.execute(
-        sa.select(job).where(job.c.state == "leased", job.c.lease_expires_at < now).with_for_update(skip_locked=True)
-    ).all()
+    rows = conn.execute(sa.select(job).where(job.c.state == "leased", job.c.lease_expires_at < now).with_for_update(skip_locked=True)).all()
     for row in rows:
         is_poison = row.max_attempts is not None and row.attempt >= row.max_attempts
         state = "discarded" if is_poison else "available"
@@ -219,7 +217,9 @@ def rescue(conn: Connection, *, now: datetime) -> list[int]:
         conn.execute(
             sa.update(job)
             .where(job.c.id == row.id)
-            .values(state=state, lease_expires_at=None, lease_owner="", reason=reason, not_before=now, finished_at=now if is_poison else None)
+            .values(
+                state=state, lease_expires_at=None, lease_owner="", reason=reason, not_before=now, finished_at=now if is_poison else None
+            )
         )
         history.note(conn, row.study_id, name=f"{row.kind}.rescued", now=now, bundle=row.bundle, attempt=row.attempt, state=state)
     return [row.id for row in rows]
@@ -276,7 +276,7 @@ def oldest_due_s(conn: Connection, *, now: datetime) -> float:
     return round((now - oldest).total_seconds(), 1) if oldest else 0.0
 
 
-def of_study(conn: Connection, study_id: int) -> list[Row[Any]]:
+def of_study(conn: Connection, study_id: int) -> list[AnyRow]:
     """The jobs of a study, oldest first."""
     return list(conn.execute(sa.select(job).where(job.c.study_id == study_id).order_by(job.c.id)))
 
@@ -288,7 +288,9 @@ def _held(one: Job) -> sa.Update:
 def _settle(conn: Connection, one: Job, state: str, *, reason: str, now: datetime, **values: object) -> None:
     finished = state in {"completed", "discarded", "cancelled"}
     changed = conn.execute(
-        _held(one).values(state=state, reason=reason, lease_owner="", lease_expires_at=None, finished_at=now if finished else None, **values)
+        _held(one).values(
+            state=state, reason=reason, lease_owner="", lease_expires_at=None, finished_at=now if finished else None, **values
+        )
     ).rowcount
     if not changed:
         raise LeaseLost(f"Job {one.id} is no longer leased to generation {one.lease.generation}.")

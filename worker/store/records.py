@@ -154,4 +154,4 @@ def view(conn: Connection, key: PatientKey, *, as_of: datetime) -> PatientRecord
 def message_counts(conn: Connection) -> dict[str, int]:
     """How many messages were applied, ignored and refused."""
     rows = conn.execute(sa.select(message.c.result, sa.func.count()).group_by(message.c.result))
-    return {result: count for result, count in rows}
+    return dict(rows.tuples().all())

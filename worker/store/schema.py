@@ -13,10 +13,10 @@ A study names its patient by (issuer, patient ID), not by a row: images may come
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Final
+from typing import Any, Final
 
 import sqlalchemy as sa
-from sqlalchemy.engine import Dialect
+from sqlalchemy.engine import Dialect, Row
 
 #: Must be the head of migrations/; a test compares them.
 REVISION: Final = "0001"
@@ -24,6 +24,9 @@ REVISION: Final = "0001"
 #: Drawn in HOUSE §5 and worker/README.md: available → leased → completed | discarded | cancelled.
 JOB_STATES: Final = ("available", "leased", "completed", "discarded", "cancelled")
 STUDY_STATES: Final = ("receiving", "complete")
+
+#: A row of any query, for signatures.
+AnyRow = Row[*tuple[Any, ...]]
 
 metadata = sa.MetaData(
     naming_convention={
@@ -51,7 +54,7 @@ class UtcDateTime(sa.types.TypeDecorator[datetime]):
         value = value.astimezone(UTC)
         return value.replace(tzinfo=None) if dialect.name == "sqlite" else value
 
-    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+    def process_result_value(self, value: datetime | None, _dialect: Dialect) -> datetime | None:
         """Give back an aware UTC time."""
         if value is None:
             return None
@@ -251,7 +254,7 @@ job = sa.Table(
     # NULL: no limit. A report is delivered however long its PACS is down.
     sa.Column("max_attempts", sa.Integer, nullable=True),
     sa.Column("not_before", UtcDateTime, nullable=False),
-    sa.Column("is_snoozed", sa.Boolean, nullable=False, server_default=sa.text('false')),
+    sa.Column("is_snoozed", sa.Boolean, nullable=False, server_default=sa.text("false")),
     _text("lease_owner"),
     sa.Column("lease_generation", sa.Integer, nullable=False, server_default="0"),
     sa.Column("lease_expires_at", UtcDateTime, nullable=True),

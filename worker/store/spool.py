@@ -193,7 +193,7 @@ class Spool:
         """
         limit = written_before.timestamp()
         parts = orphans = size_bytes = 0
-        for part in self._incoming.glob("*.part"):
+        for part in self._incoming.iterdir():
             freed = _remove_abandoned(part, limit)
             parts += freed is not None
             size_bytes += freed or 0

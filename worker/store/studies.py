@@ -14,11 +14,11 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.engine import Connection, Row
+from sqlalchemy.engine import Connection
 
 from worker.domain import Header, Instance, Patient, PatientKey, Received, Series, Study
 from worker.store import history
-from worker.store.schema import document, instance, job, series, study
+from worker.store.schema import AnyRow, document, instance, job, series, study
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ def add_instance(
 
 def _study_of(
     conn: Connection, header: Header, *, calling_ae: str, address: str, study_at: datetime | None, quiet_s: float, now: datetime
-) -> Row[Any]:
+) -> AnyRow:
     wanted = sa.select(study.c.id, study.c.issuer, study.c.patient_id, study.c.state, study.c.version).where(
         study.c.study_instance_uid == header.study_instance_uid
     )
@@ -150,7 +150,7 @@ def _series_of(conn: Connection, study_id: int, header: Header) -> int:
             },
         )
         found = conn.execute(wanted).scalar_one()
-    return found
+    return int(found)
 
 
 def receiving(conn: Connection) -> list[Pending]:
@@ -227,15 +227,17 @@ def _series(conn: Connection, study_id: int) -> Iterable[Series]:
         .where(series.c.study_id == study_id)
         .order_by(series.c.id, instance.c.id)
     ).all()
-    groups: dict[str, list[Row[Any]]] = {}
+    groups: dict[str, list[AnyRow]] = {}
     for row in rows:
         groups.setdefault(row.series_instance_uid, []).append(row)
     for uid, members in groups.items():
-        instances = tuple(Instance(r.sop_instance_uid, r.sop_class_uid, r.transfer_syntax_uid, Path(r.path), r.sha256, r.size_bytes) for r in members)
+        instances = tuple(
+            Instance(r.sop_instance_uid, r.sop_class_uid, r.transfer_syntax_uid, Path(r.path), r.sha256, r.size_bytes) for r in members
+        )
         yield Series(uid, members[0].modality, members[0].body_part, members[0].description, instances)
 
 
-def _study(row: Row[Any], parts: Iterable[Series] = ()) -> Study:
+def _study(row: AnyRow, parts: Iterable[Series] = ()) -> Study:
     return Study(
         study_instance_uid=row.study_instance_uid,
         patient=Patient(PatientKey(row.issuer, row.patient_id), row.patient_name, row.birth_date, row.sex),
@@ -284,7 +286,7 @@ def recent(conn: Connection, *, limit: int, is_discarded: bool = False) -> list[
     return [_line(conn, row) for row in rows]
 
 
-def _line(conn: Connection, row: Row[Any]) -> Line:
+def _line(conn: Connection, row: AnyRow) -> Line:
     parts = conn.execute(
         sa.select(series.c.modality, sa.func.count(instance.c.id))
         .join(instance, instance.c.series_id == series.c.id)
@@ -311,7 +313,7 @@ def _line(conn: Connection, row: Row[Any]) -> Line:
 def counts(conn: Connection) -> dict[str, int]:
     """How many studies are being received, complete or on hold."""
     state = sa.case((study.c.hold != "", "hold"), else_=study.c.state)
-    return {name: count for name, count in conn.execute(sa.select(state, sa.func.count()).group_by(state))}
+    return dict(conn.execute(sa.select(state, sa.func.count()).group_by(state)).tuples().all())
 
 
 def known_paths(conn: Connection, paths: Sequence[str]) -> set[str]:

@@ -1,0 +1,223 @@
+"""`synoptic demo`: the real daemon beside a small PACS, phantom patients through both, on loopback.
+
+Nothing is pretended: the daemon is ``synoptic all`` in a process of its own, fed by C-STORE and HL7 over
+MLLP; the reports counted are those that arrive in the PACS by C-STORE. Only the patients are made up,
+which is why their truth is known.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from pydicom import Dataset, dcmread
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from worker import config, view
+from worker.deliver import cstore
+from worker.demo.pacs import DemoPacs
+from worker.demo.phantom import FINDING, PhantomCase, make_case
+from worker.errors import PeerUnavailable
+from worker.intake import mllp
+from worker.store import documents, studies
+from worker.store.database import Store
+
+BUNDLE: Final = Path(__file__).parents[2] / "models" / "bundles" / "phantom"
+#: The patients: fixed, so that the demo shows the same on every machine.
+FIRST_SEED: Final = 900_000
+READY_S: Final = 60.0
+#: One study may take this long from its last image to its report before the demo gives up.
+REPORT_S: Final = 60.0
+CONFIGURATION: Final = """\
+# Written by `synoptic demo`; deploy/synoptic.toml explains every key.
+[site]
+data = "data"
+[receive]
+port = {receive}
+ae_title = "SYNOPTIC"
+processes = 1
+low_water_mb = 64
+[[senders]]
+ae_title = "DEMOPACS"
+query_host = "127.0.0.1"
+query_port = {pacs}
+[assembly]
+quiet_s = 3
+ask_sender_after_s = 0.1
+[records]
+port = {records}
+[run]
+bundles = ["{bundle}"]
+[[destinations]]
+name = "demo"
+ae_title = "DEMOPACS"
+host = "127.0.0.1"
+port = {pacs}
+"""
+
+
+@dataclass(slots=True)
+class Followed:
+    """One case on its way."""
+
+    case: PhantomCase
+    responded_at: float = 0.0
+    report: Dataset | None = None
+    seconds: float = 0.0
+    faults: list[str] = field(default_factory=list)
+
+
+def run(out: Console, err: Console, *, cases: int, folder: Path) -> bool:
+    """Run the demo in `folder`; returns whether every report came and is right."""
+    if folder.exists() and any(folder.iterdir()):
+        folder = next(path for n in range(2, 10_000) if not (path := folder.with_name(f"{folder.name}-{n}")).exists())
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    followed = [Followed(_case(number)) for number in range(cases)]
+    (folder / "pacs").mkdir()
+    for one in followed:
+        for ds in one.case.datasets:
+            ds.save_as(folder / "pacs" / f"{ds.SOPInstanceUID}.dcm", enforce_file_format=True)
+    with DemoPacs(folder / "pacs") as pacs:
+        receive, records = _free_port(), _free_port()
+        path = folder / "synoptic.toml"
+        path.write_text(CONFIGURATION.format(receive=receive, records=records, pacs=pacs.port, bundle=BUNDLE), "utf-8")
+        with _daemon(path, folder / "daemon.log"):
+            _drive(err, pacs, followed, receive=receive, records=records)
+        _check(followed, folder)
+    _print(out, followed, folder)
+    return not any(one.faults for one in followed)
+
+
+def _case(number: int) -> PhantomCase:
+    """Every fourth patient lacks the marker: the report says so. His other two facts agree, so the truth is still known."""
+    seed = FIRST_SEED + 100 * number
+    if number % 4 != 3:
+        return make_case(seed, absent=frozenset())
+    drawn = (make_case(candidate, absent=frozenset({"marker"})) for candidate in range(seed, seed + 100))
+    return next(case for case in drawn if case.factors["nodule"] == case.factors["history"])
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return int(taken.getsockname()[1])
+
+
+@contextmanager
+def _daemon(path: Path, log: Path) -> Iterator[None]:
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(config.ENVIRONMENT_PREFIX)}
+    with log.open("wb") as file:
+        command = [sys.executable, "-m", "worker", "all", "--config", str(path)]
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environ)  # noqa: S603  our own interpreter
+        try:
+            yield
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(60)
+
+
+def _drive(err: Console, pacs: DemoPacs, followed: list[Followed], *, receive: int, records: int) -> None:
+    """Send everything, wait for the reports; what does not come is left without one."""
+    worker = cstore.Peer("worker", "SYNOPTIC", "127.0.0.1", receive, pacs.ae_title)
+    columns = (TextColumn("{task.description:22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=err) as progress:
+        tasks = [progress.add_task(what, total=len(followed)) for what in ("patients by HL7", "studies by C-STORE", "reports in the PACS")]
+        _wait_ready(worker)
+        for one in followed:
+            codes = mllp.send(("127.0.0.1", records), [message.encode() for message in one.case.hl7], timeout_s=20)
+            one.faults += [f"an HL7 message was answered {code}" for code in codes if code not in {"AA", "CA"}]
+            progress.advance(tasks[0])
+        for one in followed:
+            sent = pacs.forward(one.case.study_instance_uid, peer=worker)
+            one.responded_at = sent.responded_at
+            one.faults += [f"C-STORE was answered 0x{status:04X}" for status in sent.statuses if status]
+            progress.advance(tasks[1])
+            progress.update(tasks[2], completed=len(_reports(pacs)))
+        deadline = time.monotonic() + REPORT_S + 2 * len(followed)
+        while (count := len(_reports(pacs))) < len(followed) and time.monotonic() < deadline:
+            pacs.wait_for(lambda count=count: len(_reports(pacs)) > count, 1.0)  # type: ignore[misc]
+            progress.update(tasks[2], completed=len(_reports(pacs)))
+        progress.update(tasks[2], completed=len(_reports(pacs)))
+    arrived = _reports(pacs)
+    for one in followed:
+        if one.case.study_instance_uid in arrived:
+            stored = arrived[one.case.study_instance_uid]
+            one.report, one.seconds = dcmread(stored[0]), stored[1] - one.responded_at
+
+
+def _wait_ready(worker: cstore.Peer) -> None:
+    deadline = time.monotonic() + READY_S
+    while True:
+        try:
+            cstore.echo(worker)
+        except PeerUnavailable:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+        else:
+            return
+
+
+def _reports(pacs: DemoPacs) -> dict[str, tuple[Path, float]]:
+    return {s.study_instance_uid: (s.path, s.arrived_at) for s in pacs.instances() if s.modality == "SR"}
+
+
+def _check(followed: list[Followed], folder: Path) -> None:
+    """Right means: there, of this study and patient, and its verdict not the opposite of the truth."""
+    store = Store(f"sqlite:///{folder / 'data' / 'synoptic.db'}")
+    for one in followed:
+        if one.report is None:
+            one.faults.append("no report arrived")
+            continue
+        if (one.report.StudyInstanceUID, one.report.PatientID) != (one.case.study_instance_uid, one.case.patient_id):
+            one.faults.append("the report is of another study or patient")
+        _, verdict = _finding(store, one.case.study_instance_uid)
+        if verdict == ("negative" if one.case.truth[FINDING] else "positive"):
+            one.faults.append(f"the verdict is {verdict}, the truth is {one.case.truth[FINDING]}")
+    store.close()
+
+
+def _finding(store: Store, study_instance_uid: str) -> tuple[float, str]:
+    with store.read() as conn:
+        study_id = studies.find(conn, study_instance_uid)[0][0]
+        findings = documents.of_study(conn, study_id)[-1][1]
+    return (findings[0].probability, findings[0].verdict) if findings else (0.0, "none")
+
+
+def _print(out: Console, followed: list[Followed], folder: Path) -> None:
+    store = Store(f"sqlite:///{folder / 'data' / 'synoptic.db'}")
+    table = Table("study", "finding", "probability", "verdict", "truth", "record lacks", "seconds to report", "", title="Phantom patients")
+    for one in followed:
+        case = one.case
+        probability, verdict = _finding(store, case.study_instance_uid) if one.report is not None else (0.0, "")
+        table.add_row(
+            case.datasets[0].AccessionNumber,
+            FINDING.replace("_", " "),
+            f"{probability:.3f}" if one.report is not None else "",
+            verdict,
+            "present" if case.truth[FINDING] else "absent",
+            ", ".join(sorted(case.absent)),
+            f"{one.seconds:.2f}" if one.report is not None else "",
+            "[green]ok[/green]" if not one.faults else f"[red]{'; '.join(one.faults)}[/red]",
+        )
+    out.print(table)
+    shown = next((one for one in followed if one.report is not None), None)
+    if shown is not None:
+        with store.read() as conn:
+            study_id = studies.find(conn, shown.case.study_instance_uid)[0][0]
+            data = bytes(documents.of_study(conn, study_id)[-1][0].data)
+        out.print(f"\nThe report of {shown.case.datasets[0].AccessionNumber}, as a tree:\n")
+        view.print_report(out, data)
+    store.close()
+    out.print(f"\nReports and images: {folder / 'pacs'}   log: {folder / 'daemon.log'}   database and spool: {folder / 'data'}")
+    out.print(f"Look closer: .venv/bin/synoptic studies --config {folder / 'synoptic.toml'}, then synoptic show 1 --config …")

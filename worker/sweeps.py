@@ -1,0 +1,116 @@
+"""Everything periodic, by APScheduler: each sweep is idempotent and never runs twice at once.
+
+Completeness, the senders' own counts, the rescue of jobs whose worker died, and one clean-up of the spool
+at the start. The scheduler holds no state of ours: what must survive a restart is a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import UTC, timedelta
+from typing import TYPE_CHECKING, Final
+
+from worker import events
+from worker.config import Config
+from worker.errors import WorkerError
+from worker.roles import clock
+from worker.store import queue, studies
+from worker.store.database import Store
+from worker.store.spool import Spool
+
+if TYPE_CHECKING:
+    from apscheduler.schedulers.background import BackgroundScheduler
+
+    from models.bundle import Bundle
+    from worker.store.studies import Pending
+
+#: A file without a row is a crash's after this long; rows follow files within seconds.
+ORPHAN_AGE: Final = timedelta(minutes=15)
+
+
+def bundles(config: Config) -> list[Bundle]:
+    """The configured bundles' metadata; weights are checked where they are loaded."""
+    from models.bundle import Bundle
+
+    return [Bundle.read(folder, verify=False) for folder in config.run.bundles]
+
+
+def scheduler(config: Config, store: Store, spool: Spool) -> BackgroundScheduler:
+    """Everything periodic, each run idempotent, never two of a kind at once; not started yet."""
+    from apscheduler.schedulers.background import BackgroundScheduler
+
+    from worker.intake import assembly
+
+    wants = [
+        assembly.Wants(bundle.name, frozenset(bundle.series.modalities), bundle.series.min_instances * bundle.series.required)
+        for bundle in bundles(config)
+    ]
+    limit_s = config.assembly.incomplete_limit_s
+    asking = {sender.ae_title: sender for sender in config.senders if sender.query_port}
+
+    def complete() -> None:
+        assembly.sweep(store, wants=wants, limit_s=limit_s, now=clock())
+
+    def ask() -> None:
+        assembly.ask_senders(store, ask=lambda one: _expected(config, one), after_s=config.assembly.ask_sender_after_s, now=clock())
+
+    def rescue() -> None:
+        with store.begin() as conn:
+            rescued = queue.rescue(conn, now=clock())
+        for job in rescued:
+            events.emit("job.rescued", job=job)
+
+    def clean() -> None:
+        sweep_spool(store, spool)
+
+    made = BackgroundScheduler(timezone=UTC, job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": None})
+    made.add_job(_spared(complete), "interval", seconds=config.assembly.sweep_s)
+    made.add_job(_spared(rescue), "interval", seconds=max(1.0, config.run.lease_s / 6))
+    if asking:
+        made.add_job(_spared(ask), "interval", seconds=config.assembly.sweep_s)
+    # Once, in the background: with 100 000 files it must not delay the first association.
+    made.add_job(_spared(clean))
+    return made
+
+
+def _spared(sweep: Callable[[], None]) -> Callable[[], None]:
+    """A sweep that fails says so and comes again; the scheduler would only print a traceback."""
+
+    def run() -> None:
+        try:
+            sweep()
+        except WorkerError as exc:
+            events.emit("sweep.failed", sweep=sweep.__name__, reason=str(exc))
+
+    return run
+
+
+def _expected(config: Config, one: Pending) -> int | None:
+    """Ask the study's sender for its count, if the sender may be asked."""
+    from worker.deliver import cstore
+
+    for sender in config.senders:
+        if sender.ae_title == one.calling_ae and sender.query_port:
+            peer = cstore.Peer(
+                name=sender.ae_title,
+                ae_title=sender.ae_title,
+                host=sender.query_host or one.address,
+                port=sender.query_port,
+                own_ae_title=config.receive.ae_title,
+                timeout_s=10.0,
+            )
+            try:
+                return cstore.count_instances(peer, study_instance_uid=one.study_instance_uid)
+            except WorkerError as exc:
+                events.emit("sweep.failed", sweep="ask_sender", reason=str(exc))
+    return None
+
+
+def sweep_spool(store: Store, spool: Spool) -> None:
+    """Remove what a crash left half-written: parts, and files whose sender was never told Success."""
+
+    def known(paths: Sequence[str]) -> set[str]:
+        with store.read() as conn:
+            return studies.known_paths(conn, paths)
+
+    spool.sweep(known, written_before=clock() - ORPHAN_AGE)
