@@ -218,7 +218,7 @@ class Bundle:
 
     def tensors(self) -> dict[str, Tensor]:
         """Load the weights, on the CPU, from the very bytes whose sha256 is checked here."""
-        from safetensors.torch import load  # noqa: PLC0415  readers of metadata must start without torch
+        from safetensors.torch import load  # here, because readers of metadata must start without torch
 
         return load(self._verify())
 
@@ -301,25 +301,40 @@ def _table(cls: type[T], raw: object, where: str, *, given: Mapping[str, object]
 
 def _convert(kind: Any, value: Any, where: str) -> Any:
     """One TOML value as `kind`; the only place of this package where types are not static."""
-    origin, args = get_origin(kind), get_args(kind)
-    if origin in (Union, types.UnionType):
-        return _convert(next(a for a in args if a is not type(None)), value, where)
+    if get_origin(kind) in (Union, types.UnionType):
+        kind = next(a for a in get_args(kind) if a is not type(None))
     if kind is Code:
-        if not (isinstance(value, list) and len(value) in (2, 3) and all(isinstance(v, str) and v for v in value)):
-            raise InvalidBundleError(f"{where}: a code is [value, scheme, meaning], found {value!r}.")
-        return Code(*value)
+        return _code(value, where)
+    if is_dataclass(kind) and isinstance(kind, type):
+        return _table(kind, value, where)
+    if get_origin(kind) is not None:
+        return _container(kind, value, where)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise _unexpected(kind, value, where)
+    return value
+
+
+def _container(kind: Any, value: Any, where: str) -> Any:
+    """One TOML array, table of numbers or word out of a fixed list as `kind`."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is Literal and value in args:
+        return value
+    if origin is Mapping and isinstance(value, dict):
+        return {key: _convert(args[1], item, f"{where}.{key}") for key, item in value.items()}
     if origin is tuple and isinstance(value, list):
         if args[-1] is not Ellipsis and len(args) != len(value):
             raise InvalidBundleError(f"{where}: {len(args)} entries are expected, found {len(value)}.")
         return tuple(_convert(args[0], item, f"{where}[{index}]") for index, item in enumerate(value))
-    if origin is Mapping and isinstance(value, dict):
-        return {key: _convert(args[1], item, f"{where}.{key}") for key, item in value.items()}
-    if origin is Literal and value in args:
-        return value
-    if is_dataclass(kind) and isinstance(kind, type):
-        return _table(kind, value, where)
-    if kind is float and type(value) is int:
-        return float(value)
-    if isinstance(kind, type) and type(value) is kind:
-        return value
-    raise InvalidBundleError(f"{where}: {getattr(kind, '__name__', kind)} is expected, found {value!r}.")
+    raise _unexpected(kind, value, where)
+
+
+def _code(value: object, where: str) -> Code:
+    if not (isinstance(value, list) and len(value) in (2, 3) and all(isinstance(v, str) and v for v in value)):
+        raise InvalidBundleError(f"{where}: a code is [value, scheme, meaning], found {value!r}.")
+    return Code(*value)
+
+
+def _unexpected(kind: Any, value: object, where: str) -> InvalidBundleError:
+    return InvalidBundleError(f"{where}: {getattr(kind, '__name__', kind)} is expected, found {value!r}.")

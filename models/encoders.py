@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 
@@ -33,8 +33,8 @@ class ResidualBlock(nn.Module):
         self.norm2 = nn.GroupNorm(4, outputs)
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
-        y = F.relu(self.norm1(self.first(x)))  # (B, C, size / 2)
-        return F.relu(self.norm2(self.second(y)) + self.short(x))
+        y = functional.relu(self.norm1(self.first(x)))  # (B, C, size / 2)
+        return functional.relu(self.norm2(self.second(y)) + self.short(x))
 
 
 class ImageEncoder(nn.Module):
@@ -55,8 +55,8 @@ class ImageEncoder(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """(B, 1, *size) in [0, 1] → (B, G, d)."""
         maps = self.blocks(image * 2 - 1)  # (B, C, *size / 2**n)
-        mean = F.adaptive_avg_pool2d(maps, self.grid) if self.dims == 2 else F.adaptive_avg_pool3d(maps, self.grid)
-        peak = F.adaptive_max_pool2d(maps, self.grid) if self.dims == 2 else F.adaptive_max_pool3d(maps, self.grid)
+        mean = functional.adaptive_avg_pool2d(maps, self.grid) if self.dims == 2 else functional.adaptive_avg_pool3d(maps, self.grid)
+        peak = functional.adaptive_max_pool2d(maps, self.grid) if self.dims == 2 else functional.adaptive_max_pool3d(maps, self.grid)
         places = torch.cat([mean, peak], dim=1).flatten(2).transpose(1, 2)  # (B, G, 2C)
         return self.project(self.dropout(places)) + self.place  # type: ignore[no-any-return]
 

@@ -22,7 +22,7 @@ from math import factorial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 from models.bundle import Bundle
 from models.encoders import ImageEncoder, TextEncoder, ValueEncoder
@@ -47,7 +47,7 @@ class Attention(nn.Module):
         q = self._split(self.query(queries))
         k, v = (self._split(half) for half in self.key_value(keys).chunk(2, dim=-1))
         drop = self.dropout if self.training else 0.0
-        seen = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :], dropout_p=drop)
+        seen = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :], dropout_p=drop)
         return self.out(seen.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
     def _split(self, x: Tensor) -> Tensor:

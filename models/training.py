@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from safetensors.torch import save
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 
 from models.bundle import Bundle, TrainingConfig, settle_weights
 from models.fusion import FusionNetwork, Tokens
@@ -87,7 +87,7 @@ def fit(
         for epoch in range(1, total + 1):
             network.train()
             for batch, labels in _batches(train, config, generator):
-                batch, labels = _to(batch, device), labels.to(device)  # noqa: PLW2901
+                batch, labels = _to(batch, device), labels.to(device)
                 loss = step_loss(network, batch, labels, config, generator)
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]  # torch
@@ -179,7 +179,7 @@ def fit_temperatures(logits: Tensor, labels: Tensor) -> Tensor:
         truth = labels[known, index]
         if truth.numel() and 0 < truth.mean() < 1:
             scaled = logits[known, index] / grid[:, None]  # (grid, N)
-            losses = F.binary_cross_entropy_with_logits(scaled, truth.expand_as(scaled), reduction="none").mean(1)
+            losses = functional.binary_cross_entropy_with_logits(scaled, truth.expand_as(scaled), reduction="none").mean(1)
             result[index] = grid[losses.argmin()]
     return result
 
@@ -187,7 +187,7 @@ def fit_temperatures(logits: Tensor, labels: Tensor) -> Tensor:
 def _loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Binary cross-entropy over known labels; 0, with a gradient, where none is."""
     known = ~labels.isnan()
-    each = F.binary_cross_entropy_with_logits(logits, labels.nan_to_num(), reduction="none")
+    each = functional.binary_cross_entropy_with_logits(logits, labels.nan_to_num(), reduction="none")
     return (each * known).sum() / known.sum().clamp(min=1)
 
 

@@ -34,7 +34,7 @@ from monai.transforms import (
 )
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 
 from models.bundle import NetworkConfig, ValueSpec
 
@@ -122,20 +122,21 @@ def augment(images: Tensor, generator: torch.Generator, *, shift: float, zoom: f
     def draw(*shape: int) -> Tensor:
         return torch.rand(shape, generator=generator) * 2 - 1
 
-    angle = draw(batch) * math.radians(rotate_deg)
-    factor = 1 + draw(batch) * zoom
-    theta = torch.eye(dims, dims + 1).repeat(batch, 1, 1)  # (B, dims, dims + 1)
-    # affine_grid counts axes from the last; the first two image axes are its last two.
-    a, b = dims - 1, dims - 2
-    theta[:, a, a], theta[:, b, b] = torch.cos(angle), torch.cos(angle)
-    theta[:, a, b], theta[:, b, a] = -torch.sin(angle), torch.sin(angle)
-    theta[:, :, :dims] *= factor[:, None, None]
-    theta[:, :, dims] = 2 * shift * draw(batch, dims)
-    grid = F.affine_grid(theta.to(images.device), list(images.shape), align_corners=False)
-    moved = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    if shift or zoom or rotate_deg:
+        angle = draw(batch) * math.radians(rotate_deg)
+        factor = 1 + draw(batch) * zoom
+        theta = torch.eye(dims, dims + 1).repeat(batch, 1, 1)  # (B, dims, dims + 1)
+        # affine_grid counts axes from the last; the first two image axes are its last two.
+        a, b = dims - 1, dims - 2
+        theta[:, a, a], theta[:, b, b] = torch.cos(angle), torch.cos(angle)
+        theta[:, a, b], theta[:, b, a] = -torch.sin(angle), torch.sin(angle)
+        theta[:, :, :dims] *= factor[:, None, None]
+        theta[:, :, dims] = 2 * shift * draw(batch, dims)
+        grid = functional.affine_grid(theta.to(images.device), list(images.shape), align_corners=False)
+        images = functional.grid_sample(images, grid, padding_mode="border", align_corners=False)
     spread = (batch,) + (1,) * (dims + 1)
     gain, offset = 1 + contrast * draw(*spread), 0.5 * contrast * draw(*spread)
-    return ((moved - 0.5) * gain.to(images.device) + 0.5 + offset.to(images.device)).clamp(0, 1)
+    return ((images - 0.5) * gain.to(images.device) + 0.5 + offset.to(images.device)).clamp(0, 1)
 
 
 def collate(samples: Sequence[Sample]) -> Sample:
@@ -154,7 +155,7 @@ def _to_ras(volume: NDArray[np.float32], affine: NDArray[np.float64]) -> tuple[N
         raise ValueError(f"The voxels measure {voxel_mm.tolist()} mm; they must be positive and finite.")
     cosines = directions / voxel_mm
     order = max(permutations(range(3)), key=lambda p: sum(abs(cosines[axis, p[axis]]) for axis in range(3)))
-    backwards = [axis for axis in range(3) if cosines[axis, order[axis]] < 0]
+    backwards = tuple(axis for axis in range(3) if cosines[axis, order[axis]] < 0)
     return np.flip(volume.transpose(order), backwards), voxel_mm[list(order)]
 
 

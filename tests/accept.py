@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
-from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -18,22 +19,15 @@ from pydicom import Dataset, dcmread
 
 from tests.installation import Installation, wait_until
 from tests.peers import Orthanc
-from worker.intake import hl7, mllp
+from worker.domain import PatientKey
+from worker.intake import mllp
 
 ZONE = timezone(timedelta(hours=1))
 
 
-@dataclass(frozen=True, slots=True)
-class Sent:
-    """What was sent and must come back."""
-
-    files: dict[str, Path]  # Study Instance UID → its radiograph
-    seconds: float
-
-
 def cohort(shared: Path, *, limit: int | None = None) -> dict[str, Path]:
     """Study Instance UID → file, in a stable order."""
-    paths = sorted((shared / "cxr-severity" / "dicom").rglob("*.dcm"))[:limit]
+    paths = sorted((shared / "data" / "cxr-severity" / "dicom").rglob("*.dcm"))[:limit]
     return {str(dcmread(path, stop_before_pixels=True, specific_tags=["StudyInstanceUID"]).StudyInstanceUID): path for path in paths}
 
 
@@ -48,7 +42,7 @@ def upload(orthanc: Orthanc, files: dict[str, Path]) -> None:
 def send_records(installation: Installation, shared: Path, files: dict[str, Path]) -> int:
     """The patients' HL7 over MLLP; returns how many messages were answered AA."""
     patients = sorted({path.parent.name for path in files.values()})
-    messages = [m for name in patients for m in hl7.split_messages((shared / "cxr-severity" / "hl7" / f"{name}.hl7").read_bytes())]
+    messages = [m for name in patients for m in mllp.split_messages((shared / "data" / "cxr-severity" / "hl7" / f"{name}.hl7").read_bytes())]
     codes = mllp.send(("127.0.0.1", installation.mllp_port), messages, timeout_s=60)
     assert set(codes) <= {"AA", "CA"}, set(codes)
     return len(codes)
@@ -59,7 +53,7 @@ def forward(orthanc: Orthanc, installation: Installation, files: dict[str, Path]
     for uid in files:
         body = f'{{"Resources": ["{_lookup(orthanc, uid)}"], "Synchronous": true, "Permissive": false}}'.encode()
         for _ in range(200):
-            request = urllib.request.Request(f"http://127.0.0.1:{orthanc.http_port}/modalities/WORKER/store", data=body, method="POST")
+            request = urllib.request.Request(f"http://127.0.0.1:{orthanc.http_port}/modalities/worker/store", data=body, method="POST")
             try:
                 with urllib.request.urlopen(request, timeout=60) as response:
                     response.read()
@@ -75,8 +69,6 @@ def forward(orthanc: Orthanc, installation: Installation, files: dict[str, Path]
 def _lookup(orthanc: Orthanc, uid: str) -> str:
     request = urllib.request.Request(f"http://127.0.0.1:{orthanc.http_port}/tools/lookup", data=uid.encode(), method="POST")
     with urllib.request.urlopen(request, timeout=30) as response:
-        import json
-
         found = [one["ID"] for one in json.load(response) if one["Type"] == "Study"]
     return str(found[0])
 
@@ -136,20 +128,9 @@ def content(ds: Dataset) -> list[Dataset]:
     return items
 
 
-def times_used(ds: Dataset) -> list[datetime]:
-    """Every DATETIME in the report's content."""
-    found = []
-    for item in content(ds):
-        if item.ValueType == "DATETIME":
-            text = str(item.DateTime)
-            offset = text[-5:] if text[-5:-4] in ("+", "-") else "+0100"
-            found.append(datetime.strptime(text.removesuffix(offset).split(".")[0] + offset, "%Y%m%d%H%M%S%z"))
-    return found
-
-
 def study_times(shared: Path) -> dict[str, datetime]:
     """Study Instance UID → when it was made."""
-    with (shared / "cxr-severity" / "labels.csv").open() as file:
+    with (shared / "data" / "cxr-severity" / "labels.csv").open() as file:
         return {
             row["study_instance_uid"]: datetime.fromisoformat(row["study_datetime"]).replace(tzinfo=ZONE) for row in csv.DictReader(file)
         }
@@ -160,3 +141,19 @@ def find_by_cfind(orthanc: Orthanc, uid: str) -> str:
     command = ["/usr/bin/findscu", "-S", "-aet", "WORKER", "-aec", orthanc.ae_title, "-k", "QueryRetrieveLevel=SERIES"]
     command += ["-k", f"StudyInstanceUID={uid}", "-k", "Modality=SR", "-k", "SeriesInstanceUID", "127.0.0.1", str(orthanc.dicom_port)]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stderr
+
+
+def observation_times(ds: Dataset) -> list[datetime]:
+    """When each record value that the report names was observed (Observation DateTime, PS3.3 §C.17.3)."""
+    found = []
+    for item in content(ds):
+        text = str(item.get("ObservationDateTime", ""))
+        if text and item.ValueType == "NUM":
+            offset = text[-5:] if text[-5:-4] in ("+", "-") else "+0100"
+            found.append(datetime.strptime(text.removesuffix(offset).split(".")[0] + offset, "%Y%m%d%H%M%S%z"))
+    return found
+
+
+def study_key(ds: Dataset) -> PatientKey:
+    """Whose images these are."""
+    return PatientKey(str(ds.IssuerOfPatientID), str(ds.PatientID))

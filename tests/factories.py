@@ -24,13 +24,13 @@ import pydicom
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.uid import (
+    JPEG2000,
     UID,
     ComputedRadiographyImageStorage,
     CTImageStorage,
     DigitalXRayImageStorageForPresentation,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
-    JPEG2000,
     JPEGBaseline8Bit,
     JPEGLossless,
     JPEGLosslessSV1,
@@ -194,9 +194,10 @@ def encode(ds: FileDataset, transfer_syntax: str) -> FileDataset:
     if transfer_syntax in {ExplicitVRLittleEndian, ImplicitVRLittleEndian}:
         ds.file_meta.TransferSyntaxUID = UID(transfer_syntax)
         return ds
-    # Lossy JPEG 2000 with so little loss that 12 bits come back almost unchanged.
-    options = {"j2k_psnr": [100]} if transfer_syntax == JPEG2000 else {}
-    ds.compress(transfer_syntax, generate_instance_uid=False, **options)
+    if transfer_syntax == JPEG2000:  # with so little loss that 12 bits come back almost unchanged
+        ds.compress(transfer_syntax, generate_instance_uid=False, j2k_psnr=[100])
+    else:
+        ds.compress(transfer_syntax, generate_instance_uid=False)
     return ds
 
 

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from tests.peers import Orthanc, free_port
+from worker.store import queue, studies
 from worker.store.database import Store
 
-BUNDLES = Path(__file__).parents[1] / "models" / "bundles"
+BUNDLES = Path(os.environ.get("SYN_BUNDLES") or Path(__file__).parents[1] / "models" / "bundles")
 
 
 def wait_until(predicate: Callable[[], bool], *, timeout_s: float, what: str, step_s: float = 0.1) -> None:
@@ -125,6 +126,23 @@ class Installation:
         lines = (line for line in self.log.read_text("utf-8", "replace").splitlines() if line.startswith("{"))
         found = [json.loads(line) for line in lines if line.endswith("}")]
         return [one for one in found if not name or one.get("event") == name]
+
+    def wait_for_event(self, name: str, *, timeout_s: float, count: int = 1) -> list[dict[str, Any]]:
+        """Until the log holds so many lines of this event."""
+        wait_until(lambda: len(self.events(name)) >= count, timeout_s=timeout_s, what=f"{count} {name} in the log")
+        return self.events(name)
+
+    def wait_idle(self, *, timeout_s: float = 120) -> None:
+        """Until no study is being received and no job is unfinished."""
+        store = self.store
+
+        def is_idle() -> bool:
+            with store.read() as conn:
+                unfinished = [state for _, state in queue.counts(conn) if state in ("available", "leased")]
+                return not studies.receiving(conn) and not unfinished
+
+        wait_until(is_idle, timeout_s=timeout_s, what="no study on its way", step_s=0.3)
+        store.close()
 
     def cli(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run a verb of `synoptic` against this installation."""

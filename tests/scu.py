@@ -9,15 +9,16 @@ from __future__ import annotations
 import select
 import socket
 import struct
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Self
 
+from pydicom.datadict import dictionary_VR
 from pydicom.dataset import Dataset
+from pydicom.filebase import DicomFileLike
 from pydicom.filewriter import write_dataset
 from pydicom.uid import generate_uid
 from pynetdicom.pdu import A_ASSOCIATE_AC, A_ASSOCIATE_RJ, A_ASSOCIATE_RQ
@@ -55,12 +56,23 @@ def slice_of(study_uid: str = "", *, rows: int = 64, **changes: object) -> Datas
 def encoded(ds: Dataset, *, is_implicit: bool = False) -> bytes:
     """Return the data set's bytes, little endian."""
     out = BytesIO()
-    from pydicom.filebase import DicomFileLike
-
     file = DicomFileLike(out)
     file.is_little_endian, file.is_implicit_VR = True, is_implicit
     write_dataset(file, ds)
     return out.getvalue()
+
+
+def with_raw(ds: Dataset, values: Mapping[int, bytes]) -> bytes:
+    """Return the data set's bytes, explicit VR, with these values as they are, whatever pydicom thinks of them."""
+    out = b""
+    for tag in sorted({*(int(element.tag) for element in ds), *values}):
+        if tag in values:
+            out += struct.pack("<HH2sH", tag >> 16, tag & 0xFFFF, dictionary_VR(tag).encode(), len(values[tag])) + values[tag]
+        else:
+            single = Dataset()
+            single.add(ds[tag])
+            out += encoded(single)
+    return out
 
 
 def command_set(field: int, *, has_data_set: bool, sop_class: str = CT, sop_instance: str = "", message_id: int = 7) -> bytes:
@@ -96,6 +108,7 @@ class Scu:
     def __init__(self, address: tuple[str, int], *, timeout_s: float = 15.0) -> None:
         self.sock = socket.create_connection(address, timeout=timeout_s)
         self.contexts: dict[int, tuple[int, str]] = {}
+        self.comment = ""
 
     def __enter__(self) -> Self:
         return self
@@ -125,7 +138,9 @@ class Scu:
         answer.decode(pdu(kind, body))
         if kind == 2:
             items = answer.to_primitive().presentation_context_definition_results_list
-            self.contexts = {item.context_id: (item.result, str(item.transfer_syntax[0])) for item in items}
+            self.contexts = {
+                item.context_id or 0: (-1 if item.result is None else item.result, str(item.transfer_syntax[0])) for item in items
+            }
         return answer
 
     def read_pdu(self) -> tuple[int, bytes]:
@@ -204,7 +219,6 @@ class Heard:
 
     def __init__(self) -> None:
         self._queue: SimpleQueue[tuple[str, dict[str, object]]] = SimpleQueue()
-        self.lock = threading.Lock()
 
     def listener(self, name: str, facts: dict[str, object]) -> None:
         """Take an event from whatever thread."""

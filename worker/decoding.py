@@ -128,8 +128,13 @@ class _Child:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
+                process_group=0,  # Ctrl-C is the parent's to handle: it finishes what it has in hand
             )
         self.pid = self._process.pid
+
+    def is_alive(self) -> bool:
+        """Tell whether the process still runs; an idle one may have been killed for the host's memory."""
+        return self._process.poll() is None
 
     def ask(self, request: Mapping[str, object], *, answers: int) -> None:
         """Send one request, a length and JSON, that has so many answers."""
@@ -257,8 +262,12 @@ class DecoderPool:
 
     def _lease(self) -> _Child:
         child = self._idle.get()
+        if child is not None:
+            if child.is_alive():
+                return child
+            child.close()
         try:
-            return child if child is not None else _Child(memory_bytes=self._memory_bytes)
+            return _Child(memory_bytes=self._memory_bytes)
         except OSError as exc:
             self._idle.put(None)
             raise DecoderDied(f"A decoding process cannot be started (errno {exc.errno}).") from exc

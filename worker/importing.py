@@ -20,7 +20,7 @@ from worker.config import Config
 from worker.decoding import decodable_transfer_syntaxes
 from worker.domain import Received
 from worker.errors import RecordError, Reject
-from worker.intake import fhir, hl7
+from worker.intake import fhir, hl7, mllp
 from worker.intake.header import read_header
 from worker.store import records
 from worker.store.database import Store
@@ -116,9 +116,9 @@ def import_dicom(path: Path, *, config: Config, store: Store, spool: Spool) -> R
 
 def _import_hl7(path: Path, tally: Tally, *, config: Config, store: Store) -> None:
     settings = config.records
-    for raw in hl7.split_messages(path.read_bytes()):
+    for raw in mllp.split_messages(path.read_bytes()):
         try:
-            message = hl7.parse(raw, zone=config.zone, issuers=settings.issuers, encoding=settings.encoding)
+            message = hl7.parse(raw, zone=config.zone, issuers=settings.issuers, schemes=settings.schemes, encoding=settings.encoding)
             is_new = roles.apply_message(store, message, raw)
         except RecordError as exc:
             roles.keep_refused(store, str(exc), raw)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import timedelta
-from typing import Final, Protocol
+from typing import Final, Literal, Protocol
 
 from worker.domain import Code, Inputs, Observation, PatientRecord, Series, Study, UsedText, UsedValue
 from worker.errors import NoSuitableSeries
@@ -40,6 +40,8 @@ class CodeLike(Protocol):
 class SeriesRule(Protocol):
     """Which series will do; an empty tuple allows any. `exclude_descriptions` are parts of words, case ignored."""
 
+    @property
+    def kind(self) -> Literal["volume", "radiograph"]: ...  # noqa: D102
     @property
     def modalities(self) -> tuple[str, ...]: ...  # noqa: D102
     @property

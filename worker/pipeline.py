@@ -157,8 +157,10 @@ def report(line: Line, case: Case) -> Case:
     assert case.study is not None  # noqa: S101  gather filled it
     model, study = line.models[case.job.bundle], case.study
     failure = str(case.error) if case.error is not None else ""
-    # Without a chosen series the whole study is what was looked at.
+    # Without a chosen series the whole study is what was looked at; a volume may leave localizers out.
     analysed = case.inputs.series.instances if case.inputs else tuple(i for s in study.series for i in s.instances)
+    if case.volume is not None:
+        analysed = tuple(i for i in analysed if i.sop_instance_uid in case.volume.sop_instance_uids)
     input_sha256 = digest(model.digest, case.inputs, [(i.sop_instance_uid, i.sha256) for i in analysed], failure)
     bundle = model.bundle
     algorithm = Algorithm(

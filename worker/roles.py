@@ -176,6 +176,8 @@ def records_listener(config: Config, store: Store) -> MllpServer:
         reject=lambda reason, raw: keep_refused(store, reason, raw),
         zone=config.zone,
         issuers=settings.issuers,
+        schemes=settings.schemes,
+        encoding=settings.encoding,
         allowed_addresses=settings.addresses,
         max_message_bytes=settings.max_message_mb * 2**20,
     )

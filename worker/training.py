@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from models.bundle import Bundle
 from worker import cohort, infer
 from worker.config import Config
 from worker.infer import LabeledCase
@@ -23,7 +24,7 @@ def train(out: Console, err: Console, *, bundle: Path, cohort_folder: Path, sett
     quote are the cross-validated ones in models/README.md.
     """
     refused: Counter[str] = Counter()
-    spec = infer.read_bundle(bundle, verify=False)
+    spec = Bundle.read(bundle, verify=False)
     total = len(cohort.read_labels(cohort_folder))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=err) as progress:

@@ -22,6 +22,8 @@ from worker.decoding import DecoderPool, Slice
 from worker.domain import Series, Volume
 from worker.errors import GeometryError, PixelError
 
+#: With two slices there is one gap, and nothing to tell whether a slice is missing from it.
+MIN_SLICES: Final = 3
 #: Two orientations are one when no cosine differs by more.
 ORIENTATION_TOLERANCE: Final = 1e-4
 #: Two spacings are one when they differ by no more than this part.
@@ -31,6 +33,7 @@ _COSINE_TOLERANCE: Final = 1e-3
 #: Slices nearer than this stand in the same place, mm.
 SAME_PLACE_MM: Final = 0.01
 #: Values of these modalities are physical, whatever their display: PS3.3 §C.8.2.1 (HU), §C.8.9.1 (Units).
+_FLOAT32_MAX: Final = float(np.finfo(np.float32).max)
 _HAVE_UNITS: Final = frozenset({"CT", "PT"})
 
 
@@ -59,7 +62,7 @@ def load(series: Series, *, kind: Literal["volume", "radiograph"], pool: Decoder
     Raises
     ------
     GeometryError
-        Fewer than two slices, different orientations, sizes, spacings or frames of reference, a tilted gantry, a slice that
+        Fewer than three slices, different orientations, sizes, spacings or frames of reference, a tilted gantry, a slice that
         is missing or there twice, uneven spacing.
     PixelError
         From the decoder; or rescale values that are missing, zero or not Hounsfield units, or pixels that are not finite.
@@ -74,6 +77,8 @@ def load(series: Series, *, kind: Literal["volume", "radiograph"], pool: Decoder
         raise GeometryError("The series has 0 instances.")
     slices = pool.read([one.path for one in series.instances], [one.sha256 for one in series.instances])
     for one, instance in zip(slices, series.instances, strict=True):
+        if one.is_enhanced:
+            raise PixelError("Enhanced objects, whose facts are in functional groups, are not read.")
         if (one.sop_instance_uid, one.series_instance_uid) != (instance.sop_instance_uid, series.series_instance_uid):
             raise PixelError("A stored file holds another instance than its row says.")
     return _radiograph(slices) if kind == "radiograph" else _volume(slices, max_gap_mm=max_gap_mm)
@@ -100,8 +105,8 @@ def _radiograph(slices: Sequence[Slice]) -> Volume:
 def _volume(slices: Sequence[Slice], *, max_gap_mm: float) -> Volume:
     # PS3.3 §C.8.2.1.1.1 and §C.8.3.1.1.1: value 3 of Image Type.
     slices = [one for one in slices if "LOCALIZER" not in one.image_type[2:]]
-    if len(slices) < 2:
-        raise GeometryError(f"A volume needs at least 2 slices; the series has {len(slices)} that are no localizer.")
+    if len(slices) < MIN_SLICES:
+        raise GeometryError(f"A volume needs at least {MIN_SLICES} slices; the series has {len(slices)} that are no localizer.")
     normal, axes = _one_grid(slices)
     positions = np.array([one.position for one in slices], np.float64)  # (K, 3)
     order = np.lexsort((np.array([one.sop_instance_uid for one in slices]), positions @ normal))
@@ -152,8 +157,6 @@ def _one_grid(slices: Sequence[Slice]) -> tuple[NDArray[np.float64], NDArray[np.
 
 
 def _check_has_place(one: Slice) -> None:
-    if one.is_enhanced:
-        raise GeometryError("Enhanced objects, whose geometry is in functional groups, are not read.")
     if one.position is None or one.orientation is None or one.pixel_spacing is None:
         raise GeometryError("Image Position (Patient), Image Orientation (Patient) or Pixel Spacing is absent from a slice.")
     if min(one.pixel_spacing) <= 0:
@@ -172,15 +175,7 @@ def _even_step(positions: NDArray[np.float64], normal: NDArray[np.float64], *, m
     usual = float(np.median(gaps))
     if (twice := int((gaps < SAME_PLACE_MM).sum())) > 0:
         k = int(np.argmin(gaps))
-        raise GeometryError(f"{twice + 1} or more slices stand where another does, the first at {heights[k]:.2f} mm along the normal.")
-    aside = positions - positions[0] - np.outer(heights - heights[0], normal)  # (K, 3)
-    shift = float(np.linalg.norm(aside, axis=1).max())
-    if shift > max_gap_mm:
-        degrees = math.degrees(math.atan2(float(np.linalg.norm(aside[-1])), float(heights[-1] - heights[0])))
-        raise GeometryError(
-            f"The slices are not stacked along their normal: they shift sideways by up to {shift:.2f} mm, "
-            f"as with a gantry tilted by {degrees:.2f} degrees."
-        )
+        raise GeometryError(f"{twice} or more slices stand where another does, the first at {heights[k]:.2f} mm along the normal.")
     if usual <= max_gap_mm:
         raise GeometryError(f"Slices stand {usual:.3f} mm apart, which cannot be told from the tolerance of {max_gap_mm:g} mm.")
     worst = int(np.argmax(abs(gaps - usual)))
@@ -191,6 +186,14 @@ def _even_step(positions: NDArray[np.float64], normal: NDArray[np.float64], *, m
             f"There is a gap of {gaps[worst]:.2f} mm between slices {worst + 1} and {worst + 2} of {len(positions)}, "
             f"where {usual:.2f} mm is usual{hint}."
         )
+    aside = positions - positions[0] - np.outer(heights - heights[0], normal)  # (K, 3)
+    shift = float(np.linalg.norm(aside, axis=1).max())
+    if shift > max_gap_mm:
+        degrees = math.degrees(math.atan2(float(np.linalg.norm(aside[-1])), float(heights[-1] - heights[0])))
+        raise GeometryError(
+            f"The slices are not stacked along their normal: they shift sideways by up to {shift:.2f} mm, "
+            f"as with a gantry tilted by {degrees:.2f} degrees."
+        )
     step: NDArray[np.float64] = (positions[-1] - positions[0]) / (len(positions) - 1)
     line = positions[0] + np.arange(len(positions))[:, np.newaxis] * step
     if (drift := float(np.linalg.norm(positions - line, axis=1).max())) > max_gap_mm:
@@ -200,31 +203,28 @@ def _even_step(positions: NDArray[np.float64], normal: NDArray[np.float64], *, m
 
 def _values(slices: Sequence[Slice]) -> NDArray[np.float32]:
     """Rescale every slice (PS3.3 §C.11.1) into one (K, J, I) array; padding takes the least real value."""
-    modality = slices[0].modality
     array = np.empty((len(slices), *slices[0].pixels.shape), np.float32)
+    # Rescaled in float64, rounded once; one buffer, for new pages cost more than the arithmetic.
+    exact = np.empty(array.shape[1:], np.float64)
     pads: list[tuple[int, NDArray[np.bool_]]] = []
-    least = math.inf
+    ends: list[float] = []
     for k, one in enumerate(slices):
         slope, intercept = _rescale(one)
-        if one.photometric == "MONOCHROME1" and modality not in _HAVE_UNITS:
-            # v → low + high - v over the range of Bits Stored: the same as inverting after the rescale.
-            ends = -1 if one.is_signed else 2**one.bits_stored - 1
-            slope, intercept = -slope, intercept + slope * ends
-        # In float64 first: float32 alone would lose exactness with large slopes; a 512 x 512 slice costs 0.5 ms more.
-        with np.errstate(over="ignore", invalid="ignore"):  # looked for below
-            array[k] = one.pixels.astype(np.float64) * slope + intercept
         pad = _padding(one)
+        real = one.pixels if pad is None else one.pixels[~pad]
         if pad is not None:
             pads.append((k, pad))
-        real = array[k] if pad is None else array[k][~pad]
         if real.size:
-            least = min(least, float(real.min()))
-            if not math.isfinite(least) or not math.isfinite(float(real.max())):
+            # Linear, so the ends of the stored values are the ends of the rescaled ones.
+            ends += [slope * int(real.min()) + intercept, slope * int(real.max()) + intercept]
+            if not max(abs(ends[-1]), abs(ends[-2])) <= _FLOAT32_MAX:
                 raise PixelError(f"Rescaled pixel values of slice {k + 1} of {len(slices)} are not finite.")
-    if least == math.inf:
+        np.multiply(one.pixels, slope, out=exact)
+        np.add(exact, intercept, out=array[k], casting="same_kind")
+    if not ends:
         raise PixelError("Every pixel is padding.")
     for k, pad in pads:
-        array[k][pad] = least
+        array[k][pad] = min(ends)
     return array
 
 
@@ -236,18 +236,27 @@ def _padding(one: Slice) -> NDArray[np.bool_] | None:
 
 
 def _rescale(one: Slice) -> tuple[float, float]:
-    """Return slope and intercept, when they are there as they must be, and give the unit we promise."""
+    """Return slope and intercept (PS3.3 §C.11.1), inverting for MONOCHROME1, when they are as the unit we promise needs them."""
     if one.has_modality_lut:
         raise PixelError("A Modality LUT Sequence (0028,3000) in place of a linear rescale is not applied.")
     if (one.rescale_slope is None) != (one.rescale_intercept is None):
         raise PixelError("Only one of Rescale Slope (0028,1053) and Rescale Intercept (0028,1052) is there.")
-    if one.modality == "CT":
-        # PS3.3 §C.8.2.1: both are of type 1 in a CT image, and the unit is HU unless Rescale Type says otherwise.
-        if one.rescale_slope is None:
-            raise PixelError("A CT image without Rescale Slope (0028,1053) has no Hounsfield units.")
-        if one.rescale_type not in {"", "HU"}:
-            raise PixelError("Rescale Type (0028,1054) of a CT image is not HU.")
+    # PS3.3 §C.8.2.1: both are of type 1 in a CT image, and the unit is HU unless Rescale Type says otherwise.
+    if one.modality == "CT" and (one.rescale_slope is None or one.rescale_type not in {"", "HU"}):
+        raise PixelError("A CT image has no rescale to Hounsfield units: Rescale Slope (0028,1053) is absent or Rescale Type not HU.")
     slope = 1.0 if one.rescale_slope is None else one.rescale_slope
+    intercept = one.rescale_intercept or 0.0
     if slope == 0:
         raise PixelError("Rescale Slope (0028,1053) is 0.")
-    return slope, one.rescale_intercept or 0.0
+    if _is_inverted(one):
+        # v → least + most - v over the range of Bits Stored: the same as inverting after the rescale.
+        return -slope, intercept + slope * (-1 if one.is_signed else 2**one.bits_stored - 1)
+    return slope, intercept
+
+
+def _is_inverted(one: Slice) -> bool:
+    """Tell whether small values are meant to be bright (PS3.3 §C.7.6.3.1.2)."""
+    if one.photometric == "MONOCHROME2" and one.presentation_lut_shape == "INVERSE":
+        # PS3.3 §C.8.11.3.1.2 pairs INVERSE with MONOCHROME1: this says bright is dense, and that it is not.
+        raise PixelError("Presentation LUT Shape (2050,0020) contradicts Photometric Interpretation (0028,0004).")
+    return one.photometric == "MONOCHROME1" and one.modality not in _HAVE_UNITS

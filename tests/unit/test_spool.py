@@ -168,6 +168,8 @@ def test_quarantine_moves_the_file_out_of_use(spool: Spool) -> None:
 
 @pytest.mark.requirement("S1")
 class TestSweep:
+    """What a crash left goes; nothing else does."""
+
     def test_what_no_row_names_goes_and_what_a_row_names_stays(self, spool: Spool) -> None:
         known, orphan = keep(spool, b"known"), keep(spool, b"orphan")
         swept = spool.sweep(lambda paths: [path for path in paths if path == str(known.path)], written_before=NOW)

@@ -244,14 +244,7 @@ class Association:
         encoded, data = bytearray(), bytearray()
         command: wire.Command | None = None
         while True:
-            kind, pdu = self._read_pdu(deadline)
-            if kind != wire.P_DATA:
-                raise self._lost(wire.unexpected(kind))
-            try:
-                fragments = wire.fragments(pdu)
-            except ValueError as error:
-                raise self._lost("sent a PDU whose lengths do not fit") from error
-            for control, fragment in fragments:
+            for control, fragment in self._read_fragments(deadline):
                 (encoded if control & 1 else data).extend(fragment)
                 if len(encoded) + len(data) > _MAX_MESSAGE:
                     raise self._lost(f"sent a response of more than {_MAX_MESSAGE} bytes")
@@ -261,6 +254,15 @@ class Association:
                         raise self._lost("sent something that does not answer the request")
                 if control & 2 and command and command.status is not None and (not control & 1 or not command.has_data_set):
                     return Response(command.status, command.offending), bytes(data)
+
+    def _read_fragments(self, deadline: float) -> list[tuple[int, bytes]]:
+        kind, pdu = self._read_pdu(deadline)
+        if kind != wire.P_DATA:
+            raise self._lost(wire.unexpected(kind))
+        try:
+            return wire.fragments(pdu)
+        except ValueError as error:
+            raise self._lost("sent a PDU whose lengths do not fit") from error
 
     def _read_pdu(self, deadline: float) -> tuple[int, bytes]:
         header = self._read(6, deadline)

@@ -8,7 +8,6 @@ that faces a hospital is intake/.
 from __future__ import annotations
 
 import hashlib
-import os
 import socket
 import threading
 import time
@@ -143,9 +142,9 @@ class DemoPacs:
             (evt.EVT_C_FIND, self._find),
             (evt.EVT_C_GET, self._get),
         ]
-        server = ae.start_server((self.host, self.port), block=False, evt_handlers=handlers)
-        assert server is not None  # block=False returns the server
-        self._server, self.port = server, int(server.server_address[1])
+        self._server = ae.start_server((self.host, self.port), block=False, evt_handlers=handlers)
+        if self._server:  # always, with block=False
+            self.port = int(self._server.server_address[1])
 
     def stop(self) -> None:
         """Stop listening and end what is open; the files stay."""
@@ -206,7 +205,7 @@ class DemoPacs:
             part = path.with_suffix(".part")
             try:
                 part.write_bytes(file)
-                os.replace(part, path)
+                part.replace(path)
             except OSError:
                 return _OUT_OF_RESOURCES
             stored = self._enter(path, header)
@@ -230,9 +229,13 @@ class DemoPacs:
         return stored
 
     def _answers(self, identifier: Dataset) -> list[Dataset] | None:
+        # Nearly every query names its study, so the others need not be read.
+        value = identifier.get("StudyInstanceUID") or ""
+        wanted = {str(value)} if isinstance(value, str) else {str(uid) for uid in value}
         with self._changed:
+            headers = [h for uid, h in self._headers.items() if not value or self._stored[uid].study_instance_uid in wanted]
             try:
-                return query.answers(identifier, list(self._headers.values()))
+                return query.answers(identifier, headers)
             except ValueError:
                 return None
 

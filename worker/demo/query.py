@@ -16,7 +16,6 @@ from pydicom.multival import MultiValue
 #: Level → its unique key (PS3.4 §C.6.2.1).
 LEVELS: Final = {"STUDY": "StudyInstanceUID", "SERIES": "SeriesInstanceUID", "IMAGE": "SOPInstanceUID"}
 
-Tree = Mapping[str, Sequence[Dataset]]
 # PS3.4 §C.3.4: attributes that no instance holds. Each takes the study's and the series' instances.
 _COUNTED: Final[dict[str, Callable[[Sequence[Dataset], Sequence[Dataset]], object]]] = {
     "NumberOfStudyRelatedInstances": lambda study, _: len(study),
@@ -43,7 +42,8 @@ def answers(identifier: Dataset, headers: Sequence[Dataset]) -> list[Dataset]:
     found = []
     for entity in _grouped(headers, LEVELS[level]).values():
         first = entity[0]
-        counted = {k: f(studies[first.StudyInstanceUID], series[first.SeriesInstanceUID]) for k, f in _COUNTED.items()}
+        siblings = studies[first.StudyInstanceUID], series[first.SeriesInstanceUID]
+        counted = {k: count(*siblings) for k, count in _COUNTED.items() if k in identifier}
         if all(_matches(key, counted.get(key.keyword, first.get(key.tag, None))) for key in identifier if key.keyword not in _NOT_KEYS):
             found.append(_answer(identifier, first, counted, level=level))
     return found

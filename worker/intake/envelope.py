@@ -68,7 +68,7 @@ def read_envelope(raw: bytes) -> Envelope:
         raise RecordError("The message does not begin with an MSH segment.")
     fields = line[3:].split(line[3:4] or "|")
     separators = line[3:4] + fields[1][:4] if len(fields) > 1 else ""
-    if len(set(separators)) != 5 or any(c.isalnum() or c.isspace() for c in separators) or len(fields[1]) > 5:
+    if len(set(separators)) != 5 or not separators.isascii() or any(c.isalnum() or c.isspace() for c in separators) or len(fields[1]) > 5:
         raise RecordError("MSH-1 and MSH-2 do not name five different separators.")
     return Envelope(separators, ("MSH", *fields[1:]))
 

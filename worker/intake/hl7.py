@@ -154,7 +154,7 @@ class _Reader:
         msh = segments[0]
         if sum(fields[0] == "MSH" for fields in segments) != 1:
             raise RecordError("There is more than one MSH segment in the message.")
-        if _at(msh, 17) != self.envelope.raw(18):
+        if len(msh) != len(self.envelope.fields):
             raise RecordError("MSH cannot be split before it is decoded: a name in it holds a separator's byte.")
         control_id = self.value(_at(msh, 9))
         if not control_id:
@@ -341,7 +341,7 @@ class _Reader:
 
     def codings(self, text: str) -> list[tuple[str, str, str]]:
         """Return identifier, text and system of a CE or CWE and of its alternate."""
-        parts = [self.value(part) for part in self.split(self.split(text, 2)[0], 1)]
+        parts = [self.value(part) for part in self.split(self.split(text, 2)[0], 1)[:6]]
         return [(_at(parts, start), _at(parts, start + 1), _at(parts, start + 2)) for start in (0, 3)]
 
     def code(self, text: str) -> Code:

@@ -218,8 +218,8 @@ class MllpServer:
                 self._stopping.wait(0.1)  # out of file descriptors: do not spin
                 continue
             if reason := self._turned_away(str(peer[0])):
-                connection.close()
                 emit("message.refused", sender="", trigger="", result="closed", reason=reason)
+                connection.close()
                 continue
             thread = threading.Thread(target=self._serve, args=(connection,), name=f"mllp-{peer[1]}", daemon=True)
             with self._lock:
@@ -248,9 +248,9 @@ class MllpServer:
         except OSError as exc:  # the peer left before our answer; it will send again and be told so
             emit("message.refused", sender="", trigger="", result="closed", reason=f"The connection broke: {type(exc).__name__}.")
         finally:
-            connection.close()
             with self._lock:
                 self._connections.pop(connection, None)
+            connection.close()
 
     def _reply(self, connection: socket.socket, answer: bytes | None) -> None:
         if answer is not None:

@@ -70,12 +70,13 @@ _SHAPLEY: Final = {
     "text": Code("shapley-text", OWN, "Share of the record's text in the log-odds"),
 }
 
-#: Members of CID 100, the only ones PixelMed's validator takes for Procedure Reported; X-ray has no closer one there.
-PROCEDURES: Final = {
-    "CT": Code("25045-6", "LN", "CT unspecified body region"),
-    "MR": Code("25056-3", "LN", "MRI unspecified body region"),
-    "": Code("363679005", "SCT", "Imaging procedure"),
-}
+# PS3.16 CID 100, edition 2019: what validators take for Procedure Reported, though the group is extensible.
+_CID_100: Final = frozenset(
+    {("SCT", "363679005"), ("SCT", "258177008"), ("SCT", "433139009"), ("SCT", "446315002"), ("SCT", "443271005")}
+    | {("SCT", "443844003"), ("DCM", "126020"), ("DCM", "126021"), ("DCM", "126022"), ("LN", "25045-6")}
+    | {("LN", "25056-3"), ("LN", "49118-3"), ("LN", "44136-0"), ("LN", "44139-4"), ("LN", "39142-5"), ("LN", "39632-5")}
+)
+_IMAGING_PROCEDURE: Final = Code("363679005", "SCT", "Imaging procedure")
 
 # PS3.16 Table 8-1, the designators that clinical codes come with.
 _STANDARD: Final = frozenset(
@@ -113,6 +114,11 @@ def unit(ucum: str) -> Code:
         return NO_UNITS
     scheme = "UCUM" if re.fullmatch(r"[!-~]+", ucum) else _UNIT_SCHEME
     return PERCENT if ucum == "%" else Code(ucum, scheme, ucum)
+
+
+def reported(procedure: Code) -> Code:
+    """Give the member of CID 100 that `procedure` is, or falls under: it has no code for radiography."""
+    return procedure if (designator(procedure.scheme), procedure.value) in _CID_100 else _IMAGING_PROCEDURE
 
 
 def designator(scheme: str) -> str:

@@ -49,7 +49,8 @@ _MODALITIES: Final = {code.value: code for code in standard.cid29.concepts.value
 class Algorithm:
     """What authored the report: a bundle, down to its bytes.
 
-    ``procedure`` is the imaging procedure that was analysed, of CID 100 (`codes.PROCEDURES`).
+    ``procedure`` is the imaging procedure that was analysed; where it is none of CID 100, Procedure Reported
+    says "Imaging procedure" and Performed Procedure Code Sequence says which.
     """
 
     name: str
@@ -99,7 +100,9 @@ def tree(
     root.ContentSequence = sr.ContentSequence()
     root.ContentSequence.extend(sr.LanguageOfContentItemAndDescendants(concept(codes.ENGLISH)))
     root.ContentSequence.extend(_observer(algorithm, device_uid=uids.device_uid))
-    root.ContentSequence.append(sr.CodeContentItem(standard.DCM.ProcedureReported, concept(algorithm.procedure), _HAS_CONCEPT_MOD))
+    root.ContentSequence.append(
+        sr.CodeContentItem(standard.DCM.ProcedureReported, concept(codes.reported(algorithm.procedure)), _HAS_CONCEPT_MOD)
+    )
     root.ContentSequence.extend(_image_library(source))
     if groups:
         root.ContentSequence.append(_container(standard.DCM.ImagingMeasurements, (item for g in groups for item in g)))
@@ -248,7 +251,7 @@ def _identification(algorithm: Algorithm, *more: str) -> sr.AlgorithmIdentificat
 def _outcome(findings: Sequence[Finding], *, failure: str) -> list[sr.ContentItem]:
     """Say how it ended, in code and in words: silence is not an answer."""
     if failure:
-        outcome, words = codes.FAILED, f"Could not be analysed, because {failure.strip().rstrip('.')}. No finding is stated."
+        outcome, words = codes.FAILED, f"Could not be analysed, because {_clause(failure)}. No finding is stated."
     elif all(finding.verdict == "negative" for finding in findings):
         outcome, words = codes.NOTHING_FOUND, f"Nothing found. {_named('Negative', findings, 'negative')}"
     else:
@@ -263,6 +266,12 @@ def _outcome(findings: Sequence[Finding], *, failure: str) -> list[sr.ContentIte
         sr.CodeContentItem(concept(codes.OUTCOME), concept(outcome), _CONTAINS),
         _text(codes.SUMMARY, words),
     ]
+
+
+def _clause(sentence: str) -> str:
+    """Turn "No series fits." into what can follow "because"; "CT" stays as it is."""
+    bare = sentence.strip().rstrip(".")
+    return bare if bare[1:2].isupper() else bare[:1].lower() + bare[1:]
 
 
 def _named(heading: str, findings: Sequence[Finding], verdict: Verdict) -> str:

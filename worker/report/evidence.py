@@ -63,7 +63,6 @@ _COPIED: Final = (
         "DeidentificationMethodCodeSequence",
         "IssuerOfAccessionNumberSequence",
         "StudyDescription",
-        "ProcedureCodeSequence",
     ],
 )
 _EQUIPMENT: Final = ["Manufacturer", "ManufacturerModelName", "InstitutionName", "StationName", "DeviceSerialNumber", "SoftwareVersions"]
@@ -101,6 +100,8 @@ _LEGAL: Final = {
     "TM": re.compile(r"(([01]\d|2[0-3])([0-5]\d([0-5]\d(\.\d{1,6})?)?)?)? *"),
     "UI": re.compile(r"([0-9]+(\.[0-9]+)*)?"),
 }
+# PS3.5 §6.2, notes on DA and TM: 1997.04.24 and 14:04:38 as before DICOM are to be understood, not to be written.
+_ACR_NEMA: Final = {"DA": r"(?<=\d)\.(\d)", "TM": r"(?<=\d):(\d)"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,12 +168,13 @@ def read(paths: Sequence[Path], *, study: Study) -> Evidence:
         instances = tuple(_reference(found[uid][0]) for uid in sorted(found))
         header = _header(found[min(found)][1])
         stand_in = _stand_in(instances[0], header)
+        requests = _requests(header)
     copied = tuple(header[keyword] for keyword in _COPIED if keyword in header)
     return Evidence(
         instances=instances,
         stand_in=stand_in,
         copied=copied,
-        requests=_requests(header),
+        requests=requests,
         modality=_text(header, "Modality"),
         utc_offset=_utc_offset(_text(header, "TimezoneOffsetFromUTC")),
     )
@@ -191,10 +193,9 @@ def _identity(path: Path) -> dict[str, str]:
 def _header(path: Path) -> Dataset:
     try:
         header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(_HEADER))
-        header.decode()
+        _normalize(header)
     except _UNREADABLE as error:
         raise PixelError(f"The header of an analysed instance cannot be read ({type(error).__name__}).") from None
-    _drop_illegal(header)
     for keyword in _TYPE_2:
         if keyword not in header or header[keyword].value is None:
             setattr(header, keyword, "")
@@ -237,18 +238,23 @@ def _stand_in(first: Dataset, header: Dataset) -> Dataset:
     return image
 
 
-def _drop_illegal(ds: Dataset) -> None:
-    """Delete what is outside its VR, at every level, and character sets of items (ours is UTF-8 throughout)."""
+def _normalize(ds: Dataset) -> None:
+    """Decode each element as its item declares, at every level, and delete what is outside its VR.
+
+    Not by `Dataset.decode`: it encodes names once more and makes "?" of katakana in ISO_IR 13.
+    """
     for element in list(ds):
-        rule = _LEGAL.get(element.VR)
         if element.VR == "SQ":
             for item in element.value:
-                _drop_illegal(item)
-                item.pop("SpecificCharacterSet", None)
+                _normalize(item)
+                item.pop("SpecificCharacterSet", None)  # ours is UTF-8 throughout
             if not element.value:
                 del ds[element.tag]
-        elif rule and not all(rule.fullmatch(str(value)) for value in _values(element)):
-            del ds[element.tag]
+        elif rule := _LEGAL.get(element.VR):
+            if element.VR in _ACR_NEMA and isinstance(element.value, str):
+                element.value = re.sub(_ACR_NEMA[element.VR], r"\1", element.value)
+            if not all(rule.fullmatch(str(value)) for value in _values(element)):
+                del ds[element.tag]
 
 
 def _values(element: DataElement) -> list[object]:

@@ -132,6 +132,7 @@ def build_report(
         is_complete=True,
         is_final=False,
         is_verified=False,
+        performed_procedure_codes=[codes.concept(algorithm.procedure)],
         requested_procedures=source.requests or None,
         contributing_equipment=[_equipment(algorithm, device_uid=uids.device_uid, at=local)],
         specific_character_set="ISO_IR 192",

@@ -73,11 +73,12 @@ def _item(item: Dataset, *, depth: int) -> Iterator[str]:
 def _children(item: Dataset, *, depth: int) -> Iterator[str]:
     children = list(item.get("ContentSequence") or ())
     references = [child for child in children if child.get("ValueType") in _REFERENCES]
-    if len(references) > _MOST_IMAGES:
-        yield f"{_INDENT * depth}{len(references)} instances, named in the evidence"
-        children = [child for child in children if child.get("ValueType") not in _REFERENCES]
+    many = len(references) > _MOST_IMAGES
     for child in children:
-        yield from _item(child, depth=depth)
+        if not (many and child.get("ValueType") in _REFERENCES):
+            yield from _item(child, depth=depth)
+    if many:
+        yield f"{_INDENT * depth}{len(references)} instances, named in the evidence"
 
 
 def _value(item: Dataset) -> str:

@@ -1,0 +1,150 @@
+"""Both doors of the patient's record on real data: HL7 v2 and FHIR say the same, and nothing real breaks either."""
+
+from __future__ import annotations
+
+from collections import Counter
+from datetime import UTC, timedelta, timezone
+from pathlib import Path
+
+import hl7 as python_hl7
+import pytest
+
+from tests.conftest import SHARED
+from worker.domain import Observation, RecordUpdate
+from worker.errors import RecordError
+from worker.intake import fhir, hl7
+from worker.intake.mllp import MllpServer, send, split_messages
+
+#: The data's HL7 names no offset, its FHIR +01:00; its FHIR has a URI where its HL7 says "L".
+ZONE = timezone(timedelta(hours=1))
+SCHEMES = {"urn:mhh:lab": "L"}
+DATA = SHARED / "data"
+SEVERITY = DATA / "cxr-severity"
+
+
+def files(folder: Path, pattern: str) -> list[Path]:
+    """Return the files to run a test on; without the data one that is not there, so that the test skips and says so."""
+    return sorted(folder.rglob(pattern)) or [folder / pattern]
+
+
+def name(path: Path) -> str:
+    return path.name
+
+
+def fact(one: Observation) -> tuple[object, ...]:
+    """Everything but the key and the source, which are each door's own."""
+    return (one.code, one.at, one.value, one.comparator, one.unit, one.text, one.status)
+
+
+def hl7_updates(path: Path) -> list[RecordUpdate]:
+    parsed = [hl7.parse(raw, zone=ZONE, issuers={}, schemes=SCHEMES) for raw in split_messages(path.read_bytes())]
+    assert all(one.update and not one.skipped for one in parsed)
+    return [one.update for one in parsed if one.update]
+
+
+@pytest.mark.usefixtures("shared")
+@pytest.mark.parametrize("path", files(SEVERITY / "fhir", "*.json"), ids=name)
+def test_hl7_and_fhir_say_the_same_of_a_patient(path: Path) -> None:
+    """A network that sees other numbers by another door is another network."""
+    (by_fhir,) = fhir.parse(path.read_bytes(), zone=ZONE, issuers={}, schemes=SCHEMES)
+    admission, *results = hl7_updates(SEVERITY / "hl7" / f"{path.stem}.hl7")
+    assert by_fhir.patient == admission.patient
+    assert {one.patient.key for one in results} <= {by_fhir.patient.key}
+    by_hl7 = [one for result in results for one in result.observations]
+    assert Counter(map(fact, by_fhir.observations)) == Counter(map(fact, by_hl7))
+    assert len({one.key for one in by_hl7}) == len({one.key for one in by_fhir.observations}) == len(by_hl7)
+
+
+def test_every_value_of_the_real_patients_is_there(shared: Path) -> None:
+    """The counts are those of `grep -c` on the data, not of this parser."""
+    updates = [update for path in (shared / "data/cxr-severity/hl7").glob("*.hl7") for update in hl7_updates(path)]
+    facts = [one for update in updates for one in update.observations]
+    assert (len(updates), len(facts)) == (238, 635)
+    assert Counter(one.comparator for one in facts) == {"": 628, "<": 3, ">": 4}
+    assert Counter(one.code.scheme for one in facts) == {"LN": 611, "L": 24}
+    assert {one.unit for one in facts} == {"mg/L", "U/L", "%", "10*3/uL", "mm[Hg]"}
+
+
+@pytest.mark.usefixtures("shared")
+@pytest.mark.parametrize("path", files(SEVERITY / "hl7", "*.hl7"), ids=name)
+def test_the_fields_are_those_that_python_hl7_finds(path: Path) -> None:
+    """A parser written by others, as the judge of ours."""
+    for raw, update in zip(split_messages(path.read_bytes()), hl7_updates(path), strict=True):
+        theirs = python_hl7.parse(raw.decode())
+        identifier = theirs.segment("PID")[3][0]
+        assert (update.patient.key.patient_id, update.patient.key.issuer) == (str(identifier[0]), str(identifier[3]))
+        segments = [one for one in theirs if str(one[0]) == "OBX"]
+        for ours, segment in zip(update.observations, segments, strict=True):
+            expected = "".join(map(str, segment[5][0])) if str(segment[2]) == "SN" else str(segment[5])
+            code = segment[3][0]
+            assert (ours.code.value, ours.code.meaning, ours.code.scheme) == tuple(str(part) for part in code)
+            assert (ours.comparator, ours.value) == (expected.rstrip("0123456789."), float(expected.lstrip("<>")))
+            assert ours.unit == str(segment[6][0][0])
+
+
+@pytest.mark.usefixtures("shared")
+@pytest.mark.parametrize("path", files(DATA / "hl7", "*.hl7"), ids=name)
+def test_a_real_message_is_read_or_refused(path: Path) -> None:
+    """Anything else that is raised would be answered AE, and its sender would send it for ever."""
+    messages = split_messages(path.read_bytes())
+    assert messages
+    for raw in messages:
+        try:
+            parsed = hl7.parse(raw, zone=ZONE, issuers={})
+        except RecordError:
+            continue
+        assert parsed.control_id
+        assert bool(parsed.update) == (parsed.trigger in hl7.DEMOGRAPHICS | hl7.RESULTS)
+
+
+def test_few_of_the_real_messages_are_refused_and_for_these_reasons(shared: Path) -> None:
+    reasons: Counter[str] = Counter()
+    for path in (shared / "data/hl7").rglob("*.hl7"):
+        for raw in split_messages(path.read_bytes()):
+            try:
+                hl7.parse(raw, zone=ZONE, issuers={})
+            except RecordError as exc:
+                reasons[str(exc)] += 1
+    assert reasons == {
+        "PID-3.4 has no assigning authority.": 3,
+        # The escape character is doubled in MSH-2, as in the source of a program.
+        "MSH-1 and MSH-2 do not name five different separators.": 2,
+    }
+
+
+@pytest.mark.usefixtures("shared")
+@pytest.mark.parametrize("path", files(DATA / "fhir", "*.json"), ids=name)
+def test_a_real_bundle_gives_one_patient_and_every_value(path: Path) -> None:
+    (update,) = fhir.parse(path.read_bytes(), zone=ZONE, issuers={"http://hospital.smarthealthit.org": "SYNTHEA"})
+    assert update.patient.key.issuer == "SYNTHEA"
+    assert update.observations
+    assert all(one.at.tzinfo is UTC and one.code.value and one.key for one in update.observations)
+    assert len({one.key for one in update.observations}) == len(update.observations)
+    assert all((one.value is None) != (one.text == "") for one in update.observations)
+
+
+def test_the_real_feed_is_accepted_over_mllp_in_order(shared: Path) -> None:
+    """MSH-15 AL and MSH-16 NE ask for a commit acknowledgment: CA."""
+    messages = [raw for path in sorted((shared / "data/cxr-severity/hl7").glob("*.hl7")) for raw in split_messages(path.read_bytes())]
+    applied: list[bytes] = []
+    refused: list[str] = []
+
+    def apply(_: hl7.ParsedMessage, raw: bytes) -> bool:
+        applied.append(raw)
+        return True
+
+    server = MllpServer(
+        ("127.0.0.1", 0),
+        apply=apply,
+        reject=lambda reason, _: refused.append(reason),
+        zone=ZONE,
+        issuers={},
+        allowed_addresses=["127.0.0.1"],
+    )
+    server.start()
+    try:
+        assert send(("127.0.0.1", server.port), messages, timeout_s=60) == ["CA"] * 238
+    finally:
+        server.stop()
+    assert applied == messages
+    assert not refused

@@ -1,0 +1,116 @@
+"""The main job on real input: 188 radiographs and their records in, 188 reports in the PACS, nothing else.
+
+Figures are printed as one JSON line each (`pytest -s`); bounds here are what must never be missed,
+the aims are in deploy/README.md beside what was measured.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from pydicom import dcmread
+
+from tests import accept
+from tests.installation import Installation
+from tests.peers import Orthanc, orthanc, require
+from worker.store import records
+
+pytestmark = [pytest.mark.peer, pytest.mark.slow, pytest.mark.timeout(900)]
+
+#: PixelMed needs seconds a report; `make accept` runs it on all of them.
+JAVA_SAMPLE = 3
+
+
+def prepare(tmp_path: Path, **settings: object) -> tuple[Installation, Path]:
+    installation = Installation(tmp_path / "worker", bundles=("cxr-severity",), **settings)  # type: ignore[arg-type]
+    (tmp_path / "orthanc").mkdir()
+    return installation, tmp_path / "orthanc"
+
+
+def check_reports(installation: Installation, pacs: Orthanc, shared: Path, files: dict[str, Path], tmp_path: Path) -> dict[str, list[Path]]:
+    """One report a study, each its own patient's, clean by every gate, with no value of the future."""
+    found = accept.fetch(pacs, tmp_path / "reports")
+    assert set(found) == set(files)
+    assert {len(paths) for paths in found.values()} == {1}
+    times = accept.study_times(shared)
+    late = 0
+    for uid, (path,) in found.items():
+        report, source = dcmread(path), dcmread(files[uid], stop_before_pixels=True)
+        assert (report.PatientID, report.IssuerOfPatientID) == (source.PatientID, source.IssuerOfPatientID)
+        used = accept.observation_times(report)
+        late += sum(at > times[uid] for at in used)
+    assert late == 0
+    assert accept.gate(shared, found, files, java=JAVA_SAMPLE) == []
+    sample = sorted(files)[:: max(1, len(files) // 5)]
+    assert all("(0020,000e)" in accept.find_by_cfind(pacs, uid) for uid in sample)
+    return found
+
+
+def test_every_study_of_the_cohort_gets_its_report_and_a_second_run_makes_nothing_new(tmp_path: Path, shared: Path) -> None:
+    """With SQLite, forwarded by Orthanc as a PACS does, in one burst."""
+    require("findscu")
+    installation, folder = prepare(tmp_path)
+    files = accept.cohort(shared)
+    with orthanc(folder, callers={"WORKER": installation.port}) as pacs:
+        installation.orthanc = pacs
+        accept.upload(pacs, files)
+        with installation:
+            accept.send_records(installation, shared, files)
+            started = time.monotonic()
+            accept.forward(pacs, installation, files)
+            accept.wait_for_reports(pacs, len(files), timeout_s=300)
+            seconds = time.monotonic() - started
+            print(json.dumps({"bench": "burst", "database": "sqlite", "studies": len(files), "studies_per_s": round(len(files) / seconds, 2)}))
+            first = check_reports(installation, pacs, shared, files, tmp_path)
+            assert any(accept.observation_times(dcmread(paths[0])) for paths in first.values())
+            # Again: images and messages as before.
+            accept.send_records(installation, shared, files)
+            accept.forward(pacs, installation, files)
+            installation.wait_idle()
+            again = accept.fetch(pacs, tmp_path / "again")
+            assert {uid: [p.name for p in paths] for uid, paths in again.items()} == {uid: [p.name for p in paths] for uid, paths in first.items()}
+            assert installation.events("job.discarded") == []
+        assert installation.process is None
+
+
+def test_the_same_with_postgresql(tmp_path: Path, shared: Path, postgres_url: str) -> None:
+    installation, folder = prepare(tmp_path, database=postgres_url)
+    files = accept.cohort(shared)
+    with orthanc(folder, callers={"WORKER": installation.port}) as pacs:
+        installation.orthanc = pacs
+        accept.upload(pacs, files)
+        installation.write_config()
+        assert installation.cli("migrate").returncode == 0
+        with installation:
+            accept.send_records(installation, shared, files)
+            started = time.monotonic()
+            accept.forward(pacs, installation, files)
+            accept.wait_for_reports(pacs, len(files), timeout_s=300)
+            seconds = time.monotonic() - started
+            print(json.dumps({"bench": "burst", "database": "postgresql", "studies": len(files), "studies_per_s": round(len(files) / seconds, 2)}))
+        check_reports(installation, pacs, shared, files, tmp_path)
+
+
+def test_a_study_of_each_issuer_gets_only_its_own_record(tmp_path: Path, shared: Path) -> None:
+    """The same patient ID under another issuer is another patient: nothing is joined, and the report says so."""
+    installation, folder = prepare(tmp_path, quiet_s=0.5, extra="")
+    files = accept.cohort(shared, limit=1)
+    ((uid, path),) = files.items()
+    with orthanc(folder, callers={"WORKER": installation.port}) as pacs:
+        installation.orthanc = pacs
+        accept.upload(pacs, files)
+        installation.write_config()
+        installation.config.write_text(installation.config.read_text().replace("[records]", '[records]\nissuers = { MHH = "OTHER" }'))
+        with installation:
+            assert accept.send_records(installation, shared, files) > 1
+            accept.forward(pacs, installation, files)
+            installation.wait_for_event("job.snoozed", timeout_s=30)
+            store = installation.store
+            with store.read() as conn:
+                source = dcmread(path, stop_before_pixels=True)
+                study = accept.study_key(source)
+                assert records.view(conn, study, as_of=accept.study_times(shared)[uid]) is None
+            store.close()

@@ -1,0 +1,223 @@
+"""The header: the right values of honest data sets, a typed refusal of every other."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import pydicom
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydicom.dataset import Dataset
+from pydicom.sequence import Sequence
+
+from tests.scu import CT, EXPLICIT, IMPLICIT, encoded, slice_of, with_raw
+from worker.domain import Header
+from worker.intake.header import InstanceRefused, is_uid, read_header
+from worker.intake.negotiation import TRANSFER_SYNTAXES
+
+
+def header_of(ds: Dataset, *, is_implicit: bool = False) -> Header:
+    return read_header(encoded(ds, is_implicit=is_implicit), IMPLICIT if is_implicit else EXPLICIT)
+
+
+def refusal(data: bytes, transfer_syntax: str = EXPLICIT) -> InstanceRefused:
+    with pytest.raises(InstanceRefused) as caught:
+        read_header(data, transfer_syntax)
+    assert len(caught.value.comment) <= 64, "an Error Comment is LO"
+    assert caught.value.comment.isascii()
+    return caught.value
+
+
+def nested(depth: int) -> bytes:
+    """Sequences of undefined length inside each other, explicit VR."""
+    begin = struct.pack("<HH2sHL", 0x0040, 0xA730, b"SQ", 0, 0xFFFFFFFF) + struct.pack("<HHL", 0xFFFE, 0xE000, 0xFFFFFFFF)
+    end = struct.pack("<HHL", 0xFFFE, 0xE00D, 0) + struct.pack("<HHL", 0xFFFE, 0xE0DD, 0)
+    return begin * depth + end * depth
+
+
+@pytest.mark.parametrize("is_implicit", [False, True])
+def test_every_wanted_attribute_is_read_in_both_encodings(is_implicit: bool) -> None:
+    ds = slice_of(
+        StudyDescription="Thorax ",
+        SeriesDescription="axial",
+        BodyPartExamined="CHEST",
+        PatientBirthDate="19500102",
+        PatientSex="F",
+        TimezoneOffsetFromUTC="+0100",
+        NumberOfFrames=3,
+        ReferencedStudySequence=[slice_of(PixelData=None)],
+    )
+    header = header_of(ds, is_implicit=is_implicit)
+    assert header.sop_class_uid == CT
+    assert (header.sop_instance_uid, header.study_instance_uid) == (ds.SOPInstanceUID, ds.StudyInstanceUID)
+    assert header.series_instance_uid == ds.SeriesInstanceUID
+    assert (header.patient.key.patient_id, header.patient.key.issuer) == ("P-17", "HOSPITAL")
+    assert (header.patient.name, header.patient.birth_date, header.patient.sex) == ("Made^Up", "19500102", "F")
+    assert (header.study_date, header.study_time, header.timezone_offset) == ("20260102", "101112", "+0100")
+    assert (header.accession_number, header.modality, header.body_part) == ("A-1", "CT", "CHEST")
+    assert (header.study_description, header.series_description, header.number_of_frames) == ("Thorax", "axial", 3)
+
+
+@pytest.mark.parametrize(
+    ("charset", "raw", "expected"),
+    [
+        (None, b"M\xfcller^Eva", "Müller^Eva"),  # undeclared: kept apart from others, not replaced
+        ("ISO_IR 100", b"M\xfcller^Eva", "Müller^Eva"),
+        ("ISO_IR 192", "Wang^小东".encode(), "Wang^小东"),
+        ("ISO_IR 192", b"M\xfcller", "Müller"),  # declared wrongly
+        ("GB18030", "王^小东".encode("gb18030"), "王^小东"),
+        ("ISO_IR 144", "Люкceмбypг".encode("iso8859_5"), "Люкceмбypг"),
+        ("\\ISO 2022 IR 87", b"Yamada^Tarou=\x1b$B;3ED\x1b(B^\x1b$BB@O:\x1b(B", "Yamada^Tarou=山田^太郎"),
+        ("\\ISO 2022 IR 149", b"Hong^Gildong=\x1b$)C\xfb\xf3^\x1b$)C\xd1\xce\xd4\xd7", "Hong^Gildong=洪^吉洞"),
+        ("\\ISO 2022 IR 58", b"Zhang=\x1b$)A\xd5\xc5^\x1b$)A\xd0\xa1", "Zhang=张^小"),
+        ("ISO IR 100", b"M\xfcller", "Müller"),  # misspelt terms are common
+        ("NO SUCH SET", b"M\xfcller", "Müller"),
+    ],
+)
+def test_texts_are_decoded_by_their_character_set(charset: str | None, raw: bytes, expected: str) -> None:
+    values = {0x00100010: raw} | ({0x00080005: charset.encode()} if charset else {})
+    assert read_header(with_raw(slice_of(), values), EXPLICIT).patient.name == expected
+
+
+def test_two_undecodable_patient_ids_stay_two_patients() -> None:
+    values = [{0x00080005: b"ISO_IR 192", 0x00100020: b"P" + byte} for byte in (b"\xe4", b"\xf6")]
+    assert len({read_header(with_raw(slice_of(), value), EXPLICIT).patient.key for value in values}) == 2
+
+
+def test_values_that_are_not_what_they_should_be_read_as_unknown() -> None:
+    values = {0x00080020: b"2026.01.", 0x00080030: b"noon", 0x00100030: b"unknown", 0x00100040: b"X ", 0x00280008: b"-3"}
+    header = read_header(with_raw(slice_of(), values), EXPLICIT)
+    assert (header.study_date, header.study_time, header.patient.birth_date, header.patient.sex, header.number_of_frames) == (
+        "",
+        "",
+        "",
+        "",
+        1,
+    )
+
+
+@pytest.mark.requirement("R11")
+@pytest.mark.parametrize("uid", ["", "../../x", "/etc/passwd", "1." + "2" * 63, "1.2\0.3", "1.2 .3", "1..2", ".1", "1.", "1.2\n"])
+@pytest.mark.parametrize(
+    ("tag", "status"),
+    [(0x00080016, 0xC012), (0x00080018, 0xC012), (0x0020000D, 0xC010), (0x0020000E, 0xC011)],
+    ids=["class", "sop", "study", "series"],
+)
+def test_what_is_not_a_uid_is_refused(tag: int, status: int, uid: str) -> None:
+    assert refusal(with_raw(slice_of(), {tag: uid.encode()})).status == status
+
+
+def test_uids_in_the_field_may_be_padded_or_have_leading_zeros() -> None:
+    assert read_header(with_raw(slice_of(), {0x0020000D: b"1.2.03 "}), EXPLICIT).study_instance_uid == "1.2.03"
+    assert is_uid("1." + "2" * 62)
+
+
+@pytest.mark.requirement("R11")
+@pytest.mark.parametrize(
+    ("raw", "status"),
+    [
+        (None, 0xC020),
+        (b"", 0xC020),
+        (b"  ", 0xC020),
+        (b"\0\0", 0xC020),
+        (b"A" * 65, 0xC021),
+        (b"A\0B", 0xC021),
+        (b"A\nB", 0xC021),
+        (b"A" + b" " * 5000 + b"B", 0xC021),
+    ],
+)
+def test_an_instance_without_a_usable_patient_id_is_refused(raw: bytes | None, status: int) -> None:
+    data = encoded(slice_of(PatientID=None)) if raw is None else with_raw(slice_of(), {0x00100020: raw})
+    assert refusal(data).status == status
+
+
+def test_every_truncation_is_refused_unless_it_ends_between_two_elements() -> None:
+    ds = slice_of(rows=4, ReferencedStudySequence=[slice_of(PixelData=None)])
+    ds["ReferencedStudySequence"].is_undefined_length = True
+    data = encoded(ds)
+    boundaries, part = {0}, Dataset()
+    for element in ds:
+        part.add(element)
+        boundaries.add(len(encoded(part)))
+    assert len(data) in boundaries
+    for size in set(range(len(data))) - boundaries:
+        assert refusal(data[:size]).status == 0xC002, f"cut at {size}"
+
+
+@pytest.mark.requirement("P2")
+def test_deep_nesting_is_refused_without_recursion() -> None:
+    data = encoded(slice_of(PixelData=None))
+    assert read_header(data + nested(30), EXPLICIT).sop_class_uid == CT
+    assert refusal(data + nested(100_000)).status == 0xC003
+
+
+def test_double_and_unordered_tags_are_refused() -> None:
+    """Two readers could see two patients in one data set."""
+    data = encoded(slice_of(PixelData=None))
+    second_id = struct.pack("<HH2sH", 0x0010, 0x0020, b"LO", 4) + b"P-18"
+    assert refusal(data + second_id).status == 0xC001
+    assert refusal(second_id + second_id + data).status == 0xC001
+
+
+def test_another_encoding_than_agreed_is_refused() -> None:
+    assert refusal(encoded(slice_of(), is_implicit=True), EXPLICIT).status == 0xC001
+    assert refusal(encoded(slice_of()), IMPLICIT).status in (0xC001, 0xC002)
+
+
+def test_encapsulated_frames_and_unknown_sequences_are_stepped_over() -> None:
+    """UN of undefined length holds implicit VR items, whatever the transfer syntax (PS3.5 §6.2.2)."""
+    inner = struct.pack("<HHL", 0x0008, 0x0060, 2) + b"MR"
+    item = struct.pack("<HHL", 0xFFFE, 0xE000, 0xFFFFFFFF) + inner + struct.pack("<HHL", 0xFFFE, 0xE00D, 0)
+    unknown = struct.pack("<HH2sHL", 0x7001, 0x1000, b"UN", 0, 0xFFFFFFFF) + item + struct.pack("<HHL", 0xFFFE, 0xE0DD, 0)
+    frames = b"".join(struct.pack("<HHL", 0xFFFE, 0xE000, len(f)) + f for f in (b"", b"frame1", b"frame two."))
+    pixels = struct.pack("<HH2sHL", 0x7FE0, 0x0010, b"OB", 0, 0xFFFFFFFF) + frames + struct.pack("<HHL", 0xFFFE, 0xE0DD, 0)
+    data = encoded(slice_of(PixelData=None)) + unknown + pixels
+    assert read_header(data, EXPLICIT).modality == "CT"
+    assert refusal(data[:-8]).status == 0xC002
+
+
+@settings(max_examples=300, deadline=None)
+@given(position=st.integers(0, 400), junk=st.binary(min_size=1, max_size=8), implicit=st.booleans())
+def test_no_damage_escapes_as_another_error(position: int, junk: bytes, implicit: bool) -> None:
+    data = bytearray(encoded(slice_of("1.2.3", rows=2, SeriesInstanceUID="1.2.4", SOPInstanceUID="1.2.5"), is_implicit=implicit))
+    data[position : position + len(junk)] = junk
+    try:
+        header = read_header(bytes(data), IMPLICIT if implicit else EXPLICIT)
+    except InstanceRefused:
+        return
+    assert is_uid(header.study_instance_uid)
+    assert header.patient.key.patient_id
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of pydicom, about these files
+def test_real_files_read_as_pydicom_reads_them(shared: Path) -> None:
+    """Each figure of another vendor's file: our one pass against pydicom's full parse."""
+    compared = 0
+    folders = shared / "data" / "dicom" / "orthanc-tests", shared / "data" / "cxr-severity"
+    for path in sorted(path for folder in folders for path in folder.rglob("*.dcm")):
+        raw = path.read_bytes()
+        if raw[128:132] != b"DICM":
+            continue
+        # (0002,0000) says how long the file meta is.
+        offset = 144 + int.from_bytes(raw[140:144], "little")
+        syntax = str(pydicom.filereader.read_file_meta_info(path).get("TransferSyntaxUID", ""))
+        if syntax not in TRANSFER_SYNTAXES:
+            continue
+        try:
+            header = read_header(raw, syntax, offset=offset)
+        except InstanceRefused:
+            continue
+        compared += 1
+        ds = pydicom.dcmread(path, stop_before_pixels=True)
+        assert header.patient.key.patient_id == str(ds.PatientID).strip()
+        assert header.patient.name == str(ds.get("PatientName", "")).strip()
+        assert header.study_instance_uid == ds.StudyInstanceUID
+        assert header.series_description == str(ds.get("SeriesDescription") or "").strip()
+    assert compared > 300
+
+
+def test_sequences_of_defined_length_are_stepped_over() -> None:
+    ds = slice_of(ReferencedStudySequence=Sequence([slice_of(PixelData=None), slice_of(PixelData=None)]))
+    assert header_of(ds).study_instance_uid == ds.StudyInstanceUID

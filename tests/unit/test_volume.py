@@ -1,0 +1,473 @@
+"""Series to volume: what must come back exactly, and what must be refused, with the right cause."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import math
+import os
+import re
+import struct
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from pydicom.dataset import FileDataset
+
+from tests import factories
+from worker import volume
+from worker.decoding import DecoderPool
+from worker.domain import Series, Volume
+from worker.errors import GeometryError, PixelError
+
+OBLIQUE = (0.8, 0.6, 0.0, 0.0, 0.0, -1.0)
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[DecoderPool]:
+    """Two warm children, as in service."""
+    with DecoderPool(processes=2) as made:
+        made.warm()
+        yield made
+
+
+@pytest.fixture(scope="module")
+def spooled(tmp_path_factory: pytest.TempPathFactory) -> Series:
+    """One plain CT series of nine slices."""
+    return factories.spool(factories.make_ct(slices=9), tmp_path_factory.mktemp("ct"))
+
+
+def load(pool: DecoderPool, datasets: Sequence[FileDataset], folder: Path) -> Volume:
+    """Spool the datasets and load them as what they are."""
+    series = factories.spool(datasets, folder)
+    return volume.load(series, kind="radiograph" if series.modality in {"DX", "CR"} else "volume", pool=pool)
+
+
+def refused(error: type[Exception], pool: DecoderPool, datasets: Sequence[FileDataset], folder: Path) -> str:
+    """Return the sentence with which the datasets are refused."""
+    with pytest.raises(error) as caught:
+        load(pool, datasets, folder)
+    return str(caught.value)
+
+
+# --- volumes that are right
+
+
+@pytest.mark.parametrize("is_signed", [False, True], ids=["unsigned", "signed"])
+@pytest.mark.parametrize("orientation", [(1, 0, 0, 0, 1, 0), (0, 1, 0, 0, 0, -1), OBLIQUE, (-1, 0, 0, 0, 1, 0)])
+def test_known_hu_and_affine_come_back_exactly(pool: DecoderPool, tmp_path: Path, orientation: tuple[float, ...], is_signed: bool) -> None:
+    datasets = factories.make_ct(slices=5, spacing_mm=(1.25, 0.7, 0.6), orientation=orientation, is_signed=is_signed)
+    one = load(pool, datasets, tmp_path)
+    np.testing.assert_array_equal(one.array, factories.known_hu(5))
+    assert one.affine is not None
+    np.testing.assert_allclose(one.affine, factories.known_affine(spacing_mm=(1.25, 0.7, 0.6), orientation=orientation), atol=1e-6)
+    assert one.array.dtype == np.float32
+    assert one.spacing_mm == pytest.approx((1.25, 0.7, 0.6))
+    assert one.sop_instance_uids == tuple(ds.SOPInstanceUID for ds in datasets)
+    assert (one.modality, one.series_instance_uid) == ("CT", datasets[0].SeriesInstanceUID)
+    assert np.linalg.det(one.affine[:3, :3]) > 0
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(order=st.permutations(range(9)))
+def test_any_shuffle_of_the_slices_gives_the_same_volume(pool: DecoderPool, spooled: Series, order: list[int]) -> None:
+    shuffled = Series(spooled.series_instance_uid, "CT", "", "", tuple(spooled.instances[k] for k in order))
+    one = volume.load(shuffled, kind="volume", pool=pool)
+    np.testing.assert_array_equal(one.array, factories.known_hu(9))
+    assert one.sop_instance_uids == tuple(instance.sop_instance_uid for instance in spooled.instances)
+
+
+def test_order_is_that_of_positions_not_of_instance_numbers(pool: DecoderPool, tmp_path: Path) -> None:
+    datasets = factories.make_ct(slices=5)
+    for number, ds in zip([3, 1, 1, 9, 2], datasets, strict=True):
+        ds.InstanceNumber = number
+    np.testing.assert_array_equal(load(pool, datasets, tmp_path).array, factories.known_hu(5))
+
+
+def test_each_slice_has_its_own_rescale(pool: DecoderPool, tmp_path: Path) -> None:
+    """PET is rescaled slice by slice; so may CT be."""
+    datasets = factories.make_ct(slices=3)
+    for k, ds in enumerate(datasets):
+        ds.RescaleSlope, ds.RescaleIntercept = 0.5 * (k + 1), -1000 - k
+    expected = np.stack([(factories.known_hu(3)[k] + 1024) * 0.5 * (k + 1) - 1000 - k for k in range(3)])
+    np.testing.assert_array_equal(load(pool, datasets, tmp_path).array, expected)
+
+
+@pytest.mark.requirement("P10")
+def test_padding_takes_the_least_real_value_of_the_volume(pool: DecoderPool, tmp_path: Path) -> None:
+    hu = factories.known_hu(3)
+    datasets = factories.make_ct(hu=hu, is_signed=True)
+    pad = np.zeros(hu.shape[1:], bool)
+    pad[5:9, 3:7] = True
+    for ds in datasets:
+        stored = ds.pixel_array.copy()
+        stored[pad] = -2000
+        factories.set_pixels(ds, stored, bits_stored=16)
+        ds.PixelPaddingValue = -2000
+    expected = hu.copy()
+    expected[:, pad] = hu[:, ~pad].min()
+    np.testing.assert_array_equal(load(pool, datasets, tmp_path).array, expected)
+
+
+@pytest.mark.requirement("P9")
+def test_a_localizer_in_the_series_is_left_out(pool: DecoderPool, tmp_path: Path) -> None:
+    datasets = factories.make_ct(slices=5)
+    scout = factories.make_ct(slices=6, orientation=(0, 1, 0, 0, 0, -1))[5]
+    scout.ImageType = ["ORIGINAL", "PRIMARY", "LOCALIZER"]
+    one = load(pool, [scout, *datasets], tmp_path)
+    np.testing.assert_array_equal(one.array, factories.known_hu(5))
+    assert scout.SOPInstanceUID not in one.sop_instance_uids
+
+
+def test_ct_values_do_not_depend_on_the_photometric_interpretation(pool: DecoderPool, tmp_path: Path) -> None:
+    """HU are physical: MONOCHROME1 says how to show them, not what they are."""
+    datasets = factories.make_ct(slices=3)
+    for ds in datasets:
+        ds.PhotometricInterpretation = "MONOCHROME1"
+    np.testing.assert_array_equal(load(pool, datasets, tmp_path).array, factories.known_hu(3))
+
+
+# --- volumes that are refused
+
+Change = Callable[[list[FileDataset]], object]
+
+
+def _move(k: int, by: tuple[float, float, float]) -> Change:
+    def change(datasets: list[FileDataset]) -> None:
+        datasets[k].ImagePositionPatient = [a + b for a, b in zip(datasets[k].ImagePositionPatient, by, strict=True)]
+
+    return change
+
+
+def _tilt(datasets: list[FileDataset]) -> None:
+    for k, ds in enumerate(datasets):
+        _move(k, (0, 0.5 * k, 0))([ds] * (k + 1))
+
+
+def _drift(datasets: list[FileDataset]) -> None:
+    for k, ds in enumerate(datasets):
+        _move(0, (0, 0, 0.01 * k * k))([ds])
+
+
+def _set(keyword: str, value: object) -> Change:
+    """Change one slice of all."""
+    return lambda datasets: setattr(datasets[4], keyword, value)
+
+
+def _set_all(keyword: str, value: object) -> Change:
+    def change(datasets: list[FileDataset]) -> None:
+        for ds in datasets:
+            setattr(ds, keyword, value)
+
+    return change
+
+
+@pytest.mark.requirement("P8")
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda s: s.pop(4), "gap of 5.00 mm between slices 4 and 5 of 7, where 2.50 mm is usual; 1 missing."),
+        (lambda s: [s.pop(3), s.pop(3)], "gap of 7.50 mm between slices 3 and 4 of 6, where 2.50 mm is usual; 2 missing."),
+        (_move(4, (0, 0, 0.8)), "gap of 3.30 mm between slices 4 and 5 of 8, where 2.50 mm is usual."),
+        (_move(4, (0, 0, 0.2)), "gap of 2.70 mm"),
+        (_move(4, (0, 0, 2.5)), "1 or more slices stand where another does"),
+        (_move(4, (0.3, 0, 0)), "shift sideways by up to 0.30 mm"),
+        (_tilt, "gantry tilted by 11.31 degrees"),
+        (_drift, "The spacing drifts"),
+        (
+            _set("ImageOrientationPatient", [1, 0, 0, 0, 0, -1]),
+            "1 of 8 slices have another orientation than the first; their normals are up to 90.00",
+        ),
+        (_set("ImageOrientationPatient", [1, 0, 0, 0, math.cos(0.01), math.sin(0.01)]), "up to 0.57 degrees apart"),
+        (_set("PixelSpacing", [0.76, 0.5]), "The pixel spacing differs between slices: 0.75 to 0.76 by 0.5 to 0.5 mm."),
+        (_set("FrameOfReferenceUID", "1.2.3"), "Frame of Reference UID differs between slices: 2 different ones."),
+        (_set("FrameOfReferenceUID", ""), "Frame of Reference UID differs between slices: 2 different ones."),
+        (_set("ImageType", ["DERIVED", "SECONDARY", "AXIAL"]), "Image Type value 2 differs between slices"),
+        (_set("ImagePositionPatient", None), "is absent from a slice"),
+        (_set("ImageOrientationPatient", None), "is absent from a slice"),
+        (_set("PixelSpacing", None), "is absent from a slice"),
+        (lambda s: s.__delitem__(slice(2, None)), "needs at least 3 slices; the series has 2"),
+        (_set_all("ImageType", ["ORIGINAL", "PRIMARY", "LOCALIZER"]), "the series has 0 that are no localizer"),
+        (_set_all("ImageOrientationPatient", [1, 0, 0, 0.5, 0.8, 0]), "lengths 1.0000 and 0.9434"),
+        (_set_all("PixelSpacing", [0, 0]), "The pixel spacing of a slice is 0 x 0 mm."),
+        (_set_all("PixelSpacing", [-1, 1]), "The pixel spacing of a slice is -1 x 1 mm."),
+    ],
+)
+def test_what_is_no_regular_volume_is_refused_with_its_numbers(pool: DecoderPool, tmp_path: Path, change: Change, sentence: str) -> None:
+    datasets = factories.make_ct(slices=8)
+    change(datasets)
+    assert sentence in refused(GeometryError, pool, datasets[::-1], tmp_path)
+
+
+def test_slices_of_two_sizes_are_refused(pool: DecoderPool, tmp_path: Path) -> None:
+    datasets = factories.make_ct(slices=4)
+    datasets[2] = factories.make_ct(slices=4, rows=42)[2]
+    assert refused(GeometryError, pool, datasets, tmp_path) == "Rows x Columns differs between slices: 2 different ones."
+
+
+def test_slices_nearer_than_the_tolerance_are_refused(pool: DecoderPool, tmp_path: Path) -> None:
+    message = refused(GeometryError, pool, factories.make_ct(slices=4, spacing_mm=(0.08, 1, 1)), tmp_path)
+    assert message == "Slices stand 0.080 mm apart, which cannot be told from the tolerance of 0.1 mm."
+
+
+def test_small_unevenness_within_the_tolerance_is_a_volume(pool: DecoderPool, tmp_path: Path) -> None:
+    datasets = factories.make_ct(slices=6)
+    _move(2, (0, 0, 0.04))(datasets)
+    one = load(pool, datasets, tmp_path)
+    assert one.spacing_mm[0] == pytest.approx(2.5)
+    with pytest.raises(GeometryError, match="gap of"):
+        volume.load(factories.spool(datasets, tmp_path), kind="volume", pool=pool, max_gap_mm=0.01)
+
+
+def test_an_empty_series_is_refused(pool: DecoderPool) -> None:
+    with pytest.raises(GeometryError, match="0 instances"):
+        volume.load(Series("1.2.3", "CT", "", ""), kind="volume", pool=pool)
+
+
+@pytest.mark.requirement("P6")
+@pytest.mark.parametrize(
+    ("keyword", "value", "sentence"),
+    [
+        ("RescaleSlope", 0, "Rescale Slope (0028,1053) is 0."),
+        ("RescaleSlope", None, "Only one of Rescale Slope"),
+        ("RescaleSlope", "1e308", "Rescaled pixel values of slice 2 of 3 are not finite."),
+        ("RescaleIntercept", None, "Only one of Rescale Slope"),
+        ("RescaleType", "US", "no rescale to Hounsfield units"),
+        ("ModalityLUTSequence", [], "A Modality LUT Sequence"),
+        ("SharedFunctionalGroupsSequence", [], "Enhanced objects"),
+        ("PresentationLUTShape", "INVERSE", "contradicts Photometric Interpretation"),
+    ],
+)
+def test_a_ct_slice_without_hounsfield_units_is_refused(
+    pool: DecoderPool, tmp_path: Path, keyword: str, value: object, sentence: str
+) -> None:
+    datasets = factories.make_ct(slices=3)
+    setattr(datasets[1], keyword, value)
+    assert sentence in refused(PixelError, pool, datasets, tmp_path)
+
+
+def test_a_ct_without_any_rescale_is_refused(pool: DecoderPool, tmp_path: Path) -> None:
+    datasets = factories.make_ct(slices=3)
+    for ds in datasets:
+        del ds.RescaleSlope, ds.RescaleIntercept
+    assert "no rescale to Hounsfield units" in refused(PixelError, pool, datasets, tmp_path)
+
+
+def test_a_file_that_is_another_instance_than_its_row_says_is_refused(pool: DecoderPool, tmp_path: Path) -> None:
+    series = factories.spool(factories.make_ct(slices=3), tmp_path)
+    with pytest.raises(PixelError, match="another instance"):
+        volume.load(Series("1.2.3", "CT", "", "", series.instances), kind="volume", pool=pool)
+
+
+# --- radiographs
+
+
+@pytest.mark.requirement("P10")
+@pytest.mark.parametrize("modality", ["DX", "CR"])
+@pytest.mark.parametrize("bits_stored", [8, 10, 12, 16])
+def test_monochrome1_and_2_of_one_film_are_one_radiograph(pool: DecoderPool, tmp_path: Path, bits_stored: int, modality: str) -> None:
+    stored = factories.known_stored(bits_stored=bits_stored)
+    flipped = (2**bits_stored - 1 - stored.astype(int)).astype(stored.dtype)
+    plain = factories.make_radiograph(stored=stored, bits_stored=bits_stored, modality=modality)
+    inverse = factories.make_radiograph(stored=flipped, bits_stored=bits_stored, modality=modality, photometric="MONOCHROME1")
+    for name, ds in (("plain", plain), ("inverse", inverse)):
+        one = load(pool, [ds], tmp_path / name)
+        np.testing.assert_array_equal(one.array[0], stored)
+        assert one.array.shape == (1, 64, 48)
+        assert one.affine is None
+        assert one.spacing_mm == (0, 0.2, 0.15)
+
+
+@pytest.mark.requirement("P10")
+def test_signed_and_unsigned_of_one_film_differ_by_their_rescale_only(pool: DecoderPool, tmp_path: Path) -> None:
+    stored = factories.known_stored(bits_stored=12)
+    ds = factories.make_radiograph(stored=(stored.astype(int) - 2048).astype(np.int16), bits_stored=12)
+    ds.RescaleIntercept = 2048
+    np.testing.assert_array_equal(load(pool, [ds], tmp_path / "plain").array[0], stored)
+    ds.PhotometricInterpretation, ds.PresentationLUTShape = "MONOCHROME1", "INVERSE"
+    np.testing.assert_array_equal(load(pool, [ds], tmp_path / "inverse").array[0], 4095 - stored.astype(int))
+
+
+@pytest.mark.requirement("P10")
+@pytest.mark.parametrize("photometric", ["MONOCHROME2", "MONOCHROME1"])
+def test_padding_of_a_film_is_as_dark_as_its_darkest_pixel(pool: DecoderPool, tmp_path: Path, photometric: str) -> None:
+    stored = np.clip(factories.known_stored(bits_stored=12), 100, 4000)
+    stored[:, :5], stored[:, -5:] = 4095, 4090
+    ds = factories.make_radiograph(stored=stored, photometric=photometric)
+    ds.PixelPaddingValue, ds.PixelPaddingRangeLimit = 4095, 4090
+    array = load(pool, [ds], tmp_path).array[0]
+    expected = stored if photometric == "MONOCHROME2" else 4095 - stored.astype(int)
+    np.testing.assert_array_equal(array[:, 5:-5], expected[:, 5:-5])
+    assert np.unique(array[:, :5]).tolist() == np.unique(array[:, -5:]).tolist() == [expected[:, 5:-5].min()]
+
+
+def test_a_film_of_padding_only_is_refused(pool: DecoderPool, tmp_path: Path) -> None:
+    ds = factories.make_radiograph(stored=np.full((8, 8), 7, np.uint16))
+    ds.PixelPaddingValue = 7
+    assert refused(PixelError, pool, [ds], tmp_path) == "Every pixel is padding."
+
+
+def test_no_window_is_applied(pool: DecoderPool, tmp_path: Path) -> None:
+    ds = factories.make_radiograph()
+    ds.WindowCenter, ds.WindowWidth = 100, 10
+    np.testing.assert_array_equal(load(pool, [ds], tmp_path).array[0], factories.known_stored())
+
+
+@pytest.mark.requirement("P7")
+def test_calibrated_spacing_comes_before_that_of_the_imager(pool: DecoderPool, tmp_path: Path) -> None:
+    ds = factories.make_radiograph()
+    ds.PixelSpacing = [0.18, 0.13]
+    assert load(pool, [ds], tmp_path / "both").spacing_mm == (0, 0.18, 0.13)
+    assert load(pool, [factories.make_radiograph(spacing_mm=None)], tmp_path / "none").spacing_mm == (0, 0, 0)
+
+
+@pytest.mark.requirement("P7")
+@pytest.mark.parametrize("spacing", [[0, 0], [0.2, -0.2]])
+def test_a_spacing_that_cannot_be_is_refused(pool: DecoderPool, tmp_path: Path, spacing: list[float]) -> None:
+    ds = factories.make_radiograph()
+    ds.ImagerPixelSpacing = spacing
+    assert "The pixel spacing is" in refused(GeometryError, pool, [ds], tmp_path)
+
+
+def test_pixels_that_are_not_square_are_refused(pool: DecoderPool, tmp_path: Path) -> None:
+    ds = factories.make_radiograph(spacing_mm=None)
+    ds.PixelAspectRatio = [2, 1]
+    assert "Pixel Aspect Ratio is 2 to 1" in refused(GeometryError, pool, [ds], tmp_path)
+
+
+def test_of_several_films_the_largest_then_the_first_uid_is_taken(pool: DecoderPool, tmp_path: Path) -> None:
+    films = [
+        factories.make_radiograph(rows=32, number=1),
+        factories.make_radiograph(number=2, seed=0),
+        factories.make_radiograph(number=3, seed=0),
+    ]
+    expected = min(str(ds.SOPInstanceUID) for ds in films[1:])
+    for name, order in (("there", films), ("back", films[::-1])):
+        assert load(pool, order, tmp_path / name).sop_instance_uids == (expected,)
+
+
+# --- real data
+
+
+def _series(files: Sequence[Path]) -> list[Series]:
+    found: dict[str, list[Path]] = defaultdict(list)
+    for path in files:
+        found[str(pydicom.dcmread(path, stop_before_pixels=True).SeriesInstanceUID)].append(path)
+    return [Series(uid, "", "", "", tuple(factories.instance_of(path) for path in paths)) for uid, paths in found.items()]
+
+
+@pytest.mark.slow
+def test_all_188_real_radiographs_load(pool: DecoderPool, shared: Path) -> None:
+    """Of every transfer syntax, MONOCHROME1 and 2; a chest is dense in its middle, whichever way it was written."""
+    folder = shared / "data" / "cxr-severity"
+    with (folder / "labels.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 188
+    center, border = [], []
+    for series in _series(sorted((folder / "dicom").rglob("*.dcm"))):
+        one = volume.load(series, kind="radiograph", pool=pool)
+        assert np.isfinite(one.array).all()
+        assert 0 <= one.array.min() < one.array.max() <= 255
+        _, rows, columns = one.array.shape
+        center.append(float(one.array[0, rows // 2 :, columns * 3 // 8 : columns * 5 // 8].mean()))
+        border.append(float(np.median(one.array[0, : rows // 12])))
+    assert len(center) == 188
+    assert np.mean(np.array(center) > np.array(border)) > 0.9
+
+
+def _read_nifti(path: Path) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the voxels [i, j, k] and the RAS affine of a NIfTI-1 file with a single volume."""
+    data = gzip.decompress(path.read_bytes())
+    shape, (code,), (offset,) = struct.unpack_from("<3h", data, 42), struct.unpack_from("<h", data, 70), struct.unpack_from("<f", data, 108)
+    dtype = {2: "u1", 4: "<i2", 8: "<i4", 16: "<f4", 64: "<f8", 512: "<u2"}[code]
+    voxels = np.frombuffer(data, dtype, math.prod(shape), int(offset)).reshape(shape, order="F")
+    return voxels.astype(np.float64), np.vstack([np.array(struct.unpack_from("<12f", data, 280)).reshape(3, 4), [0, 0, 0, 1]])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ge/anatomical/001",
+        "ge/anatomical/001_implicit",
+        "generic/anatomical/001",
+        "generic/anatomical/002_non_isotropic",
+        "generic/compressed/001",
+        "generic/compressed_jpeg/001",
+        "generic/compressed_jpegls/001",
+        "generic/compressed_rle/001",
+    ],
+)
+def test_real_series_have_the_voxels_and_places_of_their_reference(pool: DecoderPool, shared: Path, name: str) -> None:
+    """dicom2nifti's reference files: each of our voxels lies on one of theirs, with its value."""
+    folder = shared / "data" / "dicom" / "dicom2nifti" / name
+    (series,) = _series([path for path in sorted(folder.rglob("*")) if path.is_file()])
+    one = volume.load(series, kind="volume", pool=pool)
+    assert one.affine is not None
+    voxels, ras = _read_nifti(folder.with_name(folder.name + "_ground_truth.nii.gz"))
+    to_theirs = np.linalg.inv(ras) @ np.diag([-1.0, -1.0, 1.0, 1.0]) @ one.affine
+    kji = np.indices(one.array.shape).reshape(3, -1)
+    index = to_theirs[:3, :3] @ kji[::-1] + to_theirs[:3, 3:]
+    assert np.abs(index - np.rint(index)).max() < 1e-3
+    i, j, k = np.rint(index).astype(int)
+    np.testing.assert_allclose(one.array.ravel(), voxels[i, j, k], rtol=1e-6)
+
+
+@pytest.mark.requirement("P8")
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("gantrytilting/001", "gantry tilted by 14.00 degrees"),
+        ("notavolume/001", "slices stand where another does"),
+        ("slicecount/001", "needs at least 3 slices; the series has 2"),
+        ("sliceincrement/001", "gap of 10.00 mm between slices 3 and 4 of 4, where 5.00 mm is usual; 1 missing"),
+        ("sliceincrement/002", "gap of 1.50 mm between slices 3 and 4 of 4, where 0.75 mm is usual; 1 missing"),
+        ("sliceorientation/001", "normals are up to 90.00 degrees apart"),
+    ],
+)
+def test_real_series_that_are_no_volume_are_refused_with_their_cause(pool: DecoderPool, shared: Path, name: str, sentence: str) -> None:
+    folder = shared / "data" / "dicom" / "dicom2nifti" / "failing" / name
+    (series,) = _series([path for path in sorted(folder.rglob("*")) if path.is_file()])
+    with pytest.raises(GeometryError, match=re.escape(sentence)):
+        volume.load(series, kind="volume", pool=pool)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("Brainix/Epi", (22, 256, 256)),
+        ("Brainix/Flair", (22, 288, 288)),
+        ("Knee/T1", (24, 512, 512)),
+        ("Knee/T2", (26, 560, 560)),
+    ],
+)
+def test_real_mr_series_load(pool: DecoderPool, shared: Path, name: str, shape: tuple[int, int, int]) -> None:
+    (series,) = _series(sorted((shared / "data" / "dicom" / "orthanc-tests" / name).glob("*.dcm")))
+    one = volume.load(series, kind="volume", pool=pool)
+    assert one.array.shape == shape
+    assert one.array.min() >= 0
+
+
+def test_a_real_localizer_series_is_refused(pool: DecoderPool, shared: Path) -> None:
+    (series,) = _series(sorted((shared / "data" / "dicom" / "orthanc-tests" / "Knix" / "Loc").glob("*.dcm")))
+    with pytest.raises(GeometryError, match="18 of 27 slices have another orientation"):
+        volume.load(series, kind="volume", pool=pool)
+
+
+@pytest.mark.slow
+def test_bench_a_ct_of_200_slices(pool: DecoderPool, tmp_path: Path) -> None:
+    """Print the seconds of loading 200 x 512 x 512, uncompressed, two children; aim 1.2 s on two idle cores."""
+    series = factories.spool(factories.make_ct(hu=np.broadcast_to(factories.known_hu(1, 512, 512), (200, 512, 512))), tmp_path)
+    took = []
+    for _ in range(3):
+        started = time.perf_counter()
+        one = volume.load(series, kind="volume", pool=pool)
+        took.append(time.perf_counter() - started)
+    assert one.array.shape == (200, 512, 512)
+    print(f"CT, 200 slices: {min(took):.2f} s (best of 3, load {os.getloadavg()[0]:.1f})")
+    assert min(took) < 10
