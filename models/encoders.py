@@ -106,12 +106,14 @@ class TextEncoder(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, T, K) ids → (B, T, d) and mask (B, T); words stand at the front."""
-        pieces = (ids > 0).sum(-1)  # (B, T)
+        """(B, T, K) ids → (B, T', d) and mask (B, T'); words stand at the front, T' is the longest text here."""
+        longest = int((ids[..., 0] > 0).sum(1).max().clamp(min=1))
+        ids = ids[:, :longest]
+        pieces = (ids > 0).sum(-1)  # (B, T')
         mask = pieces > 0
-        words = self.dropout(self.embed(ids).sum(2) / pieces.clamp(min=1)[..., None])  # (B, T, d)
+        words = self.dropout(self.embed(ids).sum(2) / pieces.clamp(min=1)[..., None])  # (B, T', d)
         # Packed, so that the backward direction starts at the last word, not in the padding.
         lengths = mask.sum(1).clamp(min=1).cpu()
         packed = pack_padded_sequence(words, lengths, batch_first=True, enforce_sorted=False)
-        states, _ = pad_packed_sequence(self.gru(packed)[0], batch_first=True, total_length=ids.shape[1])
+        states, _ = pad_packed_sequence(self.gru(packed)[0], batch_first=True, total_length=longest)
         return states, mask

@@ -29,7 +29,6 @@ from monai.transforms import (
     Resize,
     ResizeWithPadOrCrop,
     ScaleIntensityRange,
-    ScaleIntensityRangePercentiles,
     SpatialPad,
 )
 from numpy.typing import NDArray
@@ -50,19 +49,17 @@ def radiograph_tensor(array: NDArray[np.float32], config: NetworkConfig) -> Tens
     """Make (1, H', W') in [0, 1] from one radiograph (H, W), bright is dense, its aspect kept.
 
     The first and last percentile become 0 and 1: collimation, markers and the stored range differ from one
-    machine to the next.
+    machine to the next. A blank radiograph is a ValueError.
     """
     height, width = config.image_size
     scale = min(height / array.shape[0], width / array.shape[1])
     size = [max(1, min(n, round(m * scale))) for n, m in zip((height, width), array.shape, strict=True)]
-    steps = Compose(
-        [
-            Resize(size, mode="area"),
-            ScaleIntensityRangePercentiles(1, 99, 0.0, 1.0, clip=True),
-            SpatialPad((height, width), value=0.0),
-        ]
-    )
-    return _plain(steps(torch.from_numpy(np.ascontiguousarray(array))[None]))
+    small = _plain(Resize(size, mode="area")(torch.from_numpy(np.ascontiguousarray(array))[None]))
+    low, high = torch.quantile(small, torch.tensor([0.01, 0.99])).tolist()
+    if not high > low:
+        raise ValueError("The radiograph is blank: its first and last percentile are equal.")
+    steps = Compose([ScaleIntensityRange(low, high, 0.0, 1.0, clip=True), SpatialPad((height, width), value=0.0)])
+    return _plain(steps(small))
 
 
 def volume_tensor(array: NDArray[np.float32], affine: NDArray[np.float64], config: NetworkConfig) -> Tensor:
@@ -134,6 +131,8 @@ def augment(images: Tensor, generator: torch.Generator, *, shift: float, zoom: f
         theta[:, :, dims] = 2 * shift * draw(batch, dims)
         grid = functional.affine_grid(theta.to(images.device), list(images.shape), align_corners=False)
         images = functional.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    if not contrast:
+        return images
     spread = (batch,) + (1,) * (dims + 1)
     gain, offset = 1 + contrast * draw(*spread), 0.5 * contrast * draw(*spread)
     return ((images - 0.5) * gain.to(images.device) + 0.5 + offset.to(images.device)).clamp(0, 1)

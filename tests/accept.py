@@ -42,7 +42,9 @@ def upload(orthanc: Orthanc, files: dict[str, Path]) -> None:
 def send_records(installation: Installation, shared: Path, files: dict[str, Path]) -> int:
     """The patients' HL7 over MLLP; returns how many messages were answered AA."""
     patients = sorted({path.parent.name for path in files.values()})
-    messages = [m for name in patients for m in mllp.split_messages((shared / "data" / "cxr-severity" / "hl7" / f"{name}.hl7").read_bytes())]
+    messages = [
+        m for name in patients for m in mllp.split_messages((shared / "data" / "cxr-severity" / "hl7" / f"{name}.hl7").read_bytes())
+    ]
     codes = mllp.send(("127.0.0.1", installation.mllp_port), messages, timeout_s=60)
     assert set(codes) <= {"AA", "CA"}, set(codes)
     return len(codes)

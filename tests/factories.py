@@ -131,7 +131,7 @@ def make_radiograph(
     *,
     rows: int = 64,
     columns: int = 48,
-    stored: NDArray[np.uint8 | np.uint16 | np.int16] | None = None,
+    stored: NDArray[np.generic] | None = None,
     bits_stored: int = 12,
     photometric: str = "MONOCHROME2",
     modality: str = "DX",
@@ -176,7 +176,7 @@ def known_stored(rows: int = 64, columns: int = 48, *, bits_stored: int = 12, se
     return stored.astype(np.uint8 if bits_stored <= 8 else np.uint16)
 
 
-def set_pixels(ds: Dataset, stored: NDArray[np.uint8 | np.int8 | np.uint16 | np.int16], *, bits_stored: int) -> None:
+def set_pixels(ds: Dataset, stored: NDArray[np.generic], *, bits_stored: int) -> None:
     """Write stored values (rows, columns) and the Image Pixel module (PS3.3 §C.7.6.3) that fits them, native little endian."""
     ds.Rows, ds.Columns = stored.shape
     ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"

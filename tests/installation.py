@@ -150,8 +150,13 @@ class Installation:
         return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
     def __enter__(self) -> Installation:
-        """Start."""
-        self.start()
+        """Start; a daemon that does not become ready is ended."""
+        try:
+            self.start()
+        except BaseException:
+            if self.process is not None and self.process.poll() is None:
+                self.kill()
+            raise
         return self
 
     def __exit__(self, *_exc: object) -> None:

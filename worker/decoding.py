@@ -341,7 +341,7 @@ class DecoderPool:
         which = f"on the file with sha256 {digest[:12]}…"
         if deaths == 1:
             return DecoderDied(f"The decoding process {cause} {which}")
-        return PixelError(f"The decoding process {cause} {which} It is the {deaths}. time that this file does so.")
+        return PixelError(f"The decoding process {cause} {which} This file has done so {deaths} times.")
 
 
 class _Budget:

@@ -29,7 +29,7 @@ from worker.store.spool import Spool, SpoolError
 #: (what, found, is it well)
 Check = tuple[str, str, bool]
 
-LIBRARIES: Final = ("pydicom", "pynetdicom", "highdicom", "torch", "monai", "sqlalchemy", "apscheduler", "hl7", "numpy")
+LIBRARIES: Final = ("pydicom", "pynetdicom", "highdicom", "torch", "monai", "sqlalchemy", "apscheduler", "numpy")
 
 
 def report(out: Console, config: Config, config_file: Path | None) -> bool:

@@ -150,7 +150,7 @@ def prepare(bundle: Bundle, volume: Volume, inputs: Inputs) -> Prepared:
     Raises
     ------
     PixelError
-        A pixel or a value is infinite or undefined, or a radiograph has more than one plane.
+        A pixel or a value is infinite or undefined, or a radiograph is blank or has more than one plane.
     GeometryError
         A volume without patient coordinates, where the network needs millimetres.
     """
@@ -239,7 +239,10 @@ def _image(bundle: Bundle, volume: Volume) -> torch.Tensor:
     if bundle.series.kind == "radiograph":
         if volume.array.shape[0] != 1:
             raise PixelError(f"A radiograph has one plane; this series has {volume.array.shape[0]}.")
-        return radiograph_tensor(volume.array[0], bundle.network)
+        try:
+            return radiograph_tensor(volume.array[0], bundle.network)
+        except ValueError as exc:
+            raise PixelError(str(exc)) from exc
     if volume.affine is None:
         raise GeometryError("The series has no patient coordinates; the network needs a volume in millimetres.")
     try:

@@ -104,14 +104,14 @@ def gather(line: Line, case: Case) -> Case:
         raise Snooze("An image came after the study was complete; its series are being received.", delay_s=REOPENED_S)
     if study.version > job.input_version:
         raise Superseded(f"Version {study.version} of the study is queued.")
+    try:
+        inputs = select_inputs(study, record, model.spec)
+    except NoSuitableSeries as exc:  # no record would change that: the report need not wait for one
+        return replace(case, error=exc)
     if record is None and study.completed_at is not None:
         left = study.completed_at + timedelta(seconds=model.bundle.record.wait_s) - line.clock()
         if left > timedelta():
             raise RecordPending("The patient's record has not arrived yet.", delay_s=left.total_seconds())
-    try:
-        inputs = select_inputs(study, record, model.spec)
-    except NoSuitableSeries as exc:
-        return replace(case, error=exc)
     return replace(case, inputs=inputs)
 
 

@@ -177,7 +177,7 @@ def _decode(value: bytes, layout: Layout, transfer_syntax_uid: str) -> NDArray[A
     """Decode one encapsulated frame (PS3.5 §A.4) with the one plug-in that CODECS names."""
     codec = CODECS[transfer_syntax_uid]
     stream = fragments_of_one_frame(value, is_rle=codec == "rle")
-    container = layout.dtype
+    container, precision = layout.dtype, layout.bits_stored
     if codec == "rle":
         if len(stream) * _RLE_MAX_RATIO < layout.size_bytes:
             raise PixelError(f"An RLE stream of {len(stream)} bytes cannot hold {layout.size_bytes} bytes of pixels.")
@@ -185,7 +185,7 @@ def _decode(value: bytes, layout: Layout, transfer_syntax_uid: str) -> NDArray[A
         precision = _precision(stream, layout, is_jpeg_2000=codec == "openjpeg")
         if codec != "gdcm":  # these two size their samples by the precision of the codestream, and JPEG-LS has no sign
             container = np.dtype(f"<{'i' if layout.is_signed and codec == 'openjpeg' else 'u'}{(precision + 7) // 8}")
-    buffer = _run_codec(value, layout, transfer_syntax_uid)
+    buffer = _run_codec(value, layout, transfer_syntax_uid, precision=precision)
     if len(buffer) != layout.rows * layout.columns * container.itemsize:
         raise PixelError(
             f"The decoder {codec} made {len(buffer)} bytes where the header and the codestream state "
@@ -196,7 +196,7 @@ def _decode(value: bytes, layout: Layout, transfer_syntax_uid: str) -> NDArray[A
     return _sign_extended(pixels, precision) if codec == "jpeg_ls" and layout.is_signed else pixels
 
 
-def _run_codec(value: bytes, layout: Layout, transfer_syntax_uid: str) -> bytes | bytearray | memoryview:
+def _run_codec(value: bytes, layout: Layout, transfer_syntax_uid: str, *, precision: int) -> bytes | bytearray | memoryview:
     codec = CODECS[transfer_syntax_uid]
     try:
         import_module(codec)
@@ -209,7 +209,7 @@ def _run_codec(value: bytes, layout: Layout, transfer_syntax_uid: str) -> bytes 
             number_of_frames=1,
             samples_per_pixel=1,
             bits_allocated=layout.bits_allocated,
-            bits_stored=layout.bits_stored,
+            bits_stored=precision,  # GDCM aborts when Bits Stored is not the precision of the codestream
             pixel_representation=int(layout.is_signed),
             photometric_interpretation="MONOCHROME2",
             pixel_keyword="PixelData",

@@ -27,11 +27,13 @@ import psutil
 from worker import events
 from worker.config import Config, Destination
 from worker.domain import Header, Job, Received
+from worker.errors import BundleError
 from worker.store import queue, records, studies
 from worker.store.database import DatabaseUnavailable, Store
 from worker.store.spool import Spool, Stored
 
 if TYPE_CHECKING:
+    from models.bundle import Bundle
     from worker.deliver.cstore import Peer
     from worker.intake.hl7 import ParsedMessage
     from worker.intake.mllp import MllpServer
@@ -58,6 +60,22 @@ def started(role: str, **facts: object) -> None:
     seconds = round(time.time() - process.create_time(), 2)
     rss_mb = round(process.memory_info().rss / 2**20)
     events.emit("role.started", role=role, pid=process.pid, seconds=seconds, rss_mb=rss_mb, **facts)
+
+
+def read_bundles(config: Config) -> list[Bundle]:
+    """The configured bundles' metadata, their weights checked by sha256; needs no torch.
+
+    Raises
+    ------
+    BundleError
+        Naming the bundle, the file and the key.
+    """
+    from models.bundle import Bundle, InvalidBundleError
+
+    try:
+        return [Bundle.read(folder) for folder in config.run.bundles]
+    except InvalidBundleError as exc:
+        raise BundleError(str(exc)) from exc
 
 
 # --- receive
@@ -194,24 +212,25 @@ def run(config: Config, store: Store, stop: threading.Event) -> None:
 
     settings = config.run
     loaded = [Model(folder, device=settings.device, threads=settings.threads) for folder in settings.bundles]
-    pool = DecoderPool(processes=settings.decoders, memory_bytes=settings.decoder_memory_mb * 2**20, timeout_s=settings.decoder_timeout_s)
-    line = Line(
-        store=store,
-        models={model.name: model for model in loaded},
-        decoders=pool,
-        destinations=tuple(peer.name for peer in config.destinations),
-        zone=config.zone,
-        clock=clock,
-    )
-    names = sorted(line.models)
-    started("run", bundles={model.name: model.digest[:12] for model in loaded})
-    with pool:
+    with DecoderPool(
+        processes=settings.decoders, memory_bytes=settings.decoder_memory_mb * 2**20, timeout_s=settings.decoder_timeout_s
+    ) as pool:
+        pool.warm()
+        line = Line(
+            store=store,
+            models={model.name: model for model in loaded},
+            decoders=pool,
+            destinations=tuple(peer.name for peer in config.destinations),
+            zone=config.zone,
+            clock=clock,
+        )
+        started("run", bundles={model.name: model.digest[:12] for model in loaded})
         _work(
             store,
             stop,
             poll_s=settings.poll_s,
             lease_s=settings.lease_s,
-            take=_take(store, config, names),
+            take=_take(store, config, sorted(line.models)),
             do=lambda jobs: process(line, jobs),
         )
 

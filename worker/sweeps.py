@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 from worker import events
 from worker.config import Config
 from worker.errors import WorkerError
-from worker.roles import clock
+from worker.roles import clock, read_bundles
 from worker.store import queue, studies
 from worker.store.database import Store
 from worker.store.spool import Spool
@@ -21,18 +21,10 @@ from worker.store.spool import Spool
 if TYPE_CHECKING:
     from apscheduler.schedulers.background import BackgroundScheduler
 
-    from models.bundle import Bundle
     from worker.store.studies import Pending
 
 #: A file without a row is a crash's after this long; rows follow files within seconds.
 ORPHAN_AGE: Final = timedelta(minutes=15)
-
-
-def bundles(config: Config) -> list[Bundle]:
-    """The configured bundles' metadata; weights are checked where they are loaded."""
-    from models.bundle import Bundle
-
-    return [Bundle.read(folder, verify=False) for folder in config.run.bundles]
 
 
 def scheduler(config: Config, store: Store, spool: Spool) -> BackgroundScheduler:
@@ -43,7 +35,7 @@ def scheduler(config: Config, store: Store, spool: Spool) -> BackgroundScheduler
 
     wants = [
         assembly.Wants(bundle.name, frozenset(bundle.series.modalities), bundle.series.min_instances * bundle.series.required)
-        for bundle in bundles(config)
+        for bundle in read_bundles(config)
     ]
     limit_s = config.assembly.incomplete_limit_s
     asking = {sender.ae_title: sender for sender in config.senders if sender.query_port}

@@ -63,7 +63,9 @@ def test_every_study_of_the_cohort_gets_its_report_and_a_second_run_makes_nothin
             accept.forward(pacs, installation, files)
             accept.wait_for_reports(pacs, len(files), timeout_s=300)
             seconds = time.monotonic() - started
-            print(json.dumps({"bench": "burst", "database": "sqlite", "studies": len(files), "studies_per_s": round(len(files) / seconds, 2)}))
+            print(
+                json.dumps({"bench": "burst", "database": "sqlite", "studies": len(files), "studies_per_s": round(len(files) / seconds, 2)})
+            )
             first = check_reports(installation, pacs, shared, files, tmp_path)
             assert any(accept.observation_times(dcmread(paths[0])) for paths in first.values())
             # Again: images and messages as before.
@@ -71,7 +73,9 @@ def test_every_study_of_the_cohort_gets_its_report_and_a_second_run_makes_nothin
             accept.forward(pacs, installation, files)
             installation.wait_idle()
             again = accept.fetch(pacs, tmp_path / "again")
-            assert {uid: [p.name for p in paths] for uid, paths in again.items()} == {uid: [p.name for p in paths] for uid, paths in first.items()}
+            assert {uid: [p.name for p in paths] for uid, paths in again.items()} == {
+                uid: [p.name for p in paths] for uid, paths in first.items()
+            }
             assert installation.events("job.discarded") == []
         assert installation.process is None
 
@@ -90,7 +94,11 @@ def test_the_same_with_postgresql(tmp_path: Path, shared: Path, postgres_url: st
             accept.forward(pacs, installation, files)
             accept.wait_for_reports(pacs, len(files), timeout_s=300)
             seconds = time.monotonic() - started
-            print(json.dumps({"bench": "burst", "database": "postgresql", "studies": len(files), "studies_per_s": round(len(files) / seconds, 2)}))
+            print(
+                json.dumps(
+                    {"bench": "burst", "database": "postgresql", "studies": len(files), "studies_per_s": round(len(files) / seconds, 2)}
+                )
+            )
         check_reports(installation, pacs, shared, files, tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""The decoding processes: what they read, what they refuse, and how they die. Real files, real children."""
+"""The decoding processes: what they survive, how they die, and what they cost. Real files, real children."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import os
 import re
 import signal
-import struct
 import subprocess
 import sys
 import time
@@ -19,18 +18,14 @@ import psutil
 import pydicom
 import pytest
 from pydicom.dataset import FileDataset
-from pydicom.encaps import encapsulate
 from pydicom.uid import (
     JPEG2000Lossless,
     JPEGBaseline8Bit,
-    JPEGLossless,
-    JPEGLSLossless,
-    RLELossless,
 )
 
 from tests import factories
 from worker.decoding import CODECS, DecoderPool, Slice, decodable_transfer_syntaxes
-from worker.errors import DecoderDied, GeometryError, PixelError, WorkerError
+from worker.errors import DecoderDied, GeometryError, PixelError
 
 ROOT = Path(__file__).parents[2]
 LOSSLESS = [uid for uid in CODECS if uid not in {JPEGBaseline8Bit, "1.2.840.10008.1.2.4.91"}]
@@ -56,282 +51,6 @@ def refused(pool: DecoderPool, ds: FileDataset, folder: Path) -> str:
     return str(caught.value)
 
 
-def splice(path: Path, tag: int, vr: bytes, value: bytes) -> None:
-    """Give an element with a two-byte length another value, as no library would write it."""
-    data, header = path.read_bytes(), struct.pack("<HH2s", tag >> 16, tag & 0xFFFF, vr)
-    assert data.count(header) == 1
-    at = data.index(header) + len(header)
-    (length,) = struct.unpack_from("<H", data, at)
-    value += b"\0 "[vr == b"DS" :][:1] * (len(value) % 2)
-    path.write_bytes(data[:at] + struct.pack("<H", len(value)) + value + data[at + 2 + length :])
-
-
-# --- what is read
-
-
-@pytest.mark.requirement("P11")
-@pytest.mark.parametrize("is_signed", [False, True], ids=["unsigned", "signed"])
-@pytest.mark.parametrize("transfer_syntax", LOSSLESS)
-def test_each_lossless_transfer_syntax_of_one_image_gives_equal_pixels(
-    pool: DecoderPool, tmp_path: Path, transfer_syntax: str, is_signed: bool
-) -> None:
-    ds = factories.make_ct(slices=1, is_signed=is_signed, transfer_syntax=transfer_syntax)[0]
-    one = read(pool, factories.write(ds, tmp_path / "one.dcm"))
-    np.testing.assert_array_equal(one.pixels, factories.known_hu(slices=1)[0] - factories.INTERCEPT_HU)
-    assert one.pixels.dtype == (np.int16 if is_signed else np.uint16)
-    assert one.transfer_syntax_uid == transfer_syntax
-
-
-@pytest.mark.requirement("P11")
-@pytest.mark.parametrize(("transfer_syntax", "bound"), [(JPEGBaseline8Bit, 2), ("1.2.840.10008.1.2.4.91", 2)])
-def test_lossy_pixels_are_within_a_bound(pool: DecoderPool, tmp_path: Path, transfer_syntax: str, bound: int) -> None:
-    ds = factories.make_radiograph(bits_stored=8, transfer_syntax=transfer_syntax)
-    one = read(pool, factories.write(ds, tmp_path / "one.dcm"))
-    assert np.abs(one.pixels.astype(int) - factories.known_stored(bits_stored=8)).max() <= bound
-
-
-@pytest.mark.requirement("P11")
-def test_a_real_ct_is_the_same_in_every_transfer_syntax(pool: DecoderPool, shared: Path) -> None:
-    folder = shared / "data" / "dicom" / "cornerstone" / "examples" / "test-images"
-    reference = read(pool, folder / "CTImage.dcm").pixels.astype(int)
-    compared = {}
-    for path in sorted(folder.glob("CTImage.dcm_*")):
-        uid = path.name.removesuffix(".dcm").rsplit("_", 1)[1]
-        if uid in CODECS and uid != JPEGBaseline8Bit:  # that one was reduced to 8 bits before it was compressed
-            compared[uid] = int(np.abs(read(pool, path).pixels - reference).max())
-    assert compared == {uid: {"1.2.840.10008.1.2.4.91": 5, "1.2.840.10008.1.2.4.81": 1}.get(uid, 0) for uid in compared}
-    assert len(compared) == 9
-
-
-def test_the_facts_of_a_slice_are_those_of_its_header(pool: DecoderPool, tmp_path: Path) -> None:
-    ds = factories.make_ct()[2]
-    ds.PixelPaddingValue = 7
-    one = read(pool, factories.write(ds, tmp_path / "one.dcm"))
-    assert (one.sop_instance_uid, one.sop_class_uid) == (ds.SOPInstanceUID, ds.SOPClassUID)
-    assert (one.modality, one.image_type, one.instance_number) == ("CT", ("ORIGINAL", "PRIMARY", "AXIAL"), 3)
-    assert (one.position, one.orientation) == ((-10, 20, -25), (1, 0, 0, 0, 1, 0))
-    assert (one.pixel_spacing, one.imager_spacing, one.aspect_ratio) == ((0.75, 0.5), None, None)
-    assert (one.rescale_slope, one.rescale_intercept, one.rescale_type) == (1, -1024, "HU")
-    assert (one.bits_stored, one.is_signed, one.padding, one.window) == (12, False, (7, 7), ((40, 400),))
-    assert one.frame_of_reference_uid == ds.FrameOfReferenceUID
-
-
-def test_many_files_come_back_in_the_order_asked_for(pool: DecoderPool, tmp_path: Path) -> None:
-    series = factories.spool(factories.make_ct(slices=21), tmp_path)
-    instances = series.instances[::-1]
-    slices = pool.read([one.path for one in instances], [one.sha256 for one in instances])
-    assert [one.sop_instance_uid for one in slices] == [one.sop_instance_uid for one in instances]
-
-
-def test_an_odd_number_of_bytes_is_padded_by_one(pool: DecoderPool, tmp_path: Path) -> None:
-    ds = factories.make_radiograph(rows=5, columns=5, bits_stored=8)
-    assert len(ds.PixelData) == 26
-    np.testing.assert_array_equal(read(pool, factories.write(ds, tmp_path / "one.dcm")).pixels, factories.known_stored(5, 5, bits_stored=8))
-
-
-def test_signed_values_that_were_not_sign_extended_are_extended(pool: DecoderPool, tmp_path: Path) -> None:
-    ds = factories.make_radiograph(stored=np.array([[0, 1], [0x0FFF, 0x0800]], np.int16), bits_stored=12)
-    assert read(pool, factories.write(ds, tmp_path / "one.dcm")).pixels.tolist() == [[0, 1], [-1, -2048]]
-
-
-def test_an_overlay_in_the_unused_bits_is_cleared(pool: DecoderPool, tmp_path: Path) -> None:
-    ds = factories.make_radiograph(stored=np.array([[0x1123, 0x0456], [0x0FFF, 0x1000]], np.uint16), bits_stored=12)
-    message = refused(pool, ds, tmp_path)
-    assert "from 1110 to 4387 do not fit Bits Stored 12" in message
-    ds.add_new(0x60000102, "US", 12)
-    assert read(pool, factories.write(ds, tmp_path / "one.dcm")).pixels.tolist() == [[0x123, 0x456], [0xFFF, 0]]
-
-
-@pytest.mark.requirement("P10")
-@pytest.mark.parametrize("vr", ["US", "SS"])
-def test_padding_counts_by_its_bits_whatever_its_vr(pool: DecoderPool, tmp_path: Path, vr: str) -> None:
-    """Vendors write 63536 as US beside signed pixels: it means -2000, also outside Bits Stored."""
-    ds = factories.make_radiograph(stored=np.array([[-2000, 5], [6, 7]], np.int16), bits_stored=11)
-    ds.add_new(0x00280120, vr, 63536 if vr == "US" else -2000)
-    one = read(pool, factories.write(ds, tmp_path / "one.dcm"))
-    assert one.padding == (-2000, -2000)
-    assert one.pixels.tolist() == [[-2000, 5], [6, 7]]
-
-
-# --- what is refused
-
-
-@pytest.mark.requirement("S6")
-def test_a_file_with_one_other_byte_is_refused(pool: DecoderPool, tmp_path: Path) -> None:
-    path = factories.write(factories.make_ct(slices=1)[0], tmp_path / "one.dcm")
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(PixelError, match="stored file changed"):
-        pool.read([path], [digest])
-
-
-@pytest.mark.requirement("S7")
-def test_a_file_that_is_gone_is_refused(pool: DecoderPool, tmp_path: Path) -> None:
-    with pytest.raises(PixelError, match="missing"):
-        pool.read([tmp_path / "absent.dcm"], ["0" * 64])
-
-
-@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir], ids=["fifo", "folder"])
-def test_what_is_no_file_is_refused_and_does_not_hang(pool: DecoderPool, tmp_path: Path, make: object) -> None:
-    assert callable(make)
-    make(tmp_path / "odd")
-    with pytest.raises(WorkerError):
-        pool.read([tmp_path / "odd"], ["0" * 64])
-
-
-@pytest.mark.requirement("P3")
-@pytest.mark.parametrize(
-    ("keyword", "value", "sentence"),
-    [
-        ("Rows", 0, "Rows x Columns is 0 x 48"),
-        ("Columns", 65535, "has 6144 bytes where Rows, Columns and Bits Allocated need 8388480"),
-        ("BitsStored", 17, "Bits Stored 17"),
-        ("BitsStored", 0, "Bits Stored 0"),
-        ("BitsAllocated", 32, "Bits Allocated 32"),
-        ("BitsAllocated", 12, "Bits Allocated 12"),
-        ("HighBit", 15, "High Bit 15"),
-        ("PixelRepresentation", 2, "Pixel Representation 2"),
-        ("SamplesPerPixel", 0, "0 samples per pixel"),
-        ("SamplesPerPixel", 3, "3 samples per pixel"),
-        ("PhotometricInterpretation", "PALETTE COLOR", "MONOCHROME1 and MONOCHROME2"),
-        ("PhotometricInterpretation", "RGB", "MONOCHROME1 and MONOCHROME2"),
-        ("NumberOfFrames", 2, r"Number of Frames \(0028,0008\) is 2"),
-        ("NumberOfFrames", 2000000, "is 2000000"),
-        ("RescaleSlope", ["1", "2"], r"Rescale Slope \(0028,1053\) is not one finite number"),
-        ("ImagePositionPatient", ["1", "2"], r"Image Position \(Patient\) \(0020,0032\) does not hold 3"),
-    ],
-)
-def test_a_header_that_cannot_be_true_is_refused(pool: DecoderPool, tmp_path: Path, keyword: str, value: object, sentence: str) -> None:
-    ds = factories.make_radiograph()
-    setattr(ds, keyword, value)
-    assert re.search(sentence, refused(pool, ds, tmp_path))
-
-
-@pytest.mark.requirement("P3")
-def test_rows_of_another_vr_are_refused(pool: DecoderPool, tmp_path: Path) -> None:
-    ds = factories.make_radiograph()
-    del ds.Rows
-    ds.add_new(0x00280010, "UL", 64)
-    assert refused(pool, ds, tmp_path) == "Rows (0028,0010) is absent or not one whole number."
-
-
-@pytest.mark.requirement("P6")
-@pytest.mark.parametrize("number", ["nan", "inf", "1e999", "abc"])
-def test_a_rescale_that_is_no_finite_number_is_refused(pool: DecoderPool, tmp_path: Path, number: str) -> None:
-    path = factories.write(factories.make_ct(slices=1)[0], tmp_path / "one.dcm")
-    splice(path, 0x00281053, b"DS", number.encode())
-    with pytest.raises(PixelError) as caught:
-        read(pool, path)
-    assert number not in str(caught.value)
-
-
-@pytest.mark.requirement("P4")
-@pytest.mark.parametrize("change", [-2, -1, 1, 2, 1000, 64 * 48 * 2])
-def test_native_pixels_of_another_length_are_refused(pool: DecoderPool, tmp_path: Path, change: int) -> None:
-    ds = factories.make_radiograph()
-    data = ds.PixelData
-    ds.PixelData = data[:change] if change < 0 else data + b"\0" * change
-    even = len(ds.PixelData) + len(ds.PixelData) % 2
-    if even == len(data):  # an odd length is padded on writing: nothing is missing then
-        assert read(pool, factories.write(ds, tmp_path / "one.dcm")).pixels.size == 64 * 48
-    else:
-        assert refused(pool, ds, tmp_path).startswith(f"Pixel Data (7FE0,0010) has {even} bytes")
-
-
-@pytest.mark.requirement("P16")
-@pytest.mark.parametrize("transfer_syntax", decodable_transfer_syntaxes())
-def test_a_file_cut_anywhere_is_refused(pool: DecoderPool, tmp_path: Path, transfer_syntax: str) -> None:
-    whole = factories.write(factories.make_radiograph(bits_stored=8, transfer_syntax=transfer_syntax), tmp_path / "whole.dcm").read_bytes()
-    for part in (0, 100, 140, len(whole) // 3, len(whole) // 2, len(whole) - 200, len(whole) - 20):
-        path = tmp_path / "cut.dcm"
-        path.write_bytes(whole[:part])
-        with pytest.raises(PixelError):
-            read(pool, path)
-
-
-@pytest.mark.requirement("P5")
-@pytest.mark.parametrize("transfer_syntax", [RLELossless, JPEG2000Lossless, JPEGLSLossless, JPEGLossless])
-def test_a_second_frame_that_the_header_does_not_count_is_refused(pool: DecoderPool, tmp_path: Path, transfer_syntax: str) -> None:
-    ds = factories.make_radiograph(transfer_syntax=transfer_syntax)
-    frame = pydicom.encaps.get_frame(ds.PixelData, 0, number_of_frames=1)
-    ds.PixelData = encapsulate([frame, frame], has_bot=False)
-    assert refused(pool, ds, tmp_path) == "Number of Frames is 1, but Pixel Data holds 2 frames."
-
-
-@pytest.mark.requirement("P1")
-@pytest.mark.parametrize("transfer_syntax", [JPEG2000Lossless, JPEGLSLossless, JPEGLossless, JPEGBaseline8Bit])
-def test_a_codestream_larger_than_its_header_is_refused_before_it_is_decoded(
-    pool: DecoderPool, tmp_path: Path, transfer_syntax: str
-) -> None:
-    ds = factories.make_radiograph(bits_stored=8, transfer_syntax=transfer_syntax)
-    ds.Rows = 32
-    assert refused(pool, ds, tmp_path) == "The codestream states 64 x 48 with 1 components; the header 32 x 48 with 1."
-
-
-@pytest.mark.requirement("P1")
-def test_an_rle_stream_too_short_for_its_image_is_refused(pool: DecoderPool, tmp_path: Path) -> None:
-    ds = factories.make_radiograph(transfer_syntax=RLELossless)
-    ds.Rows, ds.Columns = 8000, 8000
-    assert re.fullmatch(r"An RLE stream of \d+ bytes cannot hold 128000000 bytes of pixels.", refused(pool, ds, tmp_path))
-
-
-@pytest.mark.requirement("P1")
-def test_an_image_larger_than_the_limit_is_refused_from_its_header(pool: DecoderPool, tmp_path: Path) -> None:
-    ds = factories.make_radiograph()
-    ds.Rows, ds.Columns = 60000, 60000
-    assert "are 7200000000 bytes; at most 268435456 can be decoded" in refused(pool, ds, tmp_path)
-
-
-@pytest.mark.requirement("P1")
-@pytest.mark.parametrize("uid", ["1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.2", "1.2.840.10008.1.2.4.51", "1.2.3.4"])
-def test_a_transfer_syntax_that_is_not_decoded_is_refused_by_its_name(pool: DecoderPool, tmp_path: Path, uid: str) -> None:
-    """A deflated data set is refused before a byte of it is inflated: what follows the meta here is no deflate stream."""
-    path = factories.write(factories.make_radiograph(), tmp_path / "one.dcm")
-    splice(path, 0x00020010, b"UI", uid.encode())
-    with pytest.raises(PixelError, match=r"^The transfer syntax, .*, is not decoded\.$") as caught:
-        read(pool, path)
-    assert uid not in str(caught.value)
-
-
-@pytest.mark.requirement("P2")
-@pytest.mark.parametrize("depth", [300, 20000])
-def test_sequences_nested_beyond_reason_are_refused(pool: DecoderPool, tmp_path: Path, depth: int) -> None:
-    path = factories.write(factories.make_radiograph(), tmp_path / "one.dcm")
-    pixel_data = struct.pack("<HH2s", 0x7FE0, 0x0010, b"OW")
-    opened = struct.pack("<HH2sHI", 0x0040, 0xA730, b"SQ", 0, 0xFFFFFFFF) + struct.pack("<HHI", 0xFFFE, 0xE000, 0xFFFFFFFF)
-    closed = struct.pack("<HHI", 0xFFFE, 0xE00D, 0) + struct.pack("<HHI", 0xFFFE, 0xE0DD, 0)
-    head, tail = path.read_bytes().split(pixel_data)
-    path.write_bytes(head + opened * depth + closed * depth + pixel_data + tail)
-    with pytest.raises(PixelError, match="nested deeper"):
-        read(pool, path)
-
-
-@pytest.mark.requirement("X1")
-def test_no_refusal_quotes_the_file(pool: DecoderPool, tmp_path: Path) -> None:
-    """A sentinel in every text of the header never shows in an error, whatever is wrong with the file."""
-    sentences = []
-    for tag, vr, value in [
-        (0x00080060, b"CS", b"SENTINEL" * 20),
-        (0x00280004, b"CS", b"SENTINEL"),
-        (0x00280010, b"US", b"\0\0"),
-        (0x00280101, b"US", b"SENTINEL"),
-        (0x00281053, b"DS", b"SENTINEL"),
-        (0x00181164, b"DS", b"SENTINEL"),
-        (0x00020010, b"UI", b"SENTINEL"),
-    ]:
-        ds = factories.make_radiograph()
-        ds.PatientName = ds.PatientID = ds.AccessionNumber = ds.SeriesDescription = "SENTINEL"
-        path = factories.write(ds, tmp_path / "one.dcm")
-        splice(path, tag, vr, value)
-        with pytest.raises((PixelError, GeometryError)) as caught:
-            read(pool, path)
-        sentences.append(str(caught.value))
-    assert not [sentence for sentence in sentences if "SENTINEL" in sentence]
-    assert len(sentences) == 7
-
-
 @pytest.mark.requirement("P18")
 def test_every_hostile_file_has_a_typed_outcome_and_the_parent_does_not_grow(pool: DecoderPool, shared: Path) -> None:
     """357 files of a fuzzing corpus: none crashes, hangs or swells anything, none kills a child."""
@@ -352,9 +71,6 @@ def test_every_hostile_file_has_a_typed_outcome_and_the_parent_does_not_grow(poo
     assert this.memory_info().rss - resident < 50 * 2**20
     assert this.num_fds() == descriptors
     assert set(pool.pids()) == set(before)
-
-
-# --- the processes
 
 
 def test_every_codec_loads_and_says_its_version(pool: DecoderPool) -> None:
@@ -423,7 +139,7 @@ def test_a_file_that_overruns_the_time_limit_is_retried_once_then_refused(tmp_pa
         with pytest.raises(DecoderDied, match=r"took longer than 0.02 s on the file with sha256 [0-9a-f]{12}…"):
             read(pool, slow)
         assert pool.pids() == ()
-        with pytest.raises(PixelError, match=r"It is the 2\. time"):
+        with pytest.raises(PixelError, match="has done so 2 times"):
             read(pool, slow)
     with DecoderPool(processes=1) as pool:
         assert read(pool, slow).pixels.shape == (1500, 1500)
@@ -438,7 +154,7 @@ def test_a_file_that_needs_more_memory_than_the_child_has_is_retried_once_then_r
         before = this.memory_info().rss
         with pytest.raises(DecoderDied, match="needed more than its 184549376 bytes of memory"):
             read(pool, large)
-        with pytest.raises(PixelError, match=r"It is the 2\. time"):
+        with pytest.raises(PixelError, match="has done so 2 times"):
             read(pool, large)
         assert this.memory_info().rss - before < 40 * 2**20
 

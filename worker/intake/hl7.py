@@ -197,6 +197,8 @@ class _Reader:
             return self.envelope.separators[_ESCAPED[body]]
         if body in ("H", "N"):  # highlighting on and off
             return ""
+        if body[:1] not in (".", "X", "C", "M"):  # local (Z) or no escape sequence at all
+            return match.group()
         if body.startswith("."):  # formatting commands, §2.7.6: these three break the line, the others indent it
             return "\n" if body[1:3] in ("br", "sp", "ce") else ""
         if re.fullmatch("X([0-9A-Fa-f]{2})+", body):

@@ -96,7 +96,6 @@ _ALIASES: Final = {
     "http://www.nlm.nih.gov/research/umls/rxnorm": "RXNORM",
     "http://hl7.org/fhir/sid/icd-10": "I10",
 }
-_UNIT_SCHEME: Final = "unit"
 _LO_LENGTH: Final = 64  # PS3.5 §6.2: characters of an LO
 _SH_LENGTH: Final = 16  # PS3.5 §6.2: characters of an SH
 
@@ -108,12 +107,17 @@ def shapley(part: str) -> Code:
 
 
 def unit(ucum: str) -> Code:
-    """Code a unit: UCUM, "no units" where there is none, a local one where it cannot be UCUM (which is ASCII)."""
-    ucum = ucum.strip()
-    if not ucum:
+    """Code a unit in UCUM, "no units" where there is none.
+
+    What cannot be UCUM (it is ASCII without spaces) becomes an annotation in braces, which UCUM §6 allows for any text.
+    """
+    said = one_line(ucum)
+    plain = said.replace("µ", "u").replace("μ", "u")  # micro sign and Greek mu; UCUM writes u
+    if plain in {"", NO_UNITS.value}:
         return NO_UNITS
-    scheme = "UCUM" if re.fullmatch(r"[!-~]+", ucum) else _UNIT_SCHEME
-    return PERCENT if ucum == "%" else Code(ucum, scheme, ucum)
+    if not re.fullmatch(r"[!-~]+", plain):
+        plain = "{" + (re.sub(r"[^!-z|~]", "", plain) or "unit") + "}"
+    return PERCENT if plain == PERCENT.value else Code(plain, "UCUM", said)
 
 
 def reported(procedure: Code) -> Code:

@@ -116,7 +116,6 @@ def codes_of(algorithm: Algorithm, findings: Sequence[Finding], inputs: Inputs |
     yield from (finding.code for finding in findings)
     if inputs is not None:
         yield from (value.code for value in inputs.values)
-        yield from (codes.unit(value.unit) for value in inputs.values)
         yield from (text.code for text in inputs.texts)
         yield from inputs.missing
 

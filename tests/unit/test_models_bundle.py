@@ -1,0 +1,109 @@
+"""A bundle is read strictly: what is not understood is an error, what was changed is found out."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from models.bundle import Bundle, Code, InvalidBundleError, settle_weights
+from tests.unit import small_bundle
+
+SHIPPED = Path(__file__).parents[2] / "models" / "bundles"
+
+
+@pytest.mark.parametrize("name", ["phantom", "cxr-severity"])
+def test_a_shipped_bundle_is_whole_and_its_weights_hash_to_what_it_says(name: str) -> None:
+    bundle = Bundle.read(SHIPPED / name)
+    assert bundle.name == name
+    assert bundle.weights_path.stat().st_size < 4_000_000
+    assert len(bundle.tensors()) > 20
+    assert bundle.research_use
+    for file in ("LICENSE", "README.md"):
+        assert (SHIPPED / name / file).stat().st_size > 200
+
+
+def test_reading_metadata_and_verifying_weights_does_not_import_torch() -> None:
+    """The receiver asks a bundle what series it needs; torch would cost it a second and a gigabyte."""
+    code = (
+        "import sys; from pathlib import Path; from models.bundle import Bundle; "
+        f"Bundle.read(Path({str(SHIPPED / 'phantom')!r})); "
+        "sys.exit('torch' in sys.modules or 'safetensors' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False)
+    assert done.returncode == 0
+
+
+def test_every_value_arrives_as_its_type(tmp_path: Path) -> None:
+    bundle = Bundle.read(small_bundle.write(tmp_path), verify=False)
+    assert bundle.procedure == Code("25045-6", "LN", "CT unspecified body region")
+    assert bundle.record.values[0].conversions == {"mg/dL": 10.0}
+    assert bundle.record.values[1].plausible == (6.5, 8.0)
+    assert bundle.findings[1].negative_below is None
+    assert bundle.network.spacing_mm == (2.0, 2.0, 3.0)
+    assert bundle.modalities == ("image", "values", "text")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("look_back_h = 24", "look_back_h = 24\nlook_forward_h = 2", "unknown key 'look_forward_h'"),
+        ("wait_s = 1\n", "", "key 'wait_s' is missing"),
+        ("wait_s = 1\n", 'wait_s = "1"\n', "record.*wait_s: float is expected"),
+        ("wait_s = 1\n", "wait_s = true\n", "wait_s: float is expected"),
+        ('kind = "volume"', 'kind = "film"', "kind"),
+        ("plausible = [6.5, 8]", "plausible = [6.5]", "2 entries are expected, found 1"),
+        ("plausible = [6.5, 8]", "plausible = [8, 6.5]", r"plausible must be \[low, high\]"),
+        ("plausible = [0.01, 1000]", "plausible = [0, 1000]", "above 0 for a log transform"),
+        ('["ILL", "99TEST", "Ill"]', '["ILL"]', "a code is"),
+        ("threshold = 0.6", "threshold = 1.6", "threshold must lie"),
+        ("negative_below = 0.4", "negative_below = 0.7", "must not exceed threshold"),
+        ('name = "rare"', 'name = "ill"', "names must differ"),
+        ("heads = 2", "heads = 3", "divide by heads"),
+        ("image_size = [12, 10, 8]", "image_size = [12, 10]", "image_size needs"),
+        ("window_hu = [-1000, 400]\n", "", "spacing_mm and window_hu"),
+        ('file = "weights.safetensors"', 'file = "../weights.safetensors"', "plain file name"),
+        ("[bundle]", "[bundel]", r"no \[bundle\] table"),
+        ("[bundle]", "[bundle", "cannot be read"),
+    ],
+)
+def test_a_mistake_in_the_metadata_is_refused_by_name(tmp_path: Path, old: str, new: str, says: str) -> None:
+    assert old in small_bundle.TOML
+    folder = small_bundle.write(tmp_path, small_bundle.TOML.replace(old, new, 1))
+    with pytest.raises(InvalidBundleError, match=says) as caught:
+        Bundle.read(folder, verify=False)
+    assert "bundle.toml" in str(caught.value)
+
+
+def test_weights_that_were_changed_or_removed_are_refused(tmp_path: Path) -> None:
+    folder = small_bundle.write(tmp_path)
+    with pytest.raises(InvalidBundleError, match=r"has no weights\.safetensors"):
+        Bundle.read(folder)
+    (folder / "weights.safetensors").write_bytes(b"one")
+    settle_weights(folder, sha256=hashlib.sha256(b"one").hexdigest(), temperatures={"ill": 1, "rare": 1})
+    (folder / "weights.safetensors").write_bytes(b"two")
+    with pytest.raises(InvalidBundleError, match="has sha256"):
+        Bundle.read(folder)
+
+
+def test_the_digest_changes_with_metadata_and_with_weights(tmp_path: Path) -> None:
+    folder = small_bundle.write(tmp_path)
+    digests = {Bundle.read(folder, verify=False).digest}
+    for raw in (b"one", b"two"):
+        (folder / "weights.safetensors").write_bytes(raw)
+        sha256 = hashlib.sha256(raw).hexdigest()
+        digests.add(settle_weights(folder, sha256=sha256, temperatures={"ill": 1, "rare": 1}).digest)
+    (folder / "bundle.toml").write_text((folder / "bundle.toml").read_text("utf-8").replace("0.6", "0.65"), "utf-8")
+    digests.add(Bundle.read(folder).digest)
+    assert len(digests) == 4
+
+
+def test_settling_new_weights_keeps_comments_and_sets_each_findings_temperature(tmp_path: Path) -> None:
+    folder = small_bundle.write(tmp_path, "# a comment\n" + small_bundle.TOML)
+    (folder / "weights.safetensors").write_bytes(b"w")
+    bundle = settle_weights(folder, sha256=hashlib.sha256(b"w").hexdigest(), temperatures={"ill": 1.5, "rare": 0.5})
+    assert [f.temperature for f in bundle.findings] == [1.5, 0.5]
+    assert (folder / "bundle.toml").read_text("utf-8").startswith("# a comment")

@@ -1,0 +1,139 @@
+"""Tensors show what is there, whatever way the scanner wrote it down."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from itertools import permutations, product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from models.bundle import Bundle, NetworkConfig
+from models.transforms import PIECES, augment, radiograph_tensor, text_ids, value_tensors, volume_tensor
+from tests.unit import small_bundle
+
+ROOT = Path(__file__).parents[2]
+FILM = NetworkConfig(image_size=(32, 32), image_grid=2, channels=(4,), width=8, heads=1, layers=1)
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    return Bundle.read(small_bundle.write(tmp_path), verify=False)
+
+
+def stored(order: tuple[int, ...], flips: tuple[bool, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """One patient, (x, y, z) in LPS with one voxel lit, as a scanner with these axes would store it."""
+    patient = np.full((24, 20, 16), -1000.0, np.float32)  # 1 mm, 1 mm, 1.5 mm
+    patient[18:22, 4:8, 2:4] = 400
+    steps, origin = np.diag([1.0, 1.0, 1.5]), np.array([-11.5, -9.5, -11.25])
+    ijk, matrix = patient.transpose(order), steps[:, order]
+    for axis, flip in enumerate(flips):
+        if flip:
+            origin = origin + matrix[:, axis] * (ijk.shape[axis] - 1)
+            ijk = np.flip(ijk, axis)
+            matrix = matrix * np.where(np.arange(3) == axis, -1, 1)
+    affine = np.eye(4)
+    affine[:3, :3], affine[:3, 3] = matrix, origin
+    return np.ascontiguousarray(ijk.transpose(2, 1, 0)), affine
+
+
+def test_the_tensor_does_not_depend_on_how_the_scanner_ordered_its_axes(bundle: Bundle) -> None:
+    """48 ways to store one patient, one tensor: left is never taken for right."""
+    tensors = [
+        volume_tensor(*stored(order, flips), bundle.network)
+        for order in permutations(range(3))
+        for flips in product((False, True), repeat=3)
+    ]
+    assert len(tensors) == 48
+    assert all(torch.equal(tensors[0], other) for other in tensors[1:])
+
+
+def test_a_volume_runs_right_anterior_superior_and_is_windowed(bundle: Bundle) -> None:
+    """The lit block lies left, anterior, inferior in LPS; in RAS that is small x, large y, small z."""
+    image = volume_tensor(*stored((0, 1, 2), (False, False, False)), bundle.network)
+    assert image.shape == (1, 12, 10, 8)
+    assert type(image) is torch.Tensor
+    x, y, z = (int(i) for i in np.unravel_index(int(image.argmax()), image.shape)[1:])
+    assert (x < 6, y > 5, z < 4) == (True, True, True)
+    assert image.max() == 1
+    assert image.min() == 0
+
+
+def test_a_volume_smaller_than_the_view_is_padded_with_air(bundle: Bundle) -> None:
+    image = volume_tensor(np.zeros((2, 4, 4), np.float32), np.diag([2.0, 2.0, 3.0, 1.0]), bundle.network)
+    assert image[0, 0, 0, 0] == 0
+    assert image[0, 6, 5, 4] == pytest.approx(1000 / 1400)
+
+
+@pytest.mark.parametrize("spacing", [0.0, float("nan")])
+def test_a_volume_without_a_size_is_refused(bundle: Bundle, spacing: float) -> None:
+    with pytest.raises(ValueError, match="positive and finite"):
+        volume_tensor(np.zeros((2, 4, 4), np.float32), np.diag([spacing, 1.0, 1.0, 1.0]), bundle.network)
+
+
+def test_a_radiograph_keeps_its_aspect_and_forgets_its_scale() -> None:
+    """A 12-bit and an 8-bit detector, and a marker that burns brightest, must not look different."""
+    array = np.tile(np.linspace(10, 20, 100, dtype=np.float32), (50, 1))
+    image = radiograph_tensor(array, FILM)
+    assert image.shape == (1, 32, 32)
+    assert torch.equal(image[0, :8], torch.zeros(8, 32))
+    assert image[0, 16, 0] == 0
+    assert image[0, 16, 31] == 1
+    assert torch.allclose(image, radiograph_tensor(array * 100 + 7, FILM), atol=1e-5)
+
+
+def test_a_blank_radiograph_is_refused() -> None:
+    """Scaled to its own percentiles it would be noise, and the network would have an opinion on it."""
+    with pytest.raises(ValueError, match="blank"):
+        radiograph_tensor(np.full((40, 40), 3.0, np.float32), FILM)
+
+
+def test_values_are_logged_where_asked_and_masked_where_absent(bundle: Bundle) -> None:
+    numbers, signs, mask = value_tensors({"crp": (100.0, "<=")}, bundle.record.values)
+    assert numbers.tolist() == pytest.approx([np.log(100), 0])
+    assert signs.tolist() == [1, 0]
+    assert mask.tolist() == [True, False]
+
+
+def test_words_hash_alike_in_every_process() -> None:
+    """Python's own hash differs from process to process; the weights would then mean nothing."""
+    code = (
+        "from tests.unit.test_models_transforms import FILM; from models.transforms import text_ids; "
+        "print(text_ids('Never smoked; CRP 12.5 — Größe', FILM).tolist())"
+    )
+    elsewhere = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": "1"}, capture_output=True, check=True
+    )
+    assert elsewhere.stdout == f"{text_ids('Never smoked; CRP 12.5 — Größe', FILM).tolist()}\n".encode()
+    # And in every release: these ids are what the shipped weights were trained on.
+    assert text_ids("smoker", FILM)[0].tolist() == [2908, 1339, 356, 1046, 1139, 1638, 2513, 0]
+
+
+def test_words_stand_at_the_front_and_long_texts_are_cut() -> None:
+    ids = text_ids("one two", FILM)
+    assert ids.shape == (FILM.words, PIECES)
+    assert (ids > 0).any(1).tolist() == [True, True] + [False] * (FILM.words - 2)
+    assert (text_ids("word " * 1000, FILM)[:, 0] > 0).all()
+    assert ids.max() < FILM.buckets
+    assert not text_ids("", FILM).any()
+
+
+def test_case_and_compatibility_forms_of_a_word_are_one_word() -> None:
+    assert torch.equal(text_ids("SMOKER ﬁbrosis", FILM), text_ids("smoker fibrosis", FILM))
+
+
+@pytest.mark.parametrize("size", [(20, 24), (10, 12, 8)])
+def test_augmenting_by_nothing_changes_nothing_and_by_something_stays_in_range(size: tuple[int, ...]) -> None:
+    images = torch.rand(3, 1, *size, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(2)
+    assert torch.equal(augment(images, generator, shift=0, zoom=0, rotate_deg=0, contrast=0), images)
+    still = augment(images, generator, shift=0, zoom=1e-7, rotate_deg=0, contrast=0)
+    assert torch.allclose(still, images, atol=1e-4)
+    moved = augment(images, generator, shift=0.1, zoom=0.1, rotate_deg=10, contrast=0.2)
+    assert moved.shape == images.shape
+    assert 0 <= moved.min() < moved.max() <= 1
+    assert not torch.allclose(moved, images, atol=1e-2)
