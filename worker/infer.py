@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from models import evaluation, training
 from models.bundle import Bundle, FindingSpec, InvalidBundleError
@@ -118,13 +119,13 @@ class Model:
         ]
 
     @torch.inference_mode()
-    def _forward(self, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
+    def _forward(self, sample: Sample) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Calibrated log-odds (B, L) and their Shapley shares (M, B, L)."""
         tokens = self._network.encode({key: tensor.to(self.device) for key, tensor in sample.items()})
         game = subset_logits(self._network.head, tokens) / self._temperatures  # (S, B, L)
         return game[-1].double().cpu().numpy(), shapley(game.double()).cpu().numpy()
 
-    def _finding(self, spec: FindingSpec, logit: float, shares: np.ndarray) -> Finding:
+    def _finding(self, spec: FindingSpec, logit: float, shares: NDArray[np.float64]) -> Finding:
         probability = float(1 / (1 + np.exp(-logit)))
         return Finding(
             name=spec.name,

@@ -127,7 +127,7 @@ def test_a_full_disk_is_answered_a700_and_nothing_is_lost(tmp_path: Path) -> Non
             assert send(installation, path).returncode == 0
             assert "study.received" in installation.cli("show", uid).stdout
     finally:
-        subprocess.run(["umount", str(small)], check=True)
+        subprocess.run(["umount", "--lazy", str(small)], check=True)
 
 
 @pytest.mark.requirement("D6")

@@ -38,6 +38,7 @@ class Wanted:
 class Rule:
     """Which series will do."""
 
+    kind: str = "volume"
     modalities: tuple[str, ...] = ("CT",)
     body_parts: tuple[str, ...] = ("CHEST",)
     exclude_descriptions: tuple[str, ...] = ("scout",)
@@ -100,8 +101,8 @@ observations = st.builds(
 @given(st.lists(observations, max_size=12))
 def test_nothing_of_after_the_study_or_before_the_look_back_is_ever_used(drawn: list[Observation]) -> None:
     inputs = select_inputs(study(), record(*drawn), SPEC)
-    for used in (*inputs.values, *inputs.texts):
-        assert STUDY_AT - timedelta(hours=24) <= used.at <= STUDY_AT
+    for at in (*(used.at for used in inputs.values), *(used.at for used in inputs.texts)):
+        assert STUDY_AT - timedelta(hours=24) <= at <= STUDY_AT
 
 
 @given(st.lists(observations, max_size=12).flatmap(lambda drawn: st.tuples(st.just(drawn), st.permutations(drawn))))
@@ -112,7 +113,8 @@ def test_the_order_in_which_observations_arrived_does_not_matter(pair: tuple[lis
 @given(st.lists(observations, max_size=12))
 def test_every_wanted_thing_is_either_used_or_missing_with_a_cause(drawn: list[Observation]) -> None:
     inputs = select_inputs(study(), record(*drawn), SPEC)
-    assert sorted(c.value for c in (*(u.code for u in (*inputs.values, *inputs.texts)), *inputs.missing)) == ["1988-5", "34109-9"]
+    used_codes = [*(used.code for used in inputs.values), *(used.code for used in inputs.texts)]
+    assert sorted(code.value for code in (*used_codes, *inputs.missing)) == ["1988-5", "34109-9"]
     assert len(inputs.missing_causes) == len(inputs.missing)
     assert all(inputs.missing_causes)
     assert all(0 <= used.value <= 1000 and used.unit == "mg/L" for used in inputs.values)

@@ -80,7 +80,7 @@ def make_case(seed: int, *, absent: frozenset[str] | None = None) -> PhantomCase
     factors = {name: int(rng.integers(2)) for name in ("nodule", "history", "marker")}
     drawn = frozenset(name for name in ("marker", "note") if rng.random() < MISSING_CHANCE)
     absent = drawn if absent is None else absent
-    diameter_mm = float(rng.uniform(17, 27) if factors["nodule"] else rng.uniform(5, 9))
+    diameter_mm = float(rng.uniform(24, 38) if factors["nodule"] else rng.uniform(5, 9))
     marker = float(np.exp(rng.uniform(np.log(9), np.log(80))) if factors["marker"] else np.exp(rng.uniform(np.log(0.4), np.log(3.6))))
     study_at = datetime(2026, 1, 5, 8) + timedelta(minutes=int(rng.integers(60 * 24 * 150)))  # noqa: DTZ001  DICOM wall time
     patient_id = f"PH{seed:06d}"
@@ -130,7 +130,7 @@ def _thorax(rng: np.random.Generator, diameter_mm: float) -> NDArray[np.uint16]:
         *((np.arange(n) - (n - 1) / 2) * s for n, s in zip((SLICES, ROWS, COLUMNS), SPACING_MM, strict=True)),
         indexing="ij",
     )  # mm, LPS axes, origin in the middle
-    size = rng.uniform(0.92, 1.08)
+    size = rng.uniform(0.95, 1.05)
 
     def ellipsoid(center: tuple[float, float, float], radii: tuple[float, float, float]) -> NDArray[np.bool_]:
         terms = ((a - c * size) / (r * size) for a, c, r in zip((x, y, z), center, radii, strict=True))
@@ -143,7 +143,7 @@ def _thorax(rng: np.random.Generator, diameter_mm: float) -> NDArray[np.uint16]:
     hu[lungs] = -850
     points = np.stack([x[lungs], y[lungs], z[lungs]])  # (3, N) mm; lung voxels alone, which is five times faster
     air = hu[lungs]
-    for _ in range(14):  # vessels: bright and thin, so that a bright voxel alone is no nodule
+    for _ in range(8):  # vessels: bright and thin, so that a bright voxel alone is no nodule
         start = np.array([rng.choice([-1, 1]) * rng.uniform(30, 45), rng.uniform(-25, 25), rng.uniform(-40, 40)])
         way = rng.normal(size=3)
         way /= np.linalg.norm(way)
@@ -154,8 +154,8 @@ def _thorax(rng: np.random.Generator, diameter_mm: float) -> NDArray[np.uint16]:
     hu[lungs] = air
     hu[ellipsoid((14, -14, -22), (46, 40, 50))] = 40  # heart
     hu[ellipsoid((0, 72, 0), (19, 17, 400))] = 350  # spine
-    side = rng.choice([-1.0, 1.0])
-    center = np.array([side * 70.0, 0.0, 8.0]) + rng.uniform(-1, 1, 3) * np.array([16.0, 34.0, 36.0])
+    # In the right lung, clear of the heart.
+    center = np.array([-68.0, 0.0, 0.0]) + rng.uniform(-1, 1, 3) * np.array([14.0, 32.0, 36.0])
     distance = np.sqrt((x - center[0] * size) ** 2 + (y - center[1] * size) ** 2 + (z - center[2] * size) ** 2)
     # Partial volume: the edge fades over about one voxel, so that small nodules are seen at all.
     share = np.clip((diameter_mm / 2 - distance) / 3.0 + 0.5, 0, 1)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import mmap
 import re
 import struct
+from dataclasses import replace
 from functools import lru_cache
 from typing import Final
 
@@ -81,6 +82,15 @@ def read_header(data: bytes | mmap.mmap, transfer_syntax_uid: str, *, offset: in
         Status 0xC001 to 0xC021, see the table in scp.py.
     """
     values = _top_level(data, offset, is_implicit=transfer_syntax_uid == IMPLICIT_VR_LITTLE_ENDIAN)
+    # All but its own UID is the same for every instance of a series: read once, then kept.
+    sop_instance_uid = _uid(values.pop(_INSTANCE, b""), 0xC012, "SOP Instance UID")
+    return replace(_of_series(tuple(values.items()), transfer_syntax_uid), sop_instance_uid=sop_instance_uid)
+
+
+@lru_cache(maxsize=64)
+def _of_series(items: tuple[tuple[int, bytes], ...], transfer_syntax_uid: str) -> Header:
+    """Return the header without its SOP Instance UID."""
+    values = dict(items)
     encodings = _encodings(values.get(_CHARSET, b""))
 
     def text(tag: int) -> str:
@@ -93,11 +103,11 @@ def read_header(data: bytes | mmap.mmap, transfer_syntax_uid: str, *, offset: in
     sex = text(_SEX)
     frames = text(_FRAMES)
     return Header(
-        sop_class_uid=_uid(values, _CLASS, 0xC012, "SOP Class UID"),
-        sop_instance_uid=_uid(values, _INSTANCE, 0xC012, "SOP Instance UID"),
+        sop_class_uid=_uid(values.get(_CLASS, b""), 0xC012, "SOP Class UID"),
+        sop_instance_uid="",
         transfer_syntax_uid=transfer_syntax_uid,
-        study_instance_uid=_uid(values, _STUDY, 0xC010, "Study Instance UID"),
-        series_instance_uid=_uid(values, _SERIES, 0xC011, "Series Instance UID"),
+        study_instance_uid=_uid(values.get(_STUDY, b""), 0xC010, "Study Instance UID"),
+        series_instance_uid=_uid(values.get(_SERIES, b""), 0xC011, "Series Instance UID"),
         patient=Patient(
             key=PatientKey(_identity(values, _ISSUER, encodings, "issuer of patient ID"), _patient_id(values, encodings)),
             name=text(_NAME).rstrip("="),  # empty groups at the end may be left out (PS3.5 §6.2.1.1)
@@ -116,9 +126,9 @@ def read_header(data: bytes | mmap.mmap, transfer_syntax_uid: str, *, offset: in
     )
 
 
-def _uid(values: dict[int, bytes], tag: int, status: int, name: str) -> str:
+def _uid(raw: bytes, status: int, name: str) -> str:
     # Padded with one NUL; some pad with blanks. A NUL or a blank inside is no padding.
-    value = values.get(tag, b"").decode("latin-1").rstrip("\0 ")
+    value = raw.decode("latin-1").rstrip("\0 ")
     if not is_uid(value):
         raise InstanceRefused(status, f"{name} is missing or not a UID")
     return value
@@ -144,15 +154,12 @@ def _identity(values: dict[int, bytes], tag: int, encodings: tuple[str, ...], na
 # --- texts ---------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=64)
 def _encodings(charset: bytes) -> tuple[str, ...]:
     """Python's names for Specific Character Set (PS3.3 §C.12.1.1.2); unknown terms mean Latin-1."""
     terms = [term.strip(" \0") for term in charset.decode("latin-1").split("\\")]
     return tuple(python_encoding.get(term.replace("_", " ").replace("ISO IR", "ISO_IR"), "iso8859") for term in terms)
 
 
-# A series repeats its texts in every instance.
-@lru_cache(maxsize=256)
 def _decoded(value: bytes, encodings: tuple[str, ...]) -> str:
     """Decode strictly; bytes that do not fit their declared set are read as Latin-1.
 

@@ -38,6 +38,9 @@ IMPLEMENTATION_CLASS_UID: Final = "2.25.102073192064933210676502742763369010471"
 #: Start writing to disk after so many bytes, while the rest is still on the wire.
 #: Measured (512 x 512 x 16, ext4): fsync + rename + fsync takes 0.55 ms with it, 1.10 ms without.
 _FLUSH_BYTES: Final = 128 * 1024
+#: The same while other files of this process are open: then the disk has work anyway, and each
+#: small write costs CPU (4 associations on 2 cores: 15 % fewer instances a second with 128 KiB).
+_SHARED_FLUSH_BYTES: Final = 4 * 1024 * 1024
 _SYNC_FILE_RANGE_WRITE: Final = 2  # <linux/fs.h>
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -79,16 +82,19 @@ def file_meta(sop_class_uid: str, sop_instance_uid: str, transfer_syntax_uid: st
 class Incoming:
     """One file being written. Use: `write` any number of times, then `commit` or `abort`, once."""
 
-    def __init__(self, instances: Path, part: Path, *, sop_instance_uid: str, meta: bytes) -> None:
+    def __init__(self, instances: Path, part: Path, *, sop_instance_uid: str, meta: bytes, open_files: set[Path]) -> None:
         self._instances = instances
         self._part = part
         self._uid = sop_instance_uid
+        self._open_files = open_files
+        self._flush_bytes = _SHARED_FLUSH_BYTES if open_files else _FLUSH_BYTES
         self._sha256 = hashlib.sha256()
         self._flushed = 0
         self.size_bytes = 0
         #: Where the data set begins in the file.
         self.dataset_offset = len(meta)
         self._fd = os.open(part, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        open_files.add(part)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.fchmod(self._fd, 0o600)  # whatever the umask says
@@ -104,7 +110,7 @@ class Incoming:
         while written < len(data):
             written += os.write(self._fd, data[written:])
         self.size_bytes += written
-        if _HAS_SYNC_FILE_RANGE and self.size_bytes - self._flushed >= _FLUSH_BYTES:
+        if self.size_bytes - self._flushed >= self._flush_bytes and _HAS_SYNC_FILE_RANGE:
             # A hint only: errors come back from fsync.
             start, self._flushed = self._flushed, self.size_bytes
             _libc.sync_file_range(self._fd, ctypes.c_int64(start), ctypes.c_int64(self._flushed - start), _SYNC_FILE_RANGE_WRITE)
@@ -114,7 +120,7 @@ class Incoming:
         return mmap.mmap(self._fd, self.size_bytes, access=mmap.ACCESS_READ)
 
     def commit(self) -> Stored:
-        """Make the file durable under its name. After an OSError nothing is left."""
+        """Make the file durable under its name. After an OSError there is no row, and `sweep` removes what is left."""
         sha256 = self._sha256.hexdigest()
         name = hashlib.sha256(f"{self._uid}\0{sha256}".encode()).hexdigest()
         path = self._instances / name[:2] / f"{name}.dcm"
@@ -124,8 +130,7 @@ class Incoming:
         except OSError:
             self.abort()
             raise
-        os.close(self._fd)
-        self._fd = -1
+        self._close()
         _fsync_folder(path.parent)
         return Stored(path, sha256, self.size_bytes)
 
@@ -133,8 +138,12 @@ class Incoming:
         """Drop the file. Calling it again does nothing."""
         if self._fd >= 0:
             self._part.unlink(missing_ok=True)
-            os.close(self._fd)
-            self._fd = -1
+            self._close()
+
+    def _close(self) -> None:
+        self._open_files.discard(self._part)
+        os.close(self._fd)
+        self._fd = -1
 
 
 class Spool:
@@ -146,6 +155,7 @@ class Spool:
         self._incoming = root / "incoming"
         self._instances = root / "instances"
         self._quarantine = root / "quarantine"
+        self._open_files: set[Path] = set()
         _check_root(root)
         for folder in (self._incoming, self._instances, self._quarantine):
             _make_folder(folder)
@@ -158,7 +168,7 @@ class Spool:
         """Open a new file and write its preamble and file meta; raises OSError."""
         part = self._incoming / f"{secrets.token_hex(16)}.part"
         meta = file_meta(sop_class_uid, sop_instance_uid, transfer_syntax_uid)
-        return Incoming(self._instances, part, sop_instance_uid=sop_instance_uid, meta=meta)
+        return Incoming(self._instances, part, sop_instance_uid=sop_instance_uid, meta=meta, open_files=self._open_files)
 
     def quarantine(self, stored: Stored, reason: str) -> Path:
         """Move a durable file to where nothing uses it, durably; returns its new path."""

@@ -1,0 +1,88 @@
+"""One configuration: strict, complete, and an error names what would be right."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+import typing
+from pathlib import Path
+from zoneinfo import ZoneInfo
+
+import pytest
+
+from worker import config
+from worker.config import Config, ConfigError
+
+ROOT = Path(__file__).parents[2]
+
+
+def read(tmp_path: Path, text: str, **environ: str) -> Config:
+    path = tmp_path / "synoptic.toml"
+    path.write_text(text, "utf-8")
+    return config.read(path, environ)
+
+
+def sections() -> dict[str, type]:
+    hints = typing.get_type_hints(Config)
+    return {name: typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else hint for name, hint in hints.items()}
+
+
+def test_the_example_shows_every_key_with_its_default() -> None:
+    """An administrator reads the example, not the source: nothing may be missing there, and no default may lie."""
+    example = tomllib.loads((ROOT / "deploy" / "synoptic.toml").read_text("utf-8"))
+    assert set(example) == set(sections())
+    for name, cls in sections().items():
+        table = example[name][0] if isinstance(example[name], list) else example[name]
+        assert set(table) == {field.name for field in dataclasses.fields(cls)}, name
+    read_back = config.read(ROOT / "deploy" / "synoptic.toml", {})
+    for name in ("receive", "assembly", "records", "run", "deliver", "log"):
+        assert getattr(read_back, name) == getattr(Config(), name), name
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[recieve]\nport = 1", "Unknown key 'recieve' in [top level]. Did you mean 'receive'?"),
+        ("[receive]\nprot = 1", "Unknown key 'prot' in [receive]. Did you mean 'port'?"),
+        ('[receive]\nport = "eleven"', "receive.port must be a int, not str."),
+        ('[receive]\nae_title = "MUCH-TOO-LONG-A-TITLE"', "is no AE title"),
+        ("[[destinations]]\nname = 'x'", "[destinations] needs the key 'ae_title'."),
+        ('[site]\ntimezone = "Mars/Olympus"', "there is no zone 'Mars/Olympus'"),
+        ('[records]\naddresses = ["his.local"]', "is no IP address or network"),
+        ("x = [", "is not TOML"),
+    ],
+)
+def test_a_mistake_is_one_sentence_that_says_what_would_be_right(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path, text)
+    assert said in str(caught.value)
+
+
+def test_the_environment_overrides_single_keys_and_secrets_need_no_file(tmp_path: Path) -> None:
+    found = read(
+        tmp_path,
+        "[receive]\nport = 1",
+        SYNOPTIC_RECEIVE__PORT="2",
+        SYNOPTIC_SITE__DATABASE="postgresql+psycopg://x",
+        SYNOPTIC_RUN__BUNDLES="a, b",
+        SYNOPTIC_RECORDS__ENABLED="false",
+        OTHER="1",
+    )
+    assert found.receive.port == 2
+    assert found.database_url == "postgresql+psycopg://x"
+    assert [path.name for path in found.run.bundles] == ["a", "b"]
+    assert found.records.enabled is False
+
+
+def test_relative_folders_are_relative_to_the_file(tmp_path: Path) -> None:
+    found = read(tmp_path, '[site]\ndata = "d"\n[run]\nbundles = ["b"]')
+    assert found.site.data == tmp_path / "d"
+    assert found.run.bundles == (tmp_path / "b",)
+    assert str(tmp_path / "d" / "synoptic.db") in found.database_url
+
+
+def test_zones_are_names_or_fixed_offsets() -> None:
+    assert config.parse_zone("Europe/Berlin") == ZoneInfo("Europe/Berlin")
+    assert str(config.parse_zone("+01:00")) == "UTC+01:00"
+    with pytest.raises(ConfigError, match="no offset"):
+        config.parse_zone("+1")

@@ -1,0 +1,192 @@
+"""One warm model: what it is given it answers, what it cannot answer it refuses, and company changes nothing."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load, save
+
+from models.bundle import Bundle, settle_weights
+from models.training import fit, save_fit
+from models.transforms import Sample
+from tests.unit import small_bundle
+from worker.domain import Code, Inputs, Series, UsedText, UsedValue, Volume
+from worker.errors import BundleError, DeviceOutOfMemory, GeometryError, PixelError
+from worker.infer import LabeledCase, Model, cross_validate, evaluate, train, verdict
+
+AT = datetime(2026, 1, 1, tzinfo=UTC)
+CRP = Code("1988-5", "LN", "CRP")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small bundle, trained for an epoch."""
+    path = small_bundle.write(tmp_path_factory.mktemp("bundle") / "small")
+    bundle = Bundle.read(path, verify=False)
+    save_fit(bundle, fit(bundle, small_bundle.studies(bundle, 12), seed=0, epochs=1))
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Model:
+    return Model(folder)
+
+
+def volume(seed: int = 0) -> Volume:
+    hu = np.random.default_rng(seed).uniform(-1000, 400, (9, 11, 13)).astype(np.float32)
+    return Volume(hu, np.diag([2.0, 2.0, 3.0, 1.0]), (3, 2, 2), "CT", "1.2", ())
+
+
+def inputs(value: float | None = 50.0, text: str = "a note") -> Inputs:
+    values = () if value is None else (UsedValue("crp", CRP, value, "", "mg/L", AT, ""),)
+    texts = (UsedText("note", Code("34109-9", "LN", "Note"), text, AT, ""),) if text else ()
+    return Inputs(Series("1.2", "CT", "", ""), values, texts)
+
+
+def cases(n: int) -> Iterator[LabeledCase]:
+    for index in range(n):
+        ill = index % 2
+        yield volume(index), inputs(300.0 if ill else 2.0, ""), {"ill": float(ill), "rare": None}, f"p{index // 2}"
+
+
+def test_every_finding_is_answered_with_its_code_threshold_and_shares(model: Model) -> None:
+    ((ill, rare),) = model.predict([model.prepare(volume(), inputs())])
+    assert (ill.name, ill.code, ill.threshold) == ("ill", Code("ILL", "99TEST", "Ill"), 0.6)
+    assert rare.name == "rare"
+    assert 0 < ill.probability < 1
+    assert tuple(ill.shapley) == ("image", "values", "text")
+    assert (model.name, model.version, model.digest) == ("small", "1.0.0", Bundle.read(model.bundle.folder).digest)
+
+
+def test_a_study_is_answered_alike_alone_and_in_a_batch(model: Model) -> None:
+    batch = [model.prepare(volume(n), inputs(float(n) + 1, "word " * n)) for n in range(7)]
+    together = model.predict(batch)
+    for one, answer in zip(batch, together, strict=True):
+        (alone,) = model.predict([one])
+        for a, b in zip(alone, answer, strict=True):
+            assert a.probability == pytest.approx(b.probability, abs=1e-5)
+            assert dict(a.shapley) == pytest.approx(dict(b.shapley), abs=1e-5)
+
+
+def test_an_empty_batch_has_no_answers(model: Model) -> None:
+    assert model.predict([]) == []
+
+
+def test_the_shares_add_up_to_the_log_odds_over_those_of_a_study_nothing_is_known_of(model: Model) -> None:
+    (first, second) = model.predict([model.prepare(volume(1), inputs(2.0)), model.prepare(volume(2), inputs(900.0, ""))])
+    offsets = [np.log(f.probability / (1 - f.probability)) - sum(f.shapley.values()) for f in (first[0], second[0])]
+    assert offsets[0] == pytest.approx(offsets[1], abs=1e-4)
+    assert second[0].shapley["text"] == 0
+
+
+def test_a_study_without_a_record_is_answered_from_the_image_alone(model: Model) -> None:
+    ((ill, _),) = model.predict([model.prepare(volume(), inputs(None, ""))])
+    assert ill.shapley["values"] == ill.shapley["text"] == 0
+
+
+@pytest.mark.parametrize(("probability", "expected"), [(0.6, "positive"), (0.59, "uncertain"), (0.4, "uncertain"), (0.39, "negative")])
+def test_verdicts_at_and_around_the_thresholds(model: Model, probability: float, expected: str) -> None:
+    assert verdict(model.bundle.findings[0], probability) == expected
+
+
+def test_without_a_lower_threshold_there_is_no_uncertain(model: Model) -> None:
+    assert [verdict(model.bundle.findings[1], p) for p in (0.5, 0.499)] == ["positive", "negative"]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_pixels_and_values_that_are_not_numbers_are_refused(model: Model, bad: float) -> None:
+    broken = volume()
+    broken.array[0, 0, 0] = bad
+    with pytest.raises(PixelError, match="1 pixels"):
+        model.prepare(broken, inputs())
+    with pytest.raises(PixelError, match="laboratory value"):
+        model.prepare(volume(), inputs(bad))
+
+
+def test_a_volume_without_patient_coordinates_is_refused(model: Model) -> None:
+    with pytest.raises(GeometryError, match="no patient coordinates"):
+        model.prepare(replace(volume(), affine=None), inputs())
+    with pytest.raises(GeometryError, match="positive and finite"):
+        model.prepare(replace(volume(), affine=np.zeros((4, 4))), inputs())
+
+
+def test_a_film_of_two_planes_or_of_nothing_is_refused() -> None:
+    film = Model(Path(__file__).parents[2] / "models" / "bundles" / "cxr-severity")
+    flat = Volume(np.zeros((1, 50, 60), np.float32), None, (0, 0, 0), "CR", "1.2", ())
+    with pytest.raises(PixelError, match="one plane"):
+        film.prepare(volume(), inputs(None, ""))
+    with pytest.raises(PixelError, match="blank"):
+        film.prepare(flat, inputs(None, ""))
+    flat.array[0, 10:40, 10:40] = 100
+    ((icu,),) = film.predict([film.prepare(flat, inputs(None, ""))])
+    assert icu.shapley["values"] == 0
+
+
+def test_weights_that_answer_nonsense_are_refused_not_reported(folder: Path, tmp_path: Path) -> None:
+    broken = small_bundle.write(tmp_path / "broken")
+    tensors = load((folder / "weights.safetensors").read_bytes())
+    raw = save({**tensors, "head.bias": tensors["head.bias"] * float("nan")})
+    (broken / "weights.safetensors").write_bytes(raw)
+    settle_weights(broken, sha256=hashlib.sha256(raw).hexdigest(), temperatures={"ill": 1, "rare": 1})
+    with pytest.raises(BundleError, match="not finite"):
+        Model(broken)
+
+
+def test_weights_of_another_network_or_with_another_hash_are_refused(folder: Path, tmp_path: Path) -> None:
+    other = small_bundle.write(tmp_path / "other", (folder / "bundle.toml").read_text("utf-8").replace("width = 16", "width = 32"))
+    (other / "weights.safetensors").write_bytes((folder / "weights.safetensors").read_bytes())
+    with pytest.raises(BundleError, match="do not fit"):
+        Model(other)
+    (other / "weights.safetensors").write_bytes(b"tampered")
+    with pytest.raises(BundleError, match="sha256"):
+        Model(other)
+
+
+class Cramped(Model):
+    """A model on a device that holds `room` studies."""
+
+    room = 99
+
+    def _forward(self, sample: Sample) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        if len(sample["image_mask"]) > self.room:
+            raise torch.OutOfMemoryError("full")
+        return super()._forward(sample)
+
+
+def test_a_full_device_gets_smaller_batches_and_the_same_answers(folder: Path, model: Model) -> None:
+    batch = [model.prepare(volume(n), inputs(float(n) + 1)) for n in range(5)]
+    cramped = Cramped(folder)
+    cramped.room = 2
+    expected = [f.probability for findings in model.predict(batch) for f in findings]
+    assert [f.probability for findings in cramped.predict(batch) for f in findings] == pytest.approx(expected, abs=1e-5)
+    cramped.room = 0
+    with pytest.raises(DeviceOutOfMemory, match="one study"):
+        cramped.predict(batch)
+
+
+def test_train_writes_weights_that_a_model_loads_and_evaluate_judges_them(tmp_path: Path) -> None:
+    path = small_bundle.write(tmp_path / "fresh")
+    heard: list[int] = []
+    report = train(path, cases(32), seed=1, epochs=8, progress=lambda epoch, _epochs, _loss: heard.append(epoch))
+    assert heard == list(range(1, report.epochs + 1))
+    assert (report.studies, report.groups) == (32, 16)
+    assert Model(path).digest == report.digest
+    assert evaluate(path, cases(20))["ill"]["fused"] > 0.9
+    again = train(small_bundle.write(tmp_path / "again"), cases(32), seed=1, epochs=8)
+    assert again.validation_loss == report.validation_loss
+    assert (tmp_path / "again" / "weights.safetensors").read_bytes() == (path / "weights.safetensors").read_bytes()
+
+
+def test_cross_validation_writes_nothing(tmp_path: Path) -> None:
+    path = small_bundle.write(tmp_path / "fresh")
+    (table,) = cross_validate(path, cases(24), folds=3, epochs=1)
+    assert set(table["ill"]) == {"fused", "image", "values", "text"}
+    assert [file.name for file in path.iterdir()] == ["bundle.toml"]
