@@ -6,7 +6,7 @@ Not here yet: intervals, calibration curves, abstention, floors and subgroups.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -29,18 +29,20 @@ def auroc(scores: Tensor, labels: Tensor) -> float:
     return float(wins.mean())
 
 
-def by_modality(bundle: Bundle, predict_keep: Callable[[tuple[str, ...] | None], Tensor], labels: Tensor) -> dict[str, dict[str, float]]:
-    """AUROC per finding, for all modalities ("fused") and for each alone, of one network's logits (N, L)."""
-    views: dict[str, tuple[str, ...] | None] = {"fused": None, **{m: (m,) for m in bundle.modalities}}
-    table: dict[str, dict[str, float]] = {f.name: {} for f in bundle.findings}
-    for view, keep in views.items():
-        logits = predict_keep(keep)
-        for index, finding in enumerate(bundle.findings):
-            table[finding.name][view] = auroc(logits[:, index], labels[:, index])
-    return table
+def by_modality(bundle: Bundle, scores: Mapping[str, Tensor], labels: Tensor) -> dict[str, dict[str, float]]:
+    """AUROC per finding and view; `scores` holds (N, L) for each view of `views`."""
+    return {
+        finding.name: {view: auroc(found[:, index], labels[:, index]) for view, found in scores.items()}
+        for index, finding in enumerate(bundle.findings)
+    }
 
 
-def cross_validate(
+def views(bundle: Bundle) -> dict[str, tuple[str, ...]]:
+    """What a network is judged by: everything ("fused"), and each modality alone."""
+    return {"fused": bundle.modalities, **{m: (m,) for m in bundle.modalities}}
+
+
+def out_of_fold(
     bundle: Bundle,
     studies: Sequence[Labeled],
     *,
@@ -49,25 +51,23 @@ def cross_validate(
     epochs: int | None = None,
     device: str = "cpu",
     progress: FoldProgress | None = None,
-) -> dict[str, dict[str, float]]:
-    """Train `folds` times, each time without one fold of the groups; AUROC of the pooled out-of-fold probabilities.
+) -> dict[str, Tensor]:
+    """Train `folds` times, each time without one fold of the groups; calibrated probabilities (N, L) per view.
 
     A study is only ever judged by a network that saw nothing of its group, nor stopped or calibrated on it.
     """
     fold_of = assign_folds(studies, folds=folds, seed=seed)
-    pooled: dict[tuple[str, ...] | None, Tensor] = {}
-    labels = torch.stack([s.labels for s in studies])
-    views: list[tuple[str, ...] | None] = [None, *((m,) for m in bundle.modalities)]
+    pooled = {view: torch.full((len(studies), len(bundle.findings)), torch.nan) for view in views(bundle)}
     for fold in range(folds):
         if progress:
             progress(fold + 1, folds)
         inner = [s for s in studies if fold_of[s.group] != fold]
         outer = [index for index, s in enumerate(studies) if fold_of[s.group] == fold]
         result = fit(bundle, inner, seed=seed + fold, epochs=epochs, device=device)
-        for keep in views:
+        for view, keep in views(bundle).items():
             logits, _ = predict(result.network, [studies[i] for i in outer], keep=keep)
-            pooled.setdefault(keep, torch.zeros_like(labels))[outer] = torch.sigmoid(logits / result.temperatures)
-    return by_modality(bundle, lambda keep: pooled[keep], labels)
+            pooled[view][outer] = torch.sigmoid(logits / result.temperatures)
+    return pooled
 
 
 def assign_folds(studies: Sequence[Labeled], *, folds: int, seed: int) -> dict[str, int]:

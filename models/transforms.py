@@ -2,7 +2,7 @@
 
 ::
 
-    radiograph (H, W)  ─ resize, long side first ─ percentiles → [0, 1] ─ pad ─▶ (1, H', W')
+    radiograph (H, W)  ─ resize, short side first ─ central crop ─ percentiles → [0, 1] ─▶ (1, H', W')
     volume (K, J, I), LPS ─ to RAS ─ window → [0, 1] ─ crop or pad to the field of view ─ area ─▶ (1, X, Y, Z)
     values by name ─ log ─▶ (V,) numbers, comparators and mask
     text ─ words and their trigrams, hashed ─▶ (T, K) ids, 0 where nothing stands
@@ -25,11 +25,11 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.transforms import (
+    CenterSpatialCrop,
     Compose,
     Resize,
     ResizeWithPadOrCrop,
     ScaleIntensityRange,
-    SpatialPad,
 )
 from numpy.typing import NDArray
 from torch import Tensor
@@ -48,18 +48,18 @@ _WORD: Final = re.compile(r"\d+|[^\W\d_]+|[.,;:!?/+-]")
 def radiograph_tensor(array: NDArray[np.float32], config: NetworkConfig) -> Tensor:
     """Make (1, H', W') in [0, 1] from one radiograph (H, W), bright is dense, its aspect kept.
 
-    The first and last percentile become 0 and 1: collimation, markers and the stored range differ from one
-    machine to the next. A blank radiograph is a ValueError.
+    The long side is cropped, not the short one padded: the padding's width would tell a bedside film from a standing one.
+    The first and last percentile become 0 and 1: markers and the stored range differ from one machine to the next. A blank radiograph is a ValueError.
     """
     height, width = config.image_size
-    scale = min(height / array.shape[0], width / array.shape[1])
-    size = [max(1, min(n, round(m * scale))) for n, m in zip((height, width), array.shape, strict=True)]
-    small = _plain(Resize(size, mode="area")(torch.from_numpy(np.ascontiguousarray(array))[None]))
+    scale = max(height / array.shape[0], width / array.shape[1])
+    size = [max(m, round(n * scale)) for n, m in zip(array.shape, (height, width), strict=True)]
+    steps = Compose([Resize(size, mode="area"), CenterSpatialCrop((height, width))])
+    small = _plain(steps(torch.from_numpy(np.ascontiguousarray(array))[None]))
     low, high = torch.quantile(small, torch.tensor([0.01, 0.99])).tolist()
     if not high > low:
         raise ValueError("The radiograph is blank: its first and last percentile are equal.")
-    steps = Compose([ScaleIntensityRange(low, high, 0.0, 1.0, clip=True), SpatialPad((height, width), value=0.0)])
-    return _plain(steps(small))
+    return _plain(ScaleIntensityRange(low, high, 0.0, 1.0, clip=True)(small))
 
 
 def volume_tensor(array: NDArray[np.float32], affine: NDArray[np.float64], config: NetworkConfig) -> Tensor:

@@ -46,7 +46,7 @@ class Receive:
     host: str = "127.0.0.1"
     port: int = 11112
     ae_title: str = "SYNOPTIC"
-    processes: int = 2
+    processes: int = 1
     max_associations: int = 50
     max_per_address: int = 25
     max_pdu_bytes: int = 131072

@@ -108,7 +108,8 @@ def import_dicom(path: Path, *, config: Config, store: Store, spool: Spool) -> R
         stored = incoming.commit()
     finally:
         incoming.abort()
-    received = roles.add_instance(config, store, header, stored, calling_ae=IMPORT_AE, address="")
+    with store.begin() as conn:
+        received = roles.add_instance(conn, config, header, stored, calling_ae=IMPORT_AE, address="")
     if received is Received.CONFLICT:
         spool.quarantine(stored, "same SOP Instance UID, other bytes")
     return received

@@ -186,7 +186,6 @@ def train(
     result = training.fit(bundle, studies, seed=seed, epochs=epochs, device=device, progress=progress)
     settled = training.save_fit(bundle, result)
     _, held_out = training.split_groups(studies, share=bundle.training.validation, seed=seed)
-    labels = torch.stack([s.labels for s in held_out])
     return TrainingReport(
         studies=len(studies),
         groups=len({s.group for s in studies}),
@@ -194,7 +193,7 @@ def train(
         best_epoch=result.best_epoch,
         validation_loss=result.validation_loss,
         validation_studies=result.validation_studies,
-        auroc=evaluation.by_modality(bundle, lambda keep: training.predict(result.network, held_out, keep=keep)[0], labels),
+        auroc=_judge(bundle, result.network, held_out, device="cpu"),
         temperatures={f.name: f.temperature for f in settled.findings},
         digest=settled.digest,
         weights_bytes=settled.weights_path.stat().st_size,
@@ -204,9 +203,7 @@ def train(
 def evaluate(folder: Path, cases: Iterable[LabeledCase], *, device: str = "cpu") -> dict[str, dict[str, float]]:
     """AUROC per finding, fused and of each modality alone, of the bundle as it stands, on cases it has not seen."""
     model = Model(folder, device=device, threads=torch.get_num_threads())
-    studies = _labeled(model.bundle, cases)
-    labels = torch.stack([s.labels for s in studies])
-    return evaluation.by_modality(model.bundle, lambda keep: training.predict(model._network, studies, device=device, keep=keep)[0], labels)
+    return _judge(model.bundle, model._network, _labeled(model.bundle, cases), device=device)
 
 
 def cross_validate(
@@ -223,10 +220,19 @@ def cross_validate(
     """Grouped out-of-fold AUROC per finding, fused and of each modality alone, one table per repeat; writes nothing."""
     bundle = _read(folder, verify=False)
     studies = _labeled(bundle, cases)
-    return [
-        evaluation.cross_validate(bundle, studies, folds=folds, seed=seed + 1000 * repeat, epochs=epochs, device=device, progress=progress)
-        for repeat in range(repeats)
-    ]
+    labels = torch.stack([s.labels for s in studies])
+    tables = []
+    for repeat in range(repeats):
+        pooled = evaluation.out_of_fold(
+            bundle, studies, folds=folds, seed=seed + 1000 * repeat, epochs=epochs, device=device, progress=progress
+        )
+        tables.append(evaluation.by_modality(bundle, pooled, labels))
+    return tables
+
+
+def _judge(bundle: Bundle, network: FusionNetwork, studies: Sequence[training.Labeled], *, device: str) -> dict[str, dict[str, float]]:
+    scores = {view: training.predict(network, studies, device=device, keep=keep)[0] for view, keep in evaluation.views(bundle).items()}
+    return evaluation.by_modality(bundle, scores, torch.stack([s.labels for s in studies]))
 
 
 def _read(folder: Path, *, verify: bool = True) -> Bundle:

@@ -29,7 +29,8 @@ from worker.config import Config, Destination
 from worker.domain import Header, Job, Received
 from worker.errors import BundleError
 from worker.store import queue, records, studies
-from worker.store.database import DatabaseUnavailable, Store
+from worker.store.database import Connection, DatabaseUnavailable, Store
+from worker.store.group import GroupCommit
 from worker.store.spool import Spool, Stored
 
 if TYPE_CHECKING:
@@ -104,22 +105,20 @@ def with_issuer(header: Header, issuer: str) -> Header:
     return header if key.issuer else replace(header, patient=replace(header.patient, key=replace(key, issuer=issuer)))
 
 
-def add_instance(config: Config, store: Store, header: Header, stored: Stored, *, calling_ae: str, address: str) -> Received:
+def add_instance(conn: Connection, config: Config, header: Header, stored: Stored, *, calling_ae: str, address: str) -> Received:
     """Commit 1: the row of a file that is durable already."""
-    quiet_s = config.assembly.quiet_by_modality.get(header.modality, config.assembly.quiet_s)
-    with store.begin() as conn:
-        return studies.add_instance(
-            conn,
-            with_issuer(header, config.site.issuer),
-            path=stored.path,
-            sha256=stored.sha256,
-            size_bytes=stored.size_bytes,
-            calling_ae=calling_ae,
-            address=address,
-            study_at=study_time(header, config.zone),
-            quiet_s=quiet_s,
-            now=clock(),
-        )
+    return studies.add_instance(
+        conn,
+        with_issuer(header, config.site.issuer),
+        path=stored.path,
+        sha256=stored.sha256,
+        size_bytes=stored.size_bytes,
+        calling_ae=calling_ae,
+        address=address,
+        study_at=study_time(header, config.zone),
+        quiet_s=config.assembly.quiet_by_modality.get(header.modality, config.assembly.quiet_s),
+        now=clock(),
+    )
 
 
 def receive(config: Config, store: Store, listener: socket.socket, stop: threading.Event) -> None:
@@ -145,8 +144,14 @@ def receive(config: Config, store: Store, listener: socket.socket, stop: threadi
         idle_s=settings.idle_s,
     )
 
+    def add(conn: Connection, item: tuple[Header, Stored, Sender]) -> Received:
+        header, stored, sender = item
+        return add_instance(conn, config, header, stored, calling_ae=sender.calling_ae, address=sender.address)
+
+    commit = GroupCommit(store.begin, add)
+
     def sink(header: Header, stored: Stored, sender: Sender) -> Received:
-        return add_instance(config, store, header, stored, calling_ae=sender.calling_ae, address=sender.address)
+        return commit((header, stored, sender))
 
     scp = StorageScp(listener, policy=policy, spool=spool, sink=sink, limits=limits)
     scp.start()

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from worker.store.studies import Pending
 
+#: What a crash left is gone within the hour.
+SPOOL_SWEEP_S: Final = 1800.0
 #: A file without a row is a crash's after this long; rows follow files within seconds.
 ORPHAN_AGE: Final = timedelta(minutes=15)
 
@@ -60,8 +62,8 @@ def scheduler(config: Config, store: Store, spool: Spool) -> BackgroundScheduler
     made.add_job(_spared(rescue), "interval", seconds=max(1.0, config.run.lease_s / 6))
     if asking:
         made.add_job(_spared(ask), "interval", seconds=config.assembly.sweep_s)
-    # Once, in the background: with 100 000 files it must not delay the first association.
-    made.add_job(_spared(clean))
+    # At once but in the background: with 100 000 files it must not delay the first association.
+    made.add_job(_spared(clean), "interval", seconds=SPOOL_SWEEP_S, next_run_time=clock())
     return made
 
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydicom import Dataset, dcmread
+from pydicom import FileDataset, dcmread
 
 from tests import accept, factories
 from tests.installation import BUNDLES, Installation
@@ -53,7 +53,7 @@ class Bench:
         return report()[0] - sent.responded_at
 
 
-def run(name: str, studies: Sequence[Sequence[Dataset]], messages: Sequence[bytes], *, bundle: str, folder: Path) -> list[float]:
+def run(name: str, studies: Sequence[Sequence[FileDataset]], messages: Sequence[bytes], *, bundle: str, folder: Path) -> list[float]:
     """Measure each study after the warm ones; prints p50 and p95."""
     installation = Installation(folder / "worker", bundles=(bundle,), processes=1, senders=("DEMOPACS",), ask_sender=False)
     images = folder / "pacs"

@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from hypothesis import given
@@ -38,7 +39,7 @@ class Wanted:
 class Rule:
     """Which series will do."""
 
-    kind: str = "volume"
+    kind: Literal["volume", "radiograph"] = "volume"
     modalities: tuple[str, ...] = ("CT",)
     body_parts: tuple[str, ...] = ("CHEST",)
     exclude_descriptions: tuple[str, ...] = ("scout",)

@@ -75,15 +75,27 @@ def test_a_volume_without_a_size_is_refused(bundle: Bundle, spacing: float) -> N
         volume_tensor(np.zeros((2, 4, 4), np.float32), np.diag([spacing, 1.0, 1.0, 1.0]), bundle.network)
 
 
+def disc(height: int, width: int) -> np.ndarray:
+    """A bright disc of diameter 40 on a slope, in a film of `height` by `width`."""
+    y, x = np.mgrid[:height, :width] - np.array([height - 1, width - 1])[:, None, None] / 2
+    return np.where(x * x + y * y <= 400, 100, 10 + 0.01 * x).astype(np.float32)
+
+
 def test_a_radiograph_keeps_its_aspect_and_forgets_its_scale() -> None:
-    """A 12-bit and an 8-bit detector, and a marker that burns brightest, must not look different."""
-    array = np.tile(np.linspace(10, 20, 100, dtype=np.float32), (50, 1))
-    image = radiograph_tensor(array, FILM)
+    """A 12-bit and an 8-bit detector must not look different, nor a round heart become oval."""
+    image = radiograph_tensor(disc(64, 100), FILM)
     assert image.shape == (1, 32, 32)
-    assert torch.equal(image[0, :8], torch.zeros(8, 32))
-    assert image[0, 16, 0] == 0
-    assert image[0, 16, 31] == 1
-    assert torch.allclose(image, radiograph_tensor(array * 100 + 7, FILM), atol=1e-5)
+    assert (image.min(), image.max()) == (0, 1)
+    lit = image[0] > 0.5
+    assert int(lit.any(0).sum()) == int(lit.any(1).sum()) == 20
+    assert torch.allclose(image, radiograph_tensor(disc(64, 100) * 100 + 7, FILM), atol=1e-5)
+
+
+def test_the_shape_of_a_film_leaves_no_border_to_tell_it_by() -> None:
+    """Bedside films are wide, standing ones tall; who is bedridden is near the answer, and must be seen in the lungs."""
+    for image in (radiograph_tensor(disc(64, 100), FILM), radiograph_tensor(disc(100, 64), FILM)):
+        for edge in (image[0, 0], image[0, -1], image[0, :, 0], image[0, :, -1]):
+            assert edge.max() > 0
 
 
 def test_a_blank_radiograph_is_refused() -> None:

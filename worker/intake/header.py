@@ -3,7 +3,7 @@
 One pass over the top level of the data set: wanted values are picked up, everything else is
 stepped over without recursion, to the very end. So a truncated data set, one that is not in the
 declared transfer syntax, and one whose tags are out of order or double (PS3.5 §7.1; two readers could
-see two patients in it) are refused before Success. Measured: 45 µs for a CT slice.
+see two patients in it) are refused before Success. Measured: 72 µs for 49 elements.
 
 Not here: judging the images (volume.py), or writing anything.
 """

@@ -54,7 +54,7 @@ _LINGER_S: Final = 1.0
 class Limits:
     """What a peer may take. The defaults fit a department; times in seconds."""
 
-    #: Largest PDU we announce. Measured with storescu at 16, 64, 128 and 256 KiB: see tests/bench/receive.py.
+    #: Largest PDU we announce. CPU per instance (wire.py's measure): 0.66 ms at 16 KiB, 0.53 at 64 and 128, 0.55 at 256.
     max_pdu: int = 131072
     #: Open associations of this process; one more is rejected, transient.
     associations: int = 50

@@ -22,7 +22,8 @@ UNRECOGNIZED_PDU, UNEXPECTED_PDU, UNEXPECTED_PARAMETER, INVALID_PARAMETER = 1, 2
 TICK_S: Final = 0.25
 #: A message slower than this on average, after twice the PDU deadline, is an attack or a dead line.
 _SLOWEST_BYTES_PER_S: Final = 1024
-#: One recv takes what two PDUs of 128 KiB may have left in the kernel. 64 KiB: 6 % slower, 1 MiB: no faster.
+#: Measured, CPU per 512 x 512 x 16 instance in PDUs of 128 KiB, digest included, disk not: 0.60 ms with 64 KiB, 0.53 with
+#: 256 KiB, 0.52 with 1 MiB.
 _BUFFER_BYTES: Final = 256 * 1024
 
 _PDU: Final = struct.Struct(">BxL")

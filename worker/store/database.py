@@ -19,6 +19,8 @@ from sqlalchemy.engine import Connection
 from worker.errors import Retry
 from worker.store import schema
 
+__all__ = ["Connection", "DatabaseUnavailable", "Store"]
+
 #: Enough for a backup that holds SQLite's lock for half a minute (FAULTS D5).
 BUSY_S: Final = 40.0
 #: PostgreSQL: no statement may hang a receiver (FAULTS D4).

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import cache
 from pathlib import Path
+from typing import Final
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
@@ -37,10 +39,30 @@ class Pending:
     modalities: Mapping[str, int]
 
 
+# Statements of `add_instance`, built once: building them for each instance took 1.3 of its 1.6 ms of CPU.
+_STUDY: Final = sa.select(study.c.id, study.c.issuer, study.c.patient_id, study.c.state, study.c.version).where(
+    study.c.study_instance_uid == sa.bindparam("uid")
+)
+_SERIES: Final = sa.select(series.c.id).where(
+    series.c.study_id == sa.bindparam("study"), series.c.series_instance_uid == sa.bindparam("uid")
+)
+_SHA256: Final = sa.select(instance.c.sha256).where(instance.c.sop_instance_uid == sa.bindparam("uid"))
+_TOUCH: Final = (
+    sa.update(study)
+    .where(study.c.id == sa.bindparam("study"))
+    .values(last_received_at=sa.bindparam("now"), quiet_until=sa.bindparam("quiet"), state="receiving")
+)
+
+
+@cache
+def _insert_or_ignore(table: sa.Table, dialect: str, names: tuple[str, ...]) -> sa.Executable:
+    insert = (sqlite.insert if dialect == "sqlite" else postgresql.insert)(table)
+    return insert.values({name: sa.bindparam(name) for name in names}).on_conflict_do_nothing().returning(table.c.id)
+
+
 def insert_or_ignore(conn: Connection, table: sa.Table, values: Mapping[str, object]) -> int | None:
     """Insert a row; None if a unique key is taken. One statement in both databases."""
-    make = sqlite.insert if conn.dialect.name == "sqlite" else postgresql.insert
-    return conn.execute(make(table).values(**values).on_conflict_do_nothing().returning(table.c.id)).scalar()
+    return conn.execute(_insert_or_ignore(table, conn.dialect.name, tuple(values)), values).scalar()
 
 
 def add_instance(
@@ -81,30 +103,28 @@ def add_instance(
         },
     )
     if added is None:
-        known = conn.execute(sa.select(instance.c.sha256).where(instance.c.sop_instance_uid == header.sop_instance_uid)).scalar_one()
+        known = conn.execute(_SHA256, {"uid": header.sop_instance_uid}).scalar_one()
         if known == sha256:
             return Received.DUPLICATE
         history.note(conn, study_row.id, name="instance.quarantined", now=now, reason="same SOP Instance UID, other bytes")
         return Received.CONFLICT
-    changes: dict[str, object] = {"last_received_at": now, "quiet_until": now + timedelta(seconds=quiet_s), "state": "receiving"}
     result = Received.STORED
     if PatientKey(study_row.issuer, study_row.patient_id) != header.patient.key:
-        changes["hold"] = "The images of this study name two different patients; nothing was analysed."
+        hold = "The images of this study name two different patients; nothing was analysed."
+        conn.execute(sa.update(study).where(study.c.id == study_row.id).values(hold=hold))
         history.note(conn, study_row.id, name="instance.quarantined", now=now, reason="another patient in the same study")
         result = Received.OTHER_PATIENT
     if study_row.state == "complete":
         history.note(conn, study_row.id, name="study.reopened", now=now, version=study_row.version)
-    conn.execute(sa.update(study).where(study.c.id == study_row.id).values(**changes))
+    conn.execute(_TOUCH, {"study": study_row.id, "now": now, "quiet": now + timedelta(seconds=quiet_s)})
     return result
 
 
 def _study_of(
     conn: Connection, header: Header, *, calling_ae: str, address: str, study_at: datetime | None, quiet_s: float, now: datetime
 ) -> AnyRow:
-    wanted = sa.select(study.c.id, study.c.issuer, study.c.patient_id, study.c.state, study.c.version).where(
-        study.c.study_instance_uid == header.study_instance_uid
-    )
-    row = conn.execute(wanted).first()
+    wanted = {"uid": header.study_instance_uid}
+    row = conn.execute(_STUDY, wanted).first()
     if row is None:
         # Two associations may bring a study's first images at once: the second finds the first's row.
         added = insert_or_ignore(
@@ -129,13 +149,13 @@ def _study_of(
         )
         if added is not None:
             history.note(conn, added, name="study.received", now=now, calling_ae=calling_ae)
-        row = conn.execute(wanted).one()
+        row = conn.execute(_STUDY, wanted).one()
     return row
 
 
 def _series_of(conn: Connection, study_id: int, header: Header) -> int:
-    wanted = sa.select(series.c.id).where(series.c.study_id == study_id, series.c.series_instance_uid == header.series_instance_uid)
-    found = conn.execute(wanted).scalar()
+    wanted = {"study": study_id, "uid": header.series_instance_uid}
+    found = conn.execute(_SERIES, wanted).scalar()
     if found is None:
         insert_or_ignore(
             conn,
@@ -148,7 +168,7 @@ def _series_of(conn: Connection, study_id: int, header: Header) -> int:
                 "description": header.series_description,
             },
         )
-        found = conn.execute(wanted).scalar_one()
+        found = conn.execute(_SERIES, wanted).scalar_one()
     return int(found)
 
 
