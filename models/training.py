@@ -70,7 +70,9 @@ def fit(
     """
     config = bundle.training
     total = epochs or config.epochs
-    train, held_out = split_groups(studies, share=config.validation, seed=seed)
+    # By group, so that the order in which files were found does not decide the weights.
+    ordered = sorted(studies, key=lambda s: s.group)
+    train, held_out = split_groups(ordered, share=config.validation, seed=seed)
     with _deterministic(seed):
         network = FusionNetwork(bundle).to(device)
         if "values" in network.modalities:

@@ -49,7 +49,8 @@ def radiograph_tensor(array: NDArray[np.float32], config: NetworkConfig) -> Tens
     """Make (1, H', W') in [0, 1] from one radiograph (H, W), bright is dense, its aspect kept.
 
     The long side is cropped, not the short one padded: the padding's width would tell a bedside film from a standing one.
-    The first and last percentile become 0 and 1: markers and the stored range differ from one machine to the next. A blank radiograph is a ValueError.
+    The first and last percentile become 0 and 1: markers and the stored range differ from one machine to the next.
+    A blank radiograph is a ValueError.
     """
     height, width = config.image_size
     scale = max(height / array.shape[0], width / array.shape[1])

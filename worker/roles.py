@@ -337,6 +337,10 @@ def deliver(config: Config, store: Store, stop: threading.Event) -> None:
     for thread in threads:
         thread.start()
     started("deliver", destinations=[peer.name for peer in config.destinations])
-    stop.wait()
+    while not stop.wait(1.0):
+        if not all(thread.is_alive() for thread in threads):
+            # Its own words are in the log; the supervisor starts all destinations again.
+            stop.set()
+            raise RuntimeError("A destination's thread ended.")
     for thread in threads:
         thread.join()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 from worker import events
 from worker.config import Config
 from worker.errors import WorkerError
+from worker.ops.log import places
 from worker.roles import clock, read_bundles
 from worker.store import queue, studies
 from worker.store.database import Store
@@ -68,13 +69,15 @@ def scheduler(config: Config, store: Store, spool: Spool) -> BackgroundScheduler
 
 
 def _spared(sweep: Callable[[], None]) -> Callable[[], None]:
-    """A sweep that fails says so and comes again; the scheduler would only print a traceback."""
+    """A sweep that fails says so and comes again; the scheduler would keep it to itself."""
 
     def run() -> None:
         try:
             sweep()
         except WorkerError as exc:
             events.emit("sweep.failed", sweep=sweep.__name__, reason=str(exc))
+        except Exception as exc:  # noqa: BLE001  a bug of ours must be seen, and must not end the sweeps
+            events.emit("sweep.failed", sweep=sweep.__name__, reason=type(exc).__name__, places=places(exc))
 
     return run
 

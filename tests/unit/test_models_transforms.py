@@ -85,7 +85,8 @@ def test_a_radiograph_keeps_its_aspect_and_forgets_its_scale() -> None:
     """A 12-bit and an 8-bit detector must not look different, nor a round heart become oval."""
     image = radiograph_tensor(disc(64, 100), FILM)
     assert image.shape == (1, 32, 32)
-    assert (image.min(), image.max()) == (0, 1)
+    assert image.min() == 0
+    assert image.max() == 1
     lit = image[0] > 0.5
     assert int(lit.any(0).sum()) == int(lit.any(1).sum()) == 20
     assert torch.allclose(image, radiograph_tensor(disc(64, 100) * 100 + 7, FILM), atol=1e-5)
@@ -93,7 +94,8 @@ def test_a_radiograph_keeps_its_aspect_and_forgets_its_scale() -> None:
 
 def test_the_shape_of_a_film_leaves_no_border_to_tell_it_by() -> None:
     """Bedside films are wide, standing ones tall; who is bedridden is near the answer, and must be seen in the lungs."""
-    for image in (radiograph_tensor(disc(64, 100), FILM), radiograph_tensor(disc(100, 64), FILM)):
+    noise = np.random.default_rng(0).random((100, 64), dtype=np.float32)
+    for image in (radiograph_tensor(noise, FILM), radiograph_tensor(noise.T, FILM)):
         for edge in (image[0, 0], image[0, -1], image[0, :, 0], image[0, :, -1]):
             assert edge.max() > 0
 

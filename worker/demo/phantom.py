@@ -2,7 +2,8 @@
 
 Three independent facts, each a fair coin: a nodule is large (not small), the note tells of a risk history
 (not of none), the marker is raised (not normal). The truth is what two of the three say, so one source
-alone cannot pass an AUROC of 0.75, whatever reads it, and all three decide it.
+alone cannot pass an AUROC of 0.75, whatever reads it, and all three decide it. A second finding, the nodule's size
+itself, is in the image alone.
 
 The record also holds what a careless reader falls for: values drawn after the study and older draws that
 say the opposite, a withdrawn result, foreign units, detection limits, relatives who smoke, negations.
@@ -28,6 +29,7 @@ from worker.demo.phantom_record import LabDraw, adt_message, note_text, oru_mess
 
 ISSUER: Final = "SYNOPTIC-DEMO"
 FINDING: Final = "suspicious_nodule"
+LARGE: Final = "large_nodule"
 SLICES, ROWS, COLUMNS = 32, 128, 128
 SPACING_MM = (6.0, 2.6, 2.6)  # between slices, rows, columns
 MISSING_CHANCE = 0.06  # of the marker, and of the note, independently
@@ -93,7 +95,7 @@ def make_case(seed: int, *, absent: frozenset[str] | None = None) -> PhantomCase
         study_at=study_at,
         datasets=[_slice(header, seed, k, plane) for k, plane in enumerate(volume)],
         hl7=_messages(rng, header, study_at, factors, marker, absent),
-        truth={FINDING: int(sum(factors.values()) >= 2)},
+        truth={FINDING: int(sum(factors.values()) >= 2), LARGE: factors["nodule"]},
         factors=factors,
         severities={"diameter_mm": diameter_mm, "marker_ng_ml": marker},
         absent=absent,
@@ -108,7 +110,7 @@ def write_cohort(folder: Path, n: int, first_seed: int) -> None:
     (folder / "hl7").mkdir(parents=True, exist_ok=True)
     with (folder / "labels.csv").open("w", newline="", encoding="utf-8") as stream:
         rows = csv.writer(stream)
-        rows.writerow(["study_instance_uid", "patient_id", "group", FINDING])
+        rows.writerow(["study_instance_uid", "patient_id", "group", FINDING, LARGE])
         for seed in range(first_seed, first_seed + n):
             case = make_case(seed)
             series = folder / "dicom" / case.patient_id
@@ -117,7 +119,7 @@ def write_cohort(folder: Path, n: int, first_seed: int) -> None:
                 ds.save_as(series / f"{number:03d}.dcm", enforce_file_format=True)
             text = "".join(message + "\n" for message in case.hl7)
             (folder / "hl7" / f"{case.patient_id}.hl7").write_bytes(text.encode("utf-8"))
-            rows.writerow([case.study_instance_uid, case.patient_id, case.patient_id, case.truth[FINDING]])
+            rows.writerow([case.study_instance_uid, case.patient_id, case.patient_id, case.truth[FINDING], case.truth[LARGE]])
 
 
 def _uid(seed: int, *what: str) -> str:

@@ -24,14 +24,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from worker import config, view
+from worker import config
 from worker.deliver import cstore
 from worker.demo.pacs import DemoPacs
-from worker.demo.phantom import FINDING, PhantomCase, make_case
+from worker.demo.phantom import PhantomCase, make_case
 from worker.errors import PeerUnavailable
 from worker.intake import mllp
-from worker.store import documents, studies
-from worker.store.database import Store
+from worker.report import tree
 
 BUNDLE: Final = Path(__file__).parents[2] / "models" / "bundles" / "phantom"
 #: The patients: fixed, so that the demo shows the same on every machine.
@@ -94,7 +93,7 @@ def run(out: Console, err: Console, *, cases: int, folder: Path) -> bool:
         path.write_text(CONFIGURATION.format(receive=receive, records=records, pacs=pacs.port, bundle=BUNDLE), "utf-8")
         with _daemon(path, folder / "daemon.log"):
             _drive(err, pacs, followed, receive=receive, records=records)
-        _check(followed, folder)
+        _check(followed)
     _print(out, followed, folder)
     return not any(one.faults for one in followed)
 
@@ -172,52 +171,72 @@ def _reports(pacs: DemoPacs) -> dict[str, tuple[Path, float]]:
     return {s.study_instance_uid: (s.path, s.arrived_at) for s in pacs.instances() if s.modality == "SR"}
 
 
-def _check(followed: list[Followed], folder: Path) -> None:
-    """Right means: there, of this study and patient, and its verdict not the opposite of the truth."""
-    store = Store(f"sqlite:///{folder / 'data' / 'synoptic.db'}")
+def findings(report: Dataset) -> dict[str, tuple[float, str]]:
+    """What a report says, read from the report itself: tracking identifier → probability, verdict in words."""
+    found = {}
+    for group in _items(report):
+        named = {
+            item.ConceptNameCodeSequence[0].CodeValue: item
+            for item in group.get("ContentSequence", [])
+            if "ConceptNameCodeSequence" in item
+        }
+        # DCM 112039 Tracking Identifier, DCM 122157 Probability (PS3.16 Annex D)
+        if "112039" in named and "122157" in named and "verdict" in named:
+            probability = float(named["122157"].MeasuredValueSequence[0].NumericValue) / 100
+            found[str(named["112039"].TextValue)] = (probability, str(named["verdict"].ConceptCodeSequence[0].CodeMeaning).lower())
+    return found
+
+
+def _items(ds: Dataset) -> Iterator[Dataset]:
+    for item in ds.get("ContentSequence", []):
+        yield item
+        yield from _items(item)
+
+
+def _check(followed: list[Followed]) -> None:
+    """Right means: there, of this study and patient, and no verdict the opposite of the truth."""
     for one in followed:
         if one.report is None:
             one.faults.append("no report arrived")
             continue
         if (one.report.StudyInstanceUID, one.report.PatientID) != (one.case.study_instance_uid, one.case.patient_id):
             one.faults.append("the report is of another study or patient")
-        _, verdict = _finding(store, one.case.study_instance_uid)
-        if verdict == ("negative" if one.case.truth[FINDING] else "positive"):
-            one.faults.append(f"the verdict is {verdict}, the truth is {one.case.truth[FINDING]}")
-    store.close()
-
-
-def _finding(store: Store, study_instance_uid: str) -> tuple[float, str]:
-    with store.read() as conn:
-        study_id = studies.find(conn, study_instance_uid)[0][0]
-        findings = documents.of_study(conn, study_id)[-1][1]
-    return (findings[0].probability, findings[0].verdict) if findings else (0.0, "none")
+        found = findings(one.report)
+        for name, truth in one.case.truth.items():
+            verdict = found.get(name, (0.0, "missing"))[1]
+            if verdict in {"missing", "negative" if truth else "positive"}:
+                one.faults.append(f"{name} is {verdict}, the truth is {'present' if truth else 'absent'}")
 
 
 def _print(out: Console, followed: list[Followed], folder: Path) -> None:
-    store = Store(f"sqlite:///{folder / 'data' / 'synoptic.db'}")
     table = Table("study", "finding", "probability", "verdict", "truth", "record lacks", "seconds to report", "", title="Phantom patients")
     for one in followed:
-        case = one.case
-        probability, verdict = _finding(store, case.study_instance_uid) if one.report is not None else (0.0, "")
-        table.add_row(
-            case.datasets[0].AccessionNumber,
-            FINDING.replace("_", " "),
-            f"{probability:.3f}" if one.report is not None else "",
-            verdict,
-            "present" if case.truth[FINDING] else "absent",
-            ", ".join(sorted(case.absent)),
-            f"{one.seconds:.2f}" if one.report is not None else "",
-            "[green]ok[/green]" if not one.faults else f"[red]{'; '.join(one.faults)}[/red]",
-        )
+        case, found = one.case, findings(one.report) if one.report is not None else {}
+        for line, (name, truth) in enumerate(case.truth.items()):
+            probability, verdict = found.get(name, (None, ""))
+            last = [
+                ", ".join(sorted(case.absent)),
+                f"{one.seconds:.2f}" if found else "",
+                "ok" if not one.faults else "; ".join(one.faults),
+            ]
+            table.add_row(
+                case.datasets[0].AccessionNumber if line == 0 else "",
+                name.replace("_", " "),
+                "" if probability is None else f"{probability:.3f}",
+                verdict,
+                "present" if truth else "absent",
+                *(last if line == 0 else ("", "", "")),
+                style="red" if one.faults else None,
+            )
     out.print(table)
     shown = next((one for one in followed if one.report is not None), None)
-    if shown is not None:
-        with store.read() as conn:
-            study_id = studies.find(conn, shown.case.study_instance_uid)[0][0]
-            data = bytes(documents.of_study(conn, study_id)[-1][0].data)
+    if shown is not None and shown.report is not None:
         out.print(f"\nThe report of {shown.case.datasets[0].AccessionNumber}, as a tree:\n")
-        view.print_report(out, data)
-    store.close()
-    out.print(f"\nReports and images: {folder / 'pacs'}   log: {folder / 'daemon.log'}   database and spool: {folder / 'data'}")
-    out.print(f"Look closer: .venv/bin/synoptic studies --config {folder / 'synoptic.toml'}, then synoptic show 1 --config …")
+        for text in tree.lines(shown.report):
+            out.print(text, soft_wrap=True, markup=False)
+    faults = sum(bool(one.faults) for one in followed)
+    out.print(f"\n{len(followed) - faults} of {len(followed)} reports are there and right.")
+    out.print(
+        f"Images and reports: {folder / 'pacs'}   log: {folder / 'daemon.log'}   database and spool: {folder / 'data'}", soft_wrap=True
+    )
+    out.print(f"Look closer: .venv/bin/synoptic show 1 --config {folder / 'synoptic.toml'}", soft_wrap=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import traceback
 import warnings
 from types import TracebackType
@@ -61,6 +62,7 @@ def setup(*, level: str = "INFO", human: bool = False, stream: TextIO | None = N
     events.listen(write)
     silence()
     sys.excepthook = _hook
+    threading.excepthook = lambda args: _hook(args.exc_type, args.exc_value or args.exc_type(), args.exc_traceback)
 
 
 def silence() -> None:

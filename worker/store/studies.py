@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from functools import cache
 from pathlib import Path
 from typing import Final
@@ -20,6 +20,9 @@ from sqlalchemy.engine import Connection
 from worker.domain import Header, Instance, Patient, PatientKey, Received, Series, Study
 from worker.store import history
 from worker.store.schema import AnyRow, document, instance, job, series, study
+
+#: When a study without a date was made: no value can be shown to be older, so none is used for it.
+UNDATED: Final = datetime(1900, 1, 1, tzinfo=UTC)
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,8 +264,7 @@ def _study(row: AnyRow, parts: Iterable[Series] = ()) -> Study:
         study_instance_uid=row.study_instance_uid,
         patient=Patient(PatientKey(row.issuer, row.patient_id), row.patient_name, row.birth_date, row.sex),
         accession_number=row.accession_number,
-        # A study without a date is dated by its arrival: no value drawn later can be used for it.
-        study_at=row.study_at or row.created_at,
+        study_at=row.study_at or UNDATED,
         description=row.description,
         version=row.version,
         series=tuple(parts),
