@@ -29,7 +29,6 @@ fix: .venv/.installed  ## format and mend what can be mended by itself
 bench: .venv/.installed  ## the long measurements, one JSON line each; results are quoted in deploy/README.md
 	$(BIN)/python -m tests.bench.line
 	$(BIN)/python -m tests.bench.receive
-	$(BIN)/python -m tests.bench.roles
 
 clean:
 	rm -rf .venv var

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Final
 
 from pydicom import Dataset, dcmread
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -92,6 +93,7 @@ def run(out: Console, err: Console, *, cases: int, folder: Path) -> bool:
         path = folder / "synoptic.toml"
         path.write_text(CONFIGURATION.format(receive=receive, records=records, pacs=pacs.port, bundle=BUNDLE), "utf-8")
         with _daemon(path, folder / "daemon.log"):
+            _wait_ready(folder / "daemon.log", roles={"receive", "run", "deliver"})
             _drive(err, pacs, followed, receive=receive, records=records)
         _check(followed)
     _print(out, followed, folder)
@@ -131,7 +133,6 @@ def _drive(err: Console, pacs: DemoPacs, followed: list[Followed], *, receive: i
     columns = (TextColumn("{task.description:22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=err) as progress:
         tasks = [progress.add_task(what, total=len(followed)) for what in ("patients by HL7", "studies by C-STORE", "reports in the PACS")]
-        _wait_ready(worker)
         for one in followed:
             codes = mllp.send(("127.0.0.1", records), [message.encode() for message in one.case.hl7], timeout_s=20)
             one.faults += [f"an HL7 message was answered {code}" for code in codes if code not in {"AA", "CA"}]
@@ -154,17 +155,15 @@ def _drive(err: Console, pacs: DemoPacs, followed: list[Followed], *, receive: i
             one.report, one.seconds = dcmread(stored[0]), stored[1] - one.responded_at
 
 
-def _wait_ready(worker: cstore.Peer) -> None:
+def _wait_ready(log: Path, *, roles: set[str]) -> None:
+    """Until each role has said that it is ready: then the seconds measured are those of work, not of starting."""
     deadline = time.monotonic() + READY_S
-    while True:
-        try:
-            cstore.echo(worker)
-        except PeerUnavailable:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.1)
-        else:
+    while time.monotonic() < deadline:
+        lines = [line for line in log.read_text("utf-8", "replace").splitlines() if '"role.started"' in line]
+        if all(any(f'"role": "{role}"' in line for line in lines) for role in roles):
             return
+        time.sleep(0.1)
+    raise PeerUnavailable(f"The daemon was not ready within {READY_S:g} s; {log} says why.")
 
 
 def _reports(pacs: DemoPacs) -> dict[str, tuple[Path, float]]:
@@ -209,7 +208,18 @@ def _check(followed: list[Followed]) -> None:
 
 
 def _print(out: Console, followed: list[Followed], folder: Path) -> None:
-    table = Table("study", "finding", "probability", "verdict", "truth", "record lacks", "seconds to report", "", title="Phantom patients")
+    table = Table(
+        title="Phantom patients",
+        caption="seconds: from the last image's C-STORE response to the report in the PACS",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1),
+        pad_edge=False,
+    )
+    for name, justify in (("study", "left"), ("finding", "left"), ("prob.", "right"), ("verdict", "left"), ("truth", "left")):
+        table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    table.add_column("lacks", no_wrap=True)
+    table.add_column("seconds", justify="right", no_wrap=True)
+    table.add_column("")
     for one in followed:
         case, found = one.case, findings(one.report) if one.report is not None else {}
         for line, (name, truth) in enumerate(case.truth.items()):

@@ -1,0 +1,100 @@
+"""What each role weighs and how long it takes to be ready; the receiver and the sender never load torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.installation import Installation
+
+#: The aim of a receiver process, in MB.
+RECEIVER_MB = 150
+
+_RUN = """
+import atexit, os, sys
+atexit.register(lambda: print('{"torch": %s}' % str("torch" in sys.modules).lower()))
+from worker.cli import main
+sys.argv = ["synoptic", "role", sys.argv[1], "--parent", str(os.getppid()), "--check", "--config", sys.argv[2], "--descriptor", sys.argv[3]]
+main()
+"""
+
+
+@pytest.mark.parametrize("role", ["receive", "deliver"])
+def test_a_role_without_a_network_is_small_and_starts_without_torch(tmp_path: Path, role: str) -> None:
+    import socket
+
+    installation = Installation(tmp_path, bundles=("cxr-severity",))
+    installation.write_config()
+    assert installation.cli("migrate").returncode == 0
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.set_inheritable(True)
+        command = [sys.executable, "-c", _RUN, role, str(installation.config), str(listener.fileno())]
+        done = subprocess.run(command, capture_output=True, text=True, pass_fds=(listener.fileno(),), timeout=60, check=True)
+    said = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert {"torch": False} in said
+    (started,) = [one for one in said if one.get("event") == "role.started"]
+    print(json.dumps({"bench": "role", "role": role, "rss_mb": started["rss_mb"], "seconds": started["seconds"]}))
+    assert started["rss_mb"] <= RECEIVER_MB
+
+
+def test_doctor_prints_each_roles_memory_and_seconds_and_fails_where_something_is_missing(tmp_path: Path) -> None:
+    installation = Installation(tmp_path, bundles=("cxr-severity",))
+    installation.write_config()
+    assert installation.cli("migrate").returncode == 0
+    done = installation.cli("doctor")
+    said = " ".join(done.stdout.split())
+    assert "role receive" in said
+    assert "role run" in said
+    assert "MB idle" in said
+    assert "weights sha256" in said
+    # No destination is configured: a person must look.
+    assert done.returncode == 1
+    assert "none is configured" in said
+
+
+def test_a_broken_bundle_stops_the_daemon_in_one_sentence(tmp_path: Path) -> None:
+    """Not a child that dies again and again: the administrator reads why at once."""
+    import shutil
+
+    from tests.installation import BUNDLES
+
+    copy = tmp_path / "bundles" / "cxr-severity"
+    shutil.copytree(BUNDLES / "cxr-severity", copy)
+    weights = bytearray((copy / "weights.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (copy / "weights.safetensors").write_bytes(weights)
+    installation = Installation(tmp_path / "worker")
+    installation.write_config()
+    text = installation.config.read_text().replace(str(BUNDLES / "phantom"), str(copy))
+    installation.config.write_text(text)
+    done = installation.cli("all")
+    assert done.returncode == 1
+    assert "sha256" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_no_command_needs_a_terminal(tmp_path: Path) -> None:
+    environ = {**os.environ, "TERM": "dumb", "COLUMNS": "80"}
+    done = subprocess.run([sys.executable, "-m", "worker", "--help"], capture_output=True, text=True, env=environ, check=True)
+    for verb in (
+        "all",
+        "receive",
+        "run",
+        "deliver",
+        "status",
+        "studies",
+        "show",
+        "retry",
+        "cancel",
+        "import",
+        "doctor",
+        "migrate",
+        "train",
+        "demo",
+    ):
+        assert f" {verb} " in done.stdout
