@@ -1,7 +1,7 @@
 # The four verbs, the same on a laptop and in CI. Each makes .venv first if there is none.
 PYTHON ?= python3
 BIN := .venv/bin
-.PHONY: demo test check fix bench clean
+.PHONY: demo test check fix bench gate clean
 
 .venv/.installed: pyproject.toml .constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Synoptic needs Python 3.11 or newer; say: make PYTHON=python3.11 ...")'
@@ -29,6 +29,9 @@ fix: .venv/.installed  ## format and mend what can be mended by itself
 bench: .venv/.installed  ## the long measurements, one JSON line each; results are quoted in deploy/README.md
 	$(BIN)/python -m tests.bench.line
 	$(BIN)/python -m tests.bench.receive
+
+gate: .venv/.installed  ## every validator, PixelMed too, on all 188 reports of the real cohort: a quarter of an hour
+	JAVA_SAMPLE=188 $(BIN)/python -m pytest -s -o timeout=3000 tests/integration/test_line.py -k cohort
 
 clean:
 	rm -rf .venv var

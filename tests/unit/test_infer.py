@@ -18,9 +18,24 @@ from models.bundle import Bundle, settle_weights
 from models.training import fit, save_fit
 from models.transforms import Sample
 from tests.unit import small_bundle
-from worker.domain import Code, Inputs, Series, UsedText, UsedValue, Volume
+from worker.demo.phantom import PhantomCase, make_case
+from worker.domain import (
+    Code,
+    Inputs,
+    Instance,
+    Patient,
+    PatientKey,
+    PatientRecord,
+    Series,
+    Study,
+    UsedText,
+    UsedValue,
+    Volume,
+)
 from worker.errors import BundleError, DeviceOutOfMemory, GeometryError, PixelError
 from worker.infer import LabeledCase, Model, cross_validate, evaluate, train, verdict
+from worker.inputs import Spec, select_inputs
+from worker.intake.hl7 import parse
 
 AT = datetime(2026, 1, 1, tzinfo=UTC)
 CRP = Code("1988-5", "LN", "CRP")
@@ -148,6 +163,44 @@ def test_weights_of_another_network_or_with_another_hash_are_refused(folder: Pat
     (other / "weights.safetensors").write_bytes(b"tampered")
     with pytest.raises(BundleError, match="sha256"):
         Model(other)
+
+
+def phantom(seed: int, absent: frozenset[str], spec: Spec) -> tuple[PhantomCase, Volume, Inputs]:
+    """One synthetic patient by way of our own HL7 parser and choice of inputs."""
+    case = make_case(seed, absent=absent)
+    first = case.datasets[0]
+    affine = np.diag([2.6, 2.6, 6.0, 1.0])
+    affine[:3, 3] = first.ImagePositionPatient
+    hu = np.stack([ds.pixel_array for ds in case.datasets]).astype(np.float32) - 1024
+    at = case.study_at.replace(tzinfo=UTC)
+    parsed = [parse(message.encode(), zone=UTC, issuers={}) for message in case.hl7]
+    observations = tuple(one for message in parsed if message.update for one in message.update.observations)
+    patient = Patient(PatientKey("SYNOPTIC-DEMO", case.patient_id))
+    instances = tuple(Instance(ds.SOPInstanceUID, "", "", Path("x"), "", 0) for ds in case.datasets)
+    series = Series(first.SeriesInstanceUID, "CT", "CHEST", "Chest axial", instances)
+    study = Study(case.study_instance_uid, patient, "", at, "", 1, (series,))
+    return case, Volume(hu, affine, (6, 2.6, 2.6), "CT", "", ()), select_inputs(study, PatientRecord(patient, at, observations), spec)
+
+
+def test_the_shipped_phantom_bundle_is_right_about_patients_it_has_never_seen() -> None:
+    """And about which source says what: a record's fact shows in the share of the values or of the text."""
+    shipped = Model(Path(__file__).parents[2] / "models" / "bundles" / "phantom")
+    right = 0
+    for seed in range(500, 524):
+        case, image, chosen = phantom(seed, frozenset(), shipped.spec)
+        ((suspicious, large),) = shipped.predict([shipped.prepare(image, chosen)])
+        right += suspicious.verdict == ("positive" if case.truth["suspicious_nodule"] else "negative")
+        assert large.verdict == ("positive" if case.truth["large_nodule"] else "negative")
+        assert (suspicious.shapley["values"] > 0) == bool(case.factors["marker"])
+    assert right >= 22
+
+
+def test_the_shipped_phantom_bundle_reads_a_record_with_a_gap() -> None:
+    shipped = Model(Path(__file__).parents[2] / "models" / "bundles" / "phantom")
+    _, image, chosen = phantom(501, frozenset({"note"}), shipped.spec)
+    ((suspicious, _),) = shipped.predict([shipped.prepare(image, chosen)])
+    assert [code.value for code in chosen.missing if code.value == "34109-9"] == ["34109-9"]
+    assert suspicious.shapley["text"] == 0
 
 
 class Cramped(Model):

@@ -1,0 +1,40 @@
+"""The README's first command, smaller: the daemon in its own processes, phantom patients, reports back and right."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from worker.demo.show import BUNDLE
+
+
+@pytest.mark.timeout(180)
+def test_the_demo_ends_with_every_report_there_and_right(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "worker", "demo", "--cases", "4", "--folder", str(tmp_path / "demo")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=170, check=False)
+    assert "4 of 4 reports are there and right." in done.stdout, done.stdout[-3000:] + done.stderr[-2000:]
+    assert done.returncode == 0
+    assert "Imaging Measurement Report" in done.stdout
+    assert "marker" in done.stdout, "the fourth patient lacks a value, and the table says so"
+
+
+@pytest.mark.timeout(180)
+def test_a_demo_whose_reports_are_wrong_says_so_and_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check must be able to fail: a truth turned round is a fault, and a missing report is one."""
+    from pydicom import Dataset
+
+    from worker.demo import show
+    from worker.demo.phantom import make_case
+
+    assert BUNDLE.is_dir()
+    case = make_case(1, absent=frozenset())
+    report = Dataset()
+    report.StudyInstanceUID, report.PatientID = case.study_instance_uid, "SOMEBODY-ELSE"
+    followed = [show.Followed(case), show.Followed(case, report=report)]
+    show._check(followed)
+    assert followed[0].faults == ["no report arrived"]
+    assert "the report is of another study or patient" in followed[1].faults
+    assert any("missing" in fault for fault in followed[1].faults)
