@@ -86,19 +86,21 @@ def load(
         import_files(todo, config=config, store=store, spool=spool)
         for uid, row in labels.items():
             try:
-                yield _case(uid, row, store=store, pool=pool, spec=spec)
+                yield _case(uid, row, store=store, root=root / "spool" / "instances", pool=pool, spec=spec)
             except Unanalysable as exc:
                 refused(str(exc))
             progress()
         store.close()
 
 
-def _case(uid: str, row: Mapping[str, str], *, store: Store, pool: DecoderPool, spec: Spec) -> LabeledStudy:
+def _case(uid: str, row: Mapping[str, str], *, store: Store, root: Path, pool: DecoderPool, spec: Spec) -> LabeledStudy:
     with store.read() as conn:
         found = studies.find(conn, uid)
         if not found:
             raise Unanalysable("The study of this row is not in the folder.")
-        study = found[0][1]
+        if found[0][1].hold:
+            raise Unanalysable(found[0][1].hold)
+        study = studies.load(conn, found[0][0], root=root)
         record = records.view(conn, study.patient.key, as_of=study.study_at)
     inputs = select_inputs(study, record, spec)
     loaded = volume.load(inputs.series, kind=spec.series.kind, pool=pool)

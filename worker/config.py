@@ -212,7 +212,9 @@ def _add_environment(table: dict[str, Any], environ: Mapping[str, str]) -> None:
         if not name.startswith(ENVIRONMENT_PREFIX) or "__" not in name:
             continue
         section, key = name.removeprefix(ENVIRONMENT_PREFIX).lower().split("__", 1)
-        table.setdefault(section, {})[key] = _Text(value)
+        if not isinstance(found := table.setdefault(section, {}), dict):
+            raise ConfigError(f"{name}: [[{section}]] is a list; it can be set in the file only.")
+        found[key] = _Text(value)
 
 
 class _Text(str):
@@ -288,6 +290,10 @@ def _check(config: Config) -> None:
         raise ConfigError("destinations: two have the same name.")
     if config.receive.processes < 1 or config.run.processes < 1:
         raise ConfigError("receive.processes and run.processes are at least 1.")
+    if min(config.run.batch, config.deliver.batch, config.run.decoders) < 1 or min(config.run.lease_s, config.deliver.lease_s) < 3:
+        raise ConfigError("run.batch, deliver.batch and run.decoders are at least 1; run.lease_s and deliver.lease_s at least 3.")
+    if config.log.level.upper() not in {"DEBUG", "INFO", "WARNING", "ERROR"} or config.log.format not in {"json", "human"}:
+        raise ConfigError("log.level is DEBUG, INFO, WARNING or ERROR; log.format is json or human.")
     parse_zone(config.site.timezone)
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Final
 
 from worker import events, roles, sweeps
-from worker.config import Config
+from worker.config import Config, ConfigError
 from worker.store.database import DatabaseUnavailable, Store
 from worker.store.spool import Spool
 
@@ -148,7 +148,9 @@ def supervise(config: Config, config_file: Path | None, *, wanted: Sequence[str]
     closers: list[Callable[[], object]] = []
     if "receive" in wanted:
         closers += _front(config, config_file, store, supervisor)
-    if "run" in wanted:
+    if "run" in wanted and not config.run.bundles and wanted == ("run",):
+        raise ConfigError("[run] bundles is empty: there is nothing to run.")
+    if "run" in wanted and config.run.bundles:
         supervisor.children += [Child("run", command("run", config_file)) for _ in range(config.run.processes)]
     if "deliver" in wanted:
         supervisor.children.append(Child("deliver", command("deliver", config_file)))
@@ -179,7 +181,7 @@ def _front(config: Config, config_file: Path | None, store: Store, supervisor: S
         closers.append(server.stop)
     scheduler = sweeps.scheduler(config, store, spool)
     scheduler.start()
-    closers.append(scheduler.shutdown)
+    closers.append(lambda: scheduler.shutdown(wait=False))
     return closers
 
 

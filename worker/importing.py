@@ -63,6 +63,8 @@ def import_files(
             _import(path, tally, config=config, store=store, spool=spool)
         except Reject as exc:
             tally.refuse(str(exc))
+        except OSError as exc:
+            tally.refuse(f"The file cannot be read: {exc.strerror}.")
         progress()
     return tally
 
@@ -92,13 +94,13 @@ def import_dicom(path: Path, *, config: Config, store: Store, spool: Spool) -> R
     try:
         meta = dcmread(path, stop_before_pixels=True, specific_tags=_META_TAGS).file_meta
         transfer_syntax_uid = str(meta.TransferSyntaxUID)
+        # PS3.10 §7.1: the group length counts what follows its own 12 bytes, after preamble and prefix.
+        start = 132 + 12 + int(meta.FileMetaInformationGroupLength)
     except Exception as exc:
         raise Reject(f"The file meta information cannot be read ({type(exc).__name__}).") from exc
     if transfer_syntax_uid not in decodable_transfer_syntaxes():
         raise Reject(f"Transfer syntax {UID(transfer_syntax_uid).name} is not taken.")
     data = path.read_bytes()
-    # PS3.10 §7.1: the group length counts what follows its own 12 bytes, after preamble and prefix.
-    start = 132 + 12 + int(meta.FileMetaInformationGroupLength)
     header = read_header(data, transfer_syntax_uid, offset=start)
     incoming = spool.begin(
         sop_class_uid=header.sop_class_uid, sop_instance_uid=header.sop_instance_uid, transfer_syntax_uid=transfer_syntax_uid

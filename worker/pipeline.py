@@ -17,17 +17,18 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, tzinfo
+from pathlib import Path
 
 from worker import __version__, events, volume
 from worker.decoding import DecoderPool
-from worker.domain import Code, Document, Finding, Inputs, Job, Study, Volume
+from worker.domain import Code, Document, Finding, Inputs, Job, Patient, Study, Volume
 from worker.errors import NoSuitableSeries, PatientConflict, RecordPending, Reject, Retry, Snooze, Superseded, Unanalysable, WorkerError
 from worker.infer import Model, Prepared
 from worker.inputs import select_inputs
 from worker.ops.log import places
 from worker.report.sr import Algorithm, build_report
 from worker.store import documents, queue, records, studies
-from worker.store.database import Store
+from worker.store.database import Connection, Store
 
 #: How soon to look again at a study that was opened again by a late image.
 REOPENED_S = 1.0
@@ -43,6 +44,8 @@ class Line:
     destinations: tuple[str, ...]
     zone: tzinfo
     clock: Callable[[], datetime]
+    #: Below which the instances' files lie.
+    instances: Path = Path()
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +97,14 @@ def gather(line: Line, case: Case) -> Case:
     """Join the study and the patient's record as of the study's time; choose the series and the values."""
     job, model = case.job, line.models[case.job.bundle]
     with line.store.read() as conn:
-        study = studies.load(conn, job.study_id)
+        study = studies.load(conn, job.study_id, root=line.instances)
         record = records.view(conn, study.patient.key, as_of=study.study_at)
         earlier = documents.predecessor(conn, job.study_id, bundle=job.bundle, before_version=job.input_version)
     case = replace(case, study=study, predecessor=earlier)
     if study.hold:
         raise PatientConflict(study.hold)
+    if record is not None and (conflict := _conflict(study.patient, record.patient)):
+        raise PatientConflict(conflict)
     if not study.is_complete:
         raise Snooze("An image came after the study was complete; its series are being received.", delay_s=REOPENED_S)
     if study.version > job.input_version:
@@ -113,6 +118,15 @@ def gather(line: Line, case: Case) -> Case:
         if left > timedelta():
             raise RecordPending("The patient's record has not arrived yet.", delay_s=left.total_seconds())
     return replace(case, inputs=inputs)
+
+
+def _conflict(images: Patient, record: Patient) -> str:
+    """Why the record cannot be of the person on the images, though ID and issuer agree; '' if nothing speaks against it."""
+    if images.birth_date and record.birth_date and images.birth_date[:8] != record.birth_date[:8]:
+        return "The birth dates of the images and of the patient's record differ."
+    if {images.sex, record.sex} == {"F", "M"}:
+        return "The sexes of the images and of the patient's record differ."
+    return ""
 
 
 def load(line: Line, case: Case) -> Case:
@@ -156,13 +170,15 @@ def report(line: Line, case: Case) -> Case:
     """Author the report: the findings, or why there are none."""
     assert case.study is not None  # noqa: S101  gather filled it
     model, study = line.models[case.job.bundle], case.study
+    bundle = model.bundle
     failure = str(case.error) if case.error is not None else ""
-    # Without a chosen series the whole study is what was looked at; a volume may leave localizers out.
-    analysed = case.inputs.series.instances if case.inputs else tuple(i for s in study.series for i in s.instances)
+    # Without a chosen series all that the bundle could have taken was looked at, never a report of our own that came back.
+    looked_at = [case.inputs.series] if case.inputs else [s for s in study.series if s.modality in bundle.series.modalities]
+    # A volume may leave localizers out.
+    analysed = tuple(i for s in looked_at for i in s.instances)
     if case.volume is not None:
         analysed = tuple(i for i in analysed if i.sop_instance_uid in case.volume.sop_instance_uids)
     input_sha256 = digest(model.digest, case.inputs, [(i.sop_instance_uid, i.sha256) for i in analysed], failure)
-    bundle = model.bundle
     algorithm = Algorithm(
         name=model.name,
         version=model.version,
@@ -190,14 +206,17 @@ def report(line: Line, case: Case) -> Case:
 
 
 def digest(bundle: str, inputs: Inputs | None, instances: Sequence[tuple[str, str]], failure: str) -> str:
-    """Hash all that an answer rests on, so that the same input gives the same object."""
-    values = [(v.code.scheme, v.code.value, v.comparator, v.value, v.unit, v.at.isoformat()) for v in inputs.values] if inputs else []
-    texts = (
-        [(t.code.scheme, t.code.value, hashlib.sha256(t.text.encode()).hexdigest(), t.at.isoformat()) for t in inputs.texts]
-        if inputs
-        else []
-    )
-    facts = {"bundle": bundle, "instances": sorted(instances), "values": sorted(values), "texts": sorted(texts), "failure": failure}
+    """Hash all that an answer and its report rest on, so that the same input gives the same object."""
+    facts: dict[str, object] = {"bundle": bundle, "instances": sorted(instances), "failure": failure}
+    if inputs:
+        facts["found"] = inputs.record_found
+        facts["lacking"] = sorted((code.scheme, code.value) for code in inputs.missing)
+        facts["values"] = sorted(
+            (v.code.scheme, v.code.value, v.comparator, v.value, v.unit, v.at.isoformat(), v.source) for v in inputs.values
+        )
+        facts["texts"] = sorted(
+            (t.code.scheme, t.code.value, hashlib.sha256(t.text.encode()).hexdigest(), t.at.isoformat(), t.source) for t in inputs.texts
+        )
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -226,41 +245,65 @@ def settle(line: Line, case: Case) -> Case:
 
 
 def _settle(line: Line, case: Case, facts: dict[str, object]) -> str:
-    error, job, now = case.error, case.job, line.clock()
-    if error is not None:
-        facts["reason"] = str(error) if isinstance(error, WorkerError) else type(error).__name__
+    now = line.clock()
     with line.store.begin() as conn:
+        error = _last_look(conn, case)
+        if error is not None:
+            facts["reason"] = str(error) if isinstance(error, WorkerError) else type(error).__name__
         if case.report is not None and (error is None or isinstance(error, Unanalysable)):
-            failure = str(error) if error else ""
-            document_id = documents.add(
-                conn, job, report=case.report, findings=case.findings, input_sha256=case.input_sha256, failure=failure, now=now
-            )
-            for destination in line.destinations:
-                queue.enqueue_deliver(
-                    conn,
-                    job.study_id,
-                    document_id=document_id,
-                    bundle=job.bundle,
-                    input_version=job.input_version,
-                    destination=destination,
-                    priority=job.priority,
-                    now=now,
-                )
-            queue.complete(conn, job, now=now, findings=_summary(case), failure=failure)
+            _file(conn, line, case, failure=str(error or ""), now=now)
             return "job.completed"
-        if isinstance(error, Superseded):
+        return _verdict(conn, case, error or RuntimeError("no report and no error"), facts, now=now)
+
+
+def _last_look(conn: Connection, case: Case) -> Exception | None:
+    """What happened to the study while we worked outweighs what came of the work."""
+    hold, version = studies.standing(conn, case.job.study_id)
+    if hold:
+        return PatientConflict(hold)
+    if version > case.job.input_version:
+        return Superseded(f"Version {version} of the study is queued.")
+    return case.error
+
+
+def _file(conn: Connection, line: Line, case: Case, *, failure: str, now: datetime) -> None:
+    """The outbox: report, findings and deliveries with the job's completion."""
+    assert case.report is not None  # noqa: S101  asked by the caller
+    job = case.job
+    document_id = documents.add(
+        conn, job, report=case.report, findings=case.findings, input_sha256=case.input_sha256, failure=failure, now=now
+    )
+    for destination in line.destinations:
+        queue.enqueue_deliver(
+            conn,
+            job.study_id,
+            document_id=document_id,
+            bundle=job.bundle,
+            input_version=job.input_version,
+            destination=destination,
+            priority=job.priority,
+            now=now,
+        )
+    queue.complete(conn, job, now=now, findings=_summary(case), failure=failure)
+
+
+def _verdict(conn: Connection, case: Case, error: Exception, facts: dict[str, object], *, now: datetime) -> str:
+    job = case.job
+    match error:
+        case Superseded():
             queue.cancel(conn, job, reason=str(error), now=now)
             return "job.cancelled"
-        if isinstance(error, Snooze):
-            queue.snooze(conn, job, delay_s=error.delay_s, reason=str(error), now=now)
+        case Snooze():
+            # The record may have come between our look and now; nobody would wake us then.
+            is_here = isinstance(error, RecordPending) and case.study is not None and records.is_known(conn, case.study.patient.key)
+            queue.snooze(conn, job, delay_s=0.0 if is_here else error.delay_s, reason=str(error), now=now)
             return "job.snoozed"
-        if isinstance(error, Reject):
+        case Reject():
             queue.discard(conn, job, error=error, now=now)
             return "job.discarded"
-        unknown = error or RuntimeError("no report and no error")
-        if not isinstance(error, Retry):
-            facts["places"] = places(unknown)
-        return "job.retried" if queue.retry(conn, job, error=unknown, now=now) else "job.discarded"
+    if not isinstance(error, Retry):
+        facts["places"] = places(error)
+    return "job.retried" if queue.retry(conn, job, error=error, now=now) else "job.discarded"
 
 
 def _summary(case: Case) -> dict[str, float]:

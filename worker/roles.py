@@ -13,6 +13,7 @@ Imports are late on purpose: a role loads only what it needs, the receiver never
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import socket
 import threading
@@ -20,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone, tzinfo
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import psutil
@@ -110,7 +112,8 @@ def add_instance(conn: Connection, config: Config, header: Header, stored: Store
     return studies.add_instance(
         conn,
         with_issuer(header, config.site.issuer),
-        path=stored.path,
+        # Below the spool, not absolute: a spool that was moved or restored elsewhere is still ours.
+        path=Path(stored.path.parent.name) / stored.path.name,
         sha256=stored.sha256,
         size_bytes=stored.size_bytes,
         calling_ae=calling_ae,
@@ -148,7 +151,7 @@ def receive(config: Config, store: Store, listener: socket.socket, stop: threadi
         header, stored, sender = item
         return add_instance(conn, config, header, stored, calling_ae=sender.calling_ae, address=sender.address)
 
-    commit = GroupCommit(store.begin, add)
+    commit = GroupCommit(store.begin, add, order=lambda item: item[0].study_instance_uid)
 
     def sink(header: Header, stored: Stored, sender: Sender) -> Received:
         return commit((header, stored, sender))
@@ -174,6 +177,7 @@ def apply_message(store: Store, message: ParsedMessage, raw: bytes) -> bool:
             sent_at=str(message.sent_at or ""),
             trigger=message.trigger,
             result=result,
+            digest=hashlib.sha256(raw).hexdigest(),
             raw=None if message.update else raw,
             now=clock(),
         )
@@ -228,6 +232,7 @@ def run(config: Config, store: Store, stop: threading.Event) -> None:
             destinations=tuple(peer.name for peer in config.destinations),
             zone=config.zone,
             clock=clock,
+            instances=config.spool / "instances",
         )
         started("run", bundles={model.name: model.digest[:12] for model in loaded})
         _work(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from datetime import UTC, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from worker import events
@@ -105,9 +106,11 @@ def _expected(config: Config, one: Pending) -> int | None:
 
 def sweep_spool(store: Store, spool: Spool) -> None:
     """Remove what a crash left half-written: parts, and files whose sender was never told Success."""
+    root = spool.root / "instances"
 
     def known(paths: Sequence[str]) -> set[str]:
+        below = {str(Path(path).relative_to(root)): path for path in paths}
         with store.read() as conn:
-            return studies.known_paths(conn, paths)
+            return {below[path] for path in studies.known_paths(conn, list(below))}
 
     spool.sweep(known, written_before=clock() - ORPHAN_AGE)

@@ -12,7 +12,8 @@ from datetime import datetime
 from worker import events
 from worker.deliver import cstore
 from worker.domain import Job
-from worker.errors import Reject
+from worker.errors import Reject, Retry
+from worker.ops.log import places
 from worker.store import documents, queue
 from worker.store.database import Store
 
@@ -21,11 +22,19 @@ def deliver(jobs: Sequence[Job], *, store: Store, peer: cstore.Peer, clock: Call
     """Send leased jobs' documents over one association and settle each on its own."""
     with store.read() as conn:
         loaded = [documents.load(conn, job.document_id or 0) for job in jobs]
-    for job, outcome in zip(jobs, cstore.send(loaded, peer=peer), strict=True):
+    try:
+        outcomes = cstore.send(loaded, peer=peer)
+    except Exception as exc:  # noqa: BLE001  one document must not end the deliveries of a destination
+        outcomes = [cstore.Outcome(document.sop_instance_uid, error=Retry(_unforeseen(exc))) for document in loaded]
+    for job, outcome in zip(jobs, outcomes, strict=True):
         try:
             _settle(job, outcome, store=store, now=clock())
         except queue.LeaseLost:
             events.emit("job.fenced", job=job.id, kind=job.kind, study=job.study_id)
+
+
+def _unforeseen(exc: Exception) -> str:
+    return f"Internal error ({type(exc).__name__}) at {'; '.join(places(exc, limit=2))}."
 
 
 def _settle(job: Job, outcome: cstore.Outcome, *, store: Store, now: datetime) -> None:

@@ -66,7 +66,9 @@ def sweep(store: Store, *, wants: Sequence[Wants], limit_s: float, now: datetime
 
 
 def _cause(one: Pending, *, wants: Sequence[Wants], limit_s: float, now: datetime) -> str:
-    if one.expected_instances is not None and one.instances >= one.expected_instances:
+    # An answer older than the last image says nothing of the images that are still on their way.
+    is_fresh = one.asked_at is not None and one.asked_at >= one.last_received_at
+    if is_fresh and one.expected_instances is not None and one.instances >= one.expected_instances:
         return f"the sender counts {one.expected_instances} instances"
     if now < one.quiet_until:
         return ""

@@ -162,7 +162,10 @@ class _Reader:
         sent = self.first(_at(msh, 6))
         sent_at = self.moment(sent, "MSH-7")
         if sent[-5:-4] in ("+", "-"):
-            self.zone = _offset(sent[-5:])
+            offset = _offset(sent[-5:])
+            # A site that writes its own zone's offset means its zone: a winter draw sent in summer has winter's offset.
+            if sent_at.astimezone(self.zone).utcoffset() != offset.utcoffset(None):
+                self.zone = offset
         self.sender = "|".join(self.authority(_at(msh, index), 1)[0] for index in (2, 3))
         trigger = self.envelope.trigger
         update = None
@@ -312,7 +315,7 @@ class _Reader:
             unit=self.unit(_at(obx, 6)) if value is not None else "",
             text=text,
             status=_STATUSES[status],
-            key="/".join((self.sender, order, code.scheme, code.value, self.value(_at(obx, 4)), found[0].isoformat())),
+            key="/".join((self.sender, order, code.scheme, code.value, self.value(_at(obx, 4)), "" if order else found[0].isoformat())),
             source=self.sender,
         )
 

@@ -224,7 +224,13 @@ class MllpServer:
             thread = threading.Thread(target=self._serve, args=(connection,), name=f"mllp-{peer[1]}", daemon=True)
             with self._lock:
                 self._connections[connection] = thread
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError:  # the system gives no more threads: the sender comes again, the acceptor must live
+                with self._lock:
+                    del self._connections[connection]
+                connection.close()
+                emit("message.refused", sender="", trigger="", result="closed", reason="no thread could be started")
 
     def _turned_away(self, host: str) -> str:
         address = ip_address(host.partition("%")[0])

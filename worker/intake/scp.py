@@ -203,8 +203,15 @@ class StorageScp:
         if is_flood:
             sock.close()
             events.emit("association.rejected", address=address, reason="too many connections")
-        else:
+            return
+        try:
             thread.start()
+        except RuntimeError:  # the system gives no more threads: this peer comes again, the acceptor must live
+            with load.lock:
+                del load.connections[thread]
+                load.connections_of[address] -= 1
+            sock.close()
+            events.emit("association.rejected", address=address, reason="no thread could be started")
 
     # --- one connection ---------------------------------------------------------------------------
 

@@ -39,13 +39,14 @@ class Store:
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
         if self.is_sqlite:
             # A pooled connection outlives its file's deletion; checking in is cheap.
-            self.engine = sa.create_engine(self.url, connect_args={"timeout": BUSY_S}, pool_size=8)
+            self.engine = sa.create_engine(self.url, connect_args={"timeout": BUSY_S}, pool_size=8, hide_parameters=True)
             sa.event.listen(self.engine, "connect", _prepare_sqlite)
         else:
             options = f"-c statement_timeout={STATEMENT_TIMEOUT_MS} -c lock_timeout={STATEMENT_TIMEOUT_MS}"
             self.engine = sa.create_engine(
                 self.url,
                 pool_pre_ping=True,
+                hide_parameters=True,  # they are patient data
                 pool_size=8,
                 connect_args={"options": options, "connect_timeout": 5},
             )
@@ -76,6 +77,8 @@ class Store:
             with self.engine.connect() as conn:
                 if self.is_sqlite:
                     conn.exec_driver_sql("BEGIN")
+                else:
+                    conn = conn.execution_options(isolation_level="REPEATABLE READ")
                 yield conn
         except (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError) as exc:
             raise DatabaseUnavailable(_reason(exc)) from exc
@@ -92,15 +95,21 @@ class Store:
             path = Path(str(self.url.database))
             if not path.exists():
                 raise DatabaseUnavailable(f"There is no database at {path}. Run: synoptic migrate")
-        with self.read() as conn:
-            if not sa.inspect(conn).has_table("alembic_version"):
-                raise DatabaseUnavailable("The database is empty. Run: synoptic migrate")
-            revision = conn.exec_driver_sql("SELECT version_num FROM alembic_version").scalar()
+        try:
+            revision = self._revision()
+        except sa.exc.DatabaseError as exc:
+            raise DatabaseUnavailable(f"{_reason(exc)} Restore it from its backup (deploy/README.md).") from exc
         if revision != schema.REVISION:
             raise DatabaseUnavailable(
                 f"The database is at revision {revision}, this program needs {schema.REVISION}. "
                 "If the program is newer: synoptic migrate. If the database is newer: install the newer program."
             )
+
+    def _revision(self) -> str:
+        with self.read() as conn:
+            if not sa.inspect(conn).has_table("alembic_version"):
+                raise DatabaseUnavailable("The database is empty. Run: synoptic migrate")
+            return str(conn.exec_driver_sql("SELECT version_num FROM alembic_version").scalar())
 
     def is_ready(self) -> bool:
         """Whether `check` would pass."""

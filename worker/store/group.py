@@ -40,10 +40,20 @@ class GroupCommit(Generic[Item, Result]):
     apply
         Writes one item. If it raises, the transaction is undone and the group's members are
         written one by one, so that a bad item costs nobody else anything.
+    order
+        The rows an item locks, as text: a group is written in this order, so that two processes
+        cannot hold each other's rows (PostgreSQL would end one of them as a deadlock).
     """
 
-    def __init__(self, begin: Callable[[], AbstractContextManager[Connection]], apply: Callable[[Connection, Item], Result]) -> None:
+    def __init__(
+        self,
+        begin: Callable[[], AbstractContextManager[Connection]],
+        apply: Callable[[Connection, Item], Result],
+        *,
+        order: Callable[[Item], str] = lambda _item: "",
+    ) -> None:
         self._begin = begin
+        self._order = order
         self._apply = apply
         self._writer = threading.Lock()
         self._queue_lock = threading.Lock()
@@ -66,6 +76,7 @@ class GroupCommit(Generic[Item, Result]):
     def _settle(self, group: list[_Turn[Item, Result]]) -> None:
         try:
             with self._begin() as conn:
+                group.sort(key=lambda turn: self._order(turn.item))
                 results = [self._apply(conn, turn.item) for turn in group]
         except Exception as error:  # noqa: BLE001  it is raised again where it belongs
             if len(group) > 1 and not isinstance(error, Retry):

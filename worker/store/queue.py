@@ -103,6 +103,10 @@ def lease(
     if destination:
         due = due.where(job.c.destination == destination)
     rows = conn.execute(due.order_by(job.c.priority, job.c.not_before, job.c.id).limit(limit).with_for_update(skip_locked=True)).all()
+    if kind == "infer" and rows and rows[0].attempt:
+        rows = rows[:1]  # a study that may have killed its worker goes alone, and takes no other with it
+    elif kind == "infer":
+        rows = [row for row in rows if not row.attempt]
     expires_at = now + timedelta(seconds=lease_s)
     jobs = []
     for row in rows:

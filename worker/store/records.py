@@ -7,14 +7,19 @@
 from __future__ import annotations
 
 from datetime import datetime
+from typing import Final
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from worker.domain import Code, Observation, Patient, PatientKey, PatientRecord, RecordUpdate
 from worker.store import queue
-from worker.store.schema import message, observation, patient
+from worker.store.schema import AnyRow, message, observation, patient
 from worker.store.studies import insert_or_ignore
+
+#: HL7 table 0085: what a result's status supersedes.
+_RANK: Final = {"F": 1, "C": 2, "D": 2, "W": 2, "X": 2}
+_WITHDRAWN: Final = frozenset("DWX")
 
 
 def note_message(
@@ -27,13 +32,15 @@ def note_message(
     result: str,
     now: datetime,
     reason: str = "",
+    digest: str = "",
     raw: bytes | None = None,
 ) -> bool:
-    """Remember one message; False if an equal one (sender, control ID, time) was accepted before."""
+    """Remember one message; False if the very same (sender, control ID, time, sha256) was accepted before."""
     values = {
         "sender": sender,
         "control_id": control_id,
         "sent_at": sent_at,
+        "sha256": digest,
         "trigger": trigger,
         "result": result,
         "reason": reason,
@@ -54,7 +61,7 @@ def apply(conn: Connection, update: RecordUpdate, *, now: datetime) -> int:
     patient_pk = _patient_of(conn, update, now=now)
     added = 0
     for fact in update.observations:
-        if _is_known(conn, patient_pk, fact):
+        if _is_known(conn, patient_pk, fact):  # also when something newer stands: a replayed day undoes nothing
             continue
         conn.execute(
             sa.insert(observation).values(
@@ -98,28 +105,26 @@ def _patient_of(conn: Connection, update: RecordUpdate, *, now: datetime) -> int
 
 
 def _is_known(conn: Connection, patient_pk: int, fact: Observation) -> bool:
-    """Whether the newest fact under the same key says the same."""
+    """Whether the very same was said before under the same key."""
     if not fact.key:
         return False
-    newest = conn.execute(
-        sa.select(observation.c.value, observation.c.comparator, observation.c.unit, observation.c.text, observation.c.status)
-        .where(
+    said = conn.execute(
+        sa.select(observation.c.value, observation.c.comparator, observation.c.unit, observation.c.text, observation.c.status).where(
             observation.c.patient_pk == patient_pk,
             observation.c.at == fact.at,
             observation.c.key == fact.key,
             observation.c.code == fact.code.value,
             observation.c.scheme == fact.code.scheme,
         )
-        .order_by(observation.c.id.desc())
-        .limit(1)
-    ).first()
-    return newest is not None and tuple(newest) == (fact.value, fact.comparator, fact.unit, fact.text, fact.status)
+    )
+    return (fact.value, fact.comparator, fact.unit, fact.text, fact.status) in {tuple(row) for row in said}
 
 
 def view(conn: Connection, key: PatientKey, *, as_of: datetime) -> PatientRecord | None:
     """The record of exactly this patient of this issuer, nothing in it later than `as_of`.
 
-    Of several facts under one key the newest received stands: corrections replace, deletions hide.
+    Of several facts under one key a correction or withdrawal stands before a final, a final before a preliminary, whatever
+    came last: feeds are replayed and connections are parallel. Among equals the newest received stands.
     None if no feed has ever named the patient.
     """
     if not (key.issuer and key.patient_id):
@@ -127,27 +132,42 @@ def view(conn: Connection, key: PatientKey, *, as_of: datetime) -> PatientRecord
     row = conn.execute(sa.select(patient).where(patient.c.issuer == key.issuer, patient.c.patient_id == key.patient_id)).first()
     if row is None:
         return None
-    facts = conn.execute(
-        sa.select(observation).where(observation.c.patient_pk == row.id, observation.c.at <= as_of).order_by(observation.c.id)
-    )
-    newest: dict[object, Observation] = {}
+    facts = conn.execute(sa.select(observation).where(observation.c.patient_pk == row.id).order_by(observation.c.id))
+    best: dict[object, AnyRow] = {}
     for fact in facts:
-        kept = Observation(
-            code=Code(fact.code, fact.scheme, fact.meaning),
-            at=fact.at,
-            value=fact.value,
-            comparator=fact.comparator,
-            unit=fact.unit,
-            text=fact.text,
-            status=fact.status,
-            key=fact.key,
-            source=fact.source,
-        )
-        newest[fact.key or fact.id] = kept
+        known = best.get(fact.key or fact.id)
+        if known is None or _RANK.get(fact.status, 0) >= _RANK.get(known.status, 0):
+            best[fact.key or fact.id] = fact
+    # A withdrawn panel withdraws its components, whose keys begin with its own.
+    gone = tuple(f"{fact.key}/" for fact in best.values() if fact.key and fact.status in _WITHDRAWN)
+    # The time counts only now: what was moved past `as_of`, or withdrawn after it, must not stand as it was before.
+    standing = [fact for fact in best.values() if fact.at <= as_of and not (gone and fact.key.startswith(gone))]
     return PatientRecord(
         patient=Patient(key, row.name, row.birth_date, row.sex),
         as_of=as_of,
-        observations=tuple(newest.values()),
+        observations=tuple(_observation(fact) for fact in standing),
+    )
+
+
+def _observation(fact: AnyRow) -> Observation:
+    return Observation(
+        code=Code(fact.code, fact.scheme, fact.meaning),
+        at=fact.at,
+        value=fact.value,
+        comparator=fact.comparator,
+        unit=fact.unit,
+        text=fact.text,
+        status=fact.status,
+        key=fact.key,
+        source=fact.source,
+    )
+
+
+def is_known(conn: Connection, key: PatientKey) -> bool:
+    """Whether any feed has named this patient of this issuer."""
+    return (
+        conn.execute(sa.select(patient.c.id).where(patient.c.issuer == key.issuer, patient.c.patient_id == key.patient_id)).first()
+        is not None
     )
 
 

@@ -120,6 +120,8 @@ message = sa.Table(
     _text("sender"),
     _text("control_id"),
     _text("sent_at"),
+    # Some senders count control IDs anew each second: another text is another message.
+    _text("sha256"),
     _text("trigger"),
     sa.Column("result", sa.Text, nullable=False),
     _text("reason"),
@@ -131,6 +133,7 @@ message = sa.Table(
         "sender",
         "control_id",
         "sent_at",
+        "sha256",
         unique=True,
         sqlite_where=sa.text("result <> 'refused'"),
         postgresql_where=sa.text("result <> 'refused'"),

@@ -191,7 +191,7 @@ class Spool:
         return self.free_bytes < self.low_water_bytes
 
     def sweep(self, known: Callable[[Sequence[str]], Collection[str]], *, written_before: datetime) -> Swept:
-        """Remove what a crash left: parts no process holds and files no row names.
+        """Clear away what a crash left: parts no process holds are removed, files no row names go to quarantine.
 
         Parameters
         ----------
@@ -228,7 +228,8 @@ class Spool:
         if found.st_mtime >= limit:
             taken.rename(path)
             return None
-        taken.unlink()
+        # Not deleted: if it is the database that lost its row, a person can still send the file in again.
+        taken.rename(self._quarantine / path.name)
         return found.st_size
 
 

@@ -14,6 +14,7 @@ def upgrade() -> None:
     sa.Column('sender', sa.Text(), server_default='', nullable=False),
     sa.Column('control_id', sa.Text(), server_default='', nullable=False),
     sa.Column('sent_at', sa.Text(), server_default='', nullable=False),
+    sa.Column('sha256', sa.Text(), server_default='', nullable=False),
     sa.Column('trigger', sa.Text(), server_default='', nullable=False),
     sa.Column('result', sa.Text(), nullable=False),
     sa.Column('reason', sa.Text(), server_default='', nullable=False),
@@ -22,7 +23,7 @@ def upgrade() -> None:
     sa.CheckConstraint("result IN ('applied', 'ignored', 'refused')", name=op.f('ck_message_result')),
     sa.PrimaryKeyConstraint('id', name=op.f('pk_message'))
     )
-    op.create_index('uq_message_accepted', 'message', ['sender', 'control_id', 'sent_at'], unique=True, sqlite_where=sa.text("result <> 'refused'"), postgresql_where=sa.text("result <> 'refused'"))
+    op.create_index('uq_message_accepted', 'message', ['sender', 'control_id', 'sent_at', 'sha256'], unique=True, sqlite_where=sa.text("result <> 'refused'"), postgresql_where=sa.text("result <> 'refused'"))
     op.create_table('patient',
     sa.Column('id', sa.BigInteger().with_variant(sa.Integer(), 'sqlite'), autoincrement=True, nullable=False),
     sa.Column('issuer', sa.Text(), server_default='', nullable=False),
