@@ -17,6 +17,7 @@ from worker.errors import PeerRefused, PeerUnavailable
 from worker.intake import assembly
 from worker.store import history, queue, records, schema, studies
 from worker.store.database import DatabaseUnavailable, Store
+from worker.store.group import GroupCommit
 
 NOW = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
 ADA = Patient(PatientKey("SITE", "A-1"), "Test^Ada", "19700101", "F")
@@ -35,20 +36,24 @@ def header(number: int, *, study: str = "2.25.1", patient: Patient = ADA, modali
     )
 
 
+def insert(conn: sa.Connection, one: Header, *, now: datetime = NOW, sha256: str = "a", study_at: datetime | None = NOW) -> Received:
+    return studies.add_instance(
+        conn,
+        one,
+        path=Path(f"/spool/{one.sop_instance_uid}"),
+        sha256=sha256,
+        size_bytes=9,
+        calling_ae="CT1",
+        address="127.0.0.1",
+        study_at=study_at,
+        quiet_s=10,
+        now=now,
+    )
+
+
 def add(store: Store, one: Header, *, now: datetime = NOW, sha256: str = "a") -> Received:
     with store.begin() as conn:
-        return studies.add_instance(
-            conn,
-            one,
-            path=Path(f"/spool/{one.sop_instance_uid}"),
-            sha256=sha256,
-            size_bytes=9,
-            calling_ae="CT1",
-            address="127.0.0.1",
-            study_at=NOW,
-            quiet_s=10,
-            now=now,
-        )
+        return insert(conn, one, now=now, sha256=sha256)
 
 
 def complete_study(store: Store, *, now: datetime = NOW) -> int:
@@ -331,3 +336,104 @@ def test_a_repeated_message_is_known(store: Store) -> None:
 def test_naive_times_never_enter(store: Store) -> None:
     with pytest.raises(sa.exc.StatementError, match="naive"), store.begin() as conn:
         history.note(conn, None, name="x", now=datetime(2026, 1, 1))  # noqa: DTZ001  the point of the test
+
+
+HOUR = timedelta(hours=1)
+
+
+@pytest.mark.parametrize(
+    ("said", "stands"),
+    [
+        ([("F", 1.0, -HOUR), ("C", 2.0, -HOUR), ("F", 1.0, -HOUR)], [2.0]),
+        ([("C", 2.0, -HOUR), ("F", 1.0, -HOUR)], [2.0]),
+        ([("F", 1.0, -HOUR), ("W", None, -HOUR), ("F", 1.0, -HOUR)], [None]),
+        ([("P", 1.0, -HOUR), ("F", 2.0, -HOUR), ("P", 1.0, -HOUR)], [2.0]),
+        ([("F", 1.0, -HOUR), ("C", 1.0, HOUR)], []),
+        ([("F", 1.0, -HOUR), ("W", None, HOUR)], []),
+    ],
+    ids=["replayed", "reordered", "withdrawn", "preliminary again", "moved past the study", "withdrawn after the study"],
+)
+def test_what_stands_does_not_depend_on_what_came_last(
+    store: Store, said: list[tuple[str, float | None, timedelta]], stands: list[float | None]
+) -> None:
+    """A laboratory's engine replays a day; a corrected value must not come back, nor one drawn after the study."""
+    for status, value, offset in said:
+        with store.begin() as conn:
+            records.apply(conn, RecordUpdate(ADA, (replace(fact(NOW + offset, 0.0, status=status), value=value),)), now=NOW)
+    with store.read() as conn:
+        record = records.view(conn, ADA.key, as_of=NOW)
+    assert record is not None
+    assert [o.value for o in record.observations] == stands
+
+
+def test_a_withdrawn_panel_withdraws_its_components(store: Store) -> None:
+    parts = (fact(NOW, 40.0, key="FHIR/o1/LN/11557-6"), fact(NOW, 7.0, key="FHIR/o10/LN/11557-6"))
+    with store.begin() as conn:
+        records.apply(conn, RecordUpdate(ADA, parts), now=NOW)
+        records.apply(conn, RecordUpdate(ADA, (fact(NOW, 0.0, key="FHIR/o1", status="W"),)), now=NOW)
+    with store.read() as conn:
+        record = records.view(conn, ADA.key, as_of=NOW)
+    assert record is not None
+    assert [o.value for o in record.observations if o.status == "F"] == [7.0]
+
+
+@pytest.mark.requirement("Q6")
+def test_a_study_that_kills_its_worker_takes_no_other_with_it(store: Store) -> None:
+    study_id = complete_study(store)
+    with store.begin() as conn:
+        for number in range(7):
+            queue.enqueue_infer(conn, study_id, bundle=f"b{number}", input_version=1, priority=ROUTINE, now=NOW)
+    now, poison = NOW + timedelta(seconds=20), None
+    for _ in range(40):
+        jobs = lease(store, now=now, limit=8)
+        poison = poison or jobs[0].id if jobs else poison
+        now += timedelta(seconds=60)
+        with store.begin() as conn:
+            if poison not in {job.id for job in jobs}:
+                for job in jobs:
+                    queue.complete(conn, job, now=now)
+            queue.rescue(conn, now=now)
+    with store.read() as conn:
+        assert queue.counts(conn) == {("infer", "completed"): 7, ("infer", "discarded"): 1}
+
+
+def test_a_count_older_than_the_last_image_is_not_trusted(store: Store) -> None:
+    """Late images must not make a version each, nor a report on half a series."""
+    add(store, header(1))
+    assembly.ask_senders(store, ask=lambda _: 1, after_s=0, now=NOW)
+    assert assembly.sweep(store, wants=WANTS, limit_s=100, now=NOW) == 1
+    for second in (1, 2, 3):
+        add(store, header(1 + second), now=NOW + timedelta(seconds=second))
+        assert assembly.sweep(store, wants=WANTS, limit_s=100, now=NOW + timedelta(seconds=second)) == 0
+    assert assembly.sweep(store, wants=WANTS, limit_s=100, now=NOW + timedelta(seconds=13)) == 1
+
+
+def test_a_study_is_as_old_as_its_oldest_image(store: Store) -> None:
+    for number, study_at in enumerate((None, NOW, NOW - HOUR, NOW)):
+        with store.begin() as conn:
+            insert(conn, header(number + 1), study_at=study_at)
+    with store.read() as conn:
+        assert studies.find(conn, "2.25.1")[0][1].study_at == NOW - HOUR
+
+
+@pytest.mark.requirement("R8")
+def test_two_receivers_with_crossed_studies_do_not_end_in_a_deadlock(store: Store) -> None:
+    """PostgreSQL ends one of two transactions that wait for each other; a group is written in one order."""
+    problems: list[Exception] = []
+
+    def send(commit: GroupCommit[Header, Received], uid: str, offset: int) -> None:
+        try:
+            for number in range(15):
+                commit(header(offset + number, study=uid))
+        except Exception as exc:  # noqa: BLE001  whatever it is, the test fails with it
+            problems.append(exc)
+
+    threads = []
+    for offset, uids in ((1000, ("2.25.7", "2.25.8")), (2000, ("2.25.8", "2.25.7"))):
+        commit = GroupCommit(store.begin, insert, order=lambda one: one.study_instance_uid)
+        threads += [threading.Thread(target=send, args=(commit, uid, offset)) for uid in uids]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert problems == []

@@ -174,7 +174,8 @@ class TestSweep:
         known, orphan = keep(spool, b"known"), keep(spool, b"orphan")
         swept = spool.sweep(lambda paths: [path for path in paths if path == str(known.path)], written_before=NOW)
         assert (swept.parts, swept.orphans, swept.size_bytes) == (0, 1, orphan.size_bytes)
-        assert files(spool) == [known.path]
+        # Not deleted: it may be the database that lost its row.
+        assert sorted(files(spool)) == sorted([known.path, spool.root / "quarantine" / orphan.path.name])
 
     def test_a_file_between_its_rename_and_its_row_stays(self, spool: Spool) -> None:
         young = keep(spool)
