@@ -51,6 +51,7 @@ class SeriesRule:
     modalities: tuple[str, ...]
     body_parts: tuple[str, ...] = ()
     exclude_descriptions: tuple[str, ...] = ()
+    views: tuple[str, ...] = ()
     min_instances: int = 1
     required: int = 1
 

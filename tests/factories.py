@@ -135,7 +135,7 @@ def make_radiograph(
     bits_stored: int = 12,
     photometric: str = "MONOCHROME2",
     modality: str = "DX",
-    spacing_mm: tuple[float, float] | None = (0.2, 0.15),
+    spacing_mm: tuple[float, float] | None = (0.15, 0.15),
     transfer_syntax: str = ExplicitVRLittleEndian,
     patient: PatientKey = PATIENT,
     accession_number: str = "A-0002",

@@ -103,7 +103,7 @@ def _case(uid: str, row: Mapping[str, str], *, store: Store, root: Path, pool: D
         study = studies.load(conn, found[0][0], root=root)
         record = records.view(conn, study.patient.key, as_of=study.study_at)
     inputs = select_inputs(study, record, spec)
-    loaded = volume.load(inputs.series, kind=spec.series.kind, pool=pool)
+    loaded = volume.load(inputs.series, kind=spec.series.kind, views=spec.series.views, pool=pool)
     labels = {name: float(value) if value else None for name, value in row.items() if name not in NOT_LABELS}
     group = row.get("group") or row.get("patient_id") or study.patient.key.patient_id
     return LabeledStudy(uid, group, loaded, inputs, labels)

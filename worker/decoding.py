@@ -102,6 +102,8 @@ class Slice:
     frame_of_reference_uid: str
     padding: tuple[int, int] | None
     window: tuple[tuple[float, float], ...]
+    view_position: str
+    presentation_intent: str
     pixels: NDArray[np.uint8 | np.int8 | np.uint16 | np.int16]
 
 

@@ -49,6 +49,8 @@ class SeriesRule(Protocol):
     @property
     def exclude_descriptions(self) -> tuple[str, ...]: ...  # noqa: D102
     @property
+    def views(self) -> tuple[str, ...]: ...  # noqa: D102
+    @property
     def min_instances(self) -> int: ...  # noqa: D102
     @property
     def required(self) -> int: ...  # noqa: D102

@@ -132,8 +132,8 @@ def _conflict(images: Patient, record: Patient) -> str:
 def load(line: Line, case: Case) -> Case:
     """Read the chosen series into one regular volume or radiograph."""
     assert case.inputs is not None  # noqa: S101  gather filled it
-    kind = line.models[case.job.bundle].bundle.series.kind
-    return replace(case, volume=volume.load(case.inputs.series, kind=kind, pool=line.decoders))
+    rule = line.models[case.job.bundle].bundle.series
+    return replace(case, volume=volume.load(case.inputs.series, kind=rule.kind, views=rule.views, pool=line.decoders))
 
 
 def together(line: Line, cases: Sequence[Case]) -> list[Case]:

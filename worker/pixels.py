@@ -48,7 +48,7 @@ _KEYWORDS: Final = (
     "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "ImagerPixelSpacing", "PixelAspectRatio",
     "SamplesPerPixel", "PhotometricInterpretation", "PresentationLUTShape", "NumberOfFrames", "Rows", "Columns",
     "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelPaddingValue", "PixelPaddingRangeLimit",
-    "RescaleSlope", "RescaleIntercept", "RescaleType", "WindowCenter", "WindowWidth",
+    "RescaleSlope", "RescaleIntercept", "RescaleType", "WindowCenter", "WindowWidth", "ViewPosition", "PresentationIntentType",
     "ModalityLUTSequence", "SharedFunctionalGroupsSequence", "PixelData",
 )  # fmt: skip
 # Overlay Bit Position of each overlay group (PS3.3 §C.9.2): which of the unused high bits older files put an overlay into.
@@ -325,6 +325,8 @@ def _facts(elements: Elements, transfer_syntax_uid: str) -> dict[str, Any]:
         "aspect_ratio": _numbers(elements, "PixelAspectRatio", 2),
         "frame_of_reference_uid": _text(elements, "FrameOfReferenceUID"),
         "window": _window(elements),
+        "view_position": _text(elements, "ViewPosition"),
+        "presentation_intent": _text(elements, "PresentationIntentType"),
     }
 
 

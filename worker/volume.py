@@ -12,7 +12,7 @@ Frame: LPS, millimetres. Not here: files and decoders (decoding.py), windows and
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Final, Literal
 
 import numpy as np
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from worker.decoding import DecoderPool, Slice
 from worker.domain import Series, Volume
-from worker.errors import GeometryError, PixelError
+from worker.errors import GeometryError, NoSuitableSeries, PixelError
 
 #: With two slices there is one gap, and nothing to tell whether a slice is missing from it.
 MIN_SLICES: Final = 3
@@ -37,7 +37,9 @@ _FLOAT32_MAX: Final = float(np.finfo(np.float32).max)
 _HAVE_UNITS: Final = frozenset({"CT", "PT"})
 
 
-def load(series: Series, *, kind: Literal["volume", "radiograph"], pool: DecoderPool, max_gap_mm: float = 0.1) -> Volume:
+def load(
+    series: Series, *, kind: Literal["volume", "radiograph"], pool: DecoderPool, max_gap_mm: float = 0.1, views: Collection[str] = ()
+) -> Volume:
     """Read one series into a regular volume, or into one radiograph.
 
     A volume's slices are ordered along the normal of Image Orientation (Patient) by Image Position (Patient), not by Instance
@@ -49,6 +51,8 @@ def load(series: Series, *, kind: Literal["volume", "radiograph"], pool: Decoder
 
     Parameters
     ----------
+    views
+        View Positions (PS3.3 §C.8.1.1) of a radiograph that will do; an image that names none will do, too. Empty: any.
     max_gap_mm
         Largest departure of a slice from even spacing along one straight normal that still counts as regular.
 
@@ -81,14 +85,23 @@ def load(series: Series, *, kind: Literal["volume", "radiograph"], pool: Decoder
             raise PixelError("Enhanced objects, whose facts are in functional groups, are not read.")
         if (one.sop_instance_uid, one.series_instance_uid) != (instance.sop_instance_uid, series.series_instance_uid):
             raise PixelError("A stored file holds another instance than its row says.")
-    return _radiograph(slices) if kind == "radiograph" else _volume(slices, max_gap_mm=max_gap_mm)
+    return _radiograph(slices, views) if kind == "radiograph" else _volume(slices, max_gap_mm=max_gap_mm)
 
 
-def _radiograph(slices: Sequence[Slice]) -> Volume:
-    chosen = min(slices, key=lambda one: (-one.pixels.size, one.sop_instance_uid))
+def _radiograph(slices: Sequence[Slice], views: Collection[str]) -> Volume:
+    # PS3.3 §C.8.11.1.1.1: raw data FOR PROCESSING are not what a person, or a network, was taught to read.
+    fitting = [
+        one for one in slices if one.presentation_intent != "FOR PROCESSING" and (not views or one.view_position.upper() in {"", *views})
+    ]
+    if not fitting:
+        wanted = f" of view {' or '.join(views)}" if views else ""
+        raise NoSuitableSeries(f"The series has {len(slices)} images, none for presentation{wanted}.")
+    chosen = min(fitting, key=lambda one: (-one.pixels.size, one.sop_instance_uid))
     spacing = chosen.pixel_spacing or chosen.imager_spacing  # PS3.3 §10.7.1.3: the calibrated one first
     if spacing is not None and min(spacing) <= 0:
         raise GeometryError(f"The pixel spacing is {spacing[0]:g} x {spacing[1]:g} mm.")
+    if spacing is not None and max(spacing) > 1.01 * min(spacing):
+        raise GeometryError(f"The pixels are not square: {spacing[0]:g} x {spacing[1]:g} mm.")
     if chosen.aspect_ratio is not None and chosen.aspect_ratio[0] != chosen.aspect_ratio[1]:
         raise GeometryError(f"The pixels are not square: Pixel Aspect Ratio is {chosen.aspect_ratio[0]:g} to {chosen.aspect_ratio[1]:g}.")
     row_mm, column_mm = spacing if spacing is not None else (0.0, 0.0)

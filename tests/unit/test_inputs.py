@@ -43,6 +43,7 @@ class Rule:
     modalities: tuple[str, ...] = ("CT",)
     body_parts: tuple[str, ...] = ("CHEST",)
     exclude_descriptions: tuple[str, ...] = ("scout",)
+    views: tuple[str, ...] = ()
     min_instances: int = 2
     required: int = 1
 

@@ -16,7 +16,7 @@ from tests import factories
 from worker import volume
 from worker.decoding import DecoderPool
 from worker.domain import Series, Volume
-from worker.errors import GeometryError, PixelError
+from worker.errors import GeometryError, NoSuitableSeries, PixelError
 
 OBLIQUE = (0.8, 0.6, 0.0, 0.0, 0.0, -1.0)
 
@@ -273,7 +273,7 @@ def test_monochrome1_and_2_of_one_film_are_one_radiograph(pool: DecoderPool, tmp
         np.testing.assert_array_equal(one.array[0], stored)
         assert one.array.shape == (1, 64, 48)
         assert one.affine is None
-        assert one.spacing_mm == (0, 0.2, 0.15)
+        assert one.spacing_mm == (0, 0.15, 0.15)
 
 
 @pytest.mark.requirement("P10")
@@ -314,8 +314,8 @@ def test_no_window_is_applied(pool: DecoderPool, tmp_path: Path) -> None:
 @pytest.mark.requirement("P7")
 def test_calibrated_spacing_comes_before_that_of_the_imager(pool: DecoderPool, tmp_path: Path) -> None:
     ds = factories.make_radiograph()
-    ds.PixelSpacing = [0.18, 0.13]
-    assert load(pool, [ds], tmp_path / "both").spacing_mm == (0, 0.18, 0.13)
+    ds.PixelSpacing = [0.18, 0.18]
+    assert load(pool, [ds], tmp_path / "both").spacing_mm == (0, 0.18, 0.18)
     assert load(pool, [factories.make_radiograph(spacing_mm=None)], tmp_path / "none").spacing_mm == (0, 0, 0)
 
 
@@ -342,3 +342,24 @@ def test_of_several_films_the_largest_then_the_first_uid_is_taken(pool: DecoderP
     expected = min(str(ds.SOPInstanceUID) for ds in films[1:])
     for name, order in (("there", films), ("back", films[::-1])):
         assert load(pool, order, tmp_path / name).sop_instance_uids == (expected,)
+
+
+def test_a_lateral_or_raw_film_is_never_read_as_the_frontal_one(pool: DecoderPool, tmp_path: Path) -> None:
+    """The larger image of a series may be the lateral one; a network for frontal films must not be given it."""
+    frontal, lateral, raw = (factories.make_radiograph(rows=64 + 8 * n, seed=n) for n in range(3))
+    for ds in (lateral, raw):
+        ds.SeriesInstanceUID, ds.StudyInstanceUID = frontal.SeriesInstanceUID, frontal.StudyInstanceUID
+    frontal.ViewPosition, lateral.ViewPosition, raw.ViewPosition = "PA", "LL", "AP"
+    raw.PresentationIntentType = "FOR PROCESSING"
+    series = factories.spool([frontal, lateral, raw], tmp_path)
+    found = volume.load(series, kind="radiograph", pool=pool, views=("AP", "PA"))
+    assert found.sop_instance_uids == (frontal.SOPInstanceUID,)
+    with pytest.raises(NoSuitableSeries, match="1 images, none for presentation of view AP or PA"):
+        volume.load(factories.spool([lateral], tmp_path / "lateral"), kind="radiograph", pool=pool, views=("AP", "PA"))
+
+
+def test_pixels_that_are_not_square_are_refused(pool: DecoderPool, tmp_path: Path) -> None:
+    ds = factories.make_radiograph(spacing_mm=None)
+    ds.ImagerPixelSpacing = [0.1, 0.4]
+    with pytest.raises(GeometryError, match="not square: 0.1 x 0.4 mm"):
+        volume.load(factories.spool([ds], tmp_path), kind="radiograph", pool=pool)
