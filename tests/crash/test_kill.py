@@ -53,7 +53,8 @@ def test_five_kills_lose_nothing_and_deliver_nothing_twice(tmp_path: Path, share
             assert accept.gate(shared, accept.fetch(pacs, tmp_path / "reports"), files, java=0) == []
             store = installation.store
             with store.read() as conn:
-                spooled = {str(path) for path in (installation.folder / "data" / "spool" / "instances").rglob("*.dcm")}
+                root = installation.folder / "data" / "spool" / "instances"
+                spooled = {str(path.relative_to(root)) for path in root.rglob("*.dcm")}
                 rows = {path for (path,) in conn.exec_driver_sql("SELECT path FROM instance")}
             store.close()
             assert rows <= spooled
