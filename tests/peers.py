@@ -52,7 +52,8 @@ def unavailable(reason: str) -> None:
 
 def require(binary: str) -> str:
     """Return the path of an installed program; skip or fail where there is none."""
-    found = shutil.which(binary, path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+    # The system's first: an active virtual environment has pynetdicom's programs of the same names.
+    found = shutil.which(binary, path=f"/usr/bin:/usr/sbin:{os.environ.get('PATH', '')}")
     if found is None:
         unavailable(f"{binary} is not installed.")
     return found or ""
