@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final, NoReturn
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -87,6 +88,10 @@ def _serve(given: Path | None, wanted: tuple[str, ...]) -> None:
     from worker.ops import log
 
     path = config_file(given)
+    if path is None:
+        raise ConfigError(
+            "there is none at ./synoptic.toml or /etc/synoptic/synoptic.toml. Start from deploy/synoptic.toml, or say --config FILE."
+        )
     settings = config.read(path)
     log.setup(level=settings.log.level, human=settings.log.format == "human")
     daemon.supervise(settings, path, wanted=wanted)
@@ -184,16 +189,15 @@ def studies(
     from worker.store import studies as rows
 
     _, store = _open(given)
-    table = Table("No.", "Study Instance UID", "state", "modality", "images", "version", "last image (UTC)", "jobs", "reports")
+    columns = ("No.", "state", "mod.", "images", "last image (UTC)", "jobs", "reports")
+    table = Table(*columns, box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     with store.read() as conn:
         for line in rows.recent(conn, limit=limit, is_discarded=discarded):
             table.add_row(
                 str(line.id),
-                line.study_instance_uid,
                 line.state,
                 line.modalities,
                 str(line.instances),
-                str(line.version),
                 f"{line.last_received_at.astimezone(UTC):%Y-%m-%d %H:%M:%S}",
                 line.jobs,
                 str(line.reports),

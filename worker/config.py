@@ -282,6 +282,7 @@ def _check(config: Config) -> None:
         # PS3.5 §6.2, VR AE: at most 16 characters, not all spaces, no backslash or control characters.
         if not title.strip() or len(title) > 16 or "\\" in title or not title.isprintable() or not title.isascii():
             raise ConfigError(f"{where}: {title!r} is no AE title: 1 to 16 printable ASCII characters, no backslash.")
+    _check_ports(config)
     _check_addresses("records", config.records.addresses)
     for sender in config.senders:
         _check_addresses(f"senders {sender.ae_title}", sender.addresses)
@@ -290,11 +291,23 @@ def _check(config: Config) -> None:
         raise ConfigError("destinations: two have the same name.")
     if config.receive.processes < 1 or config.run.processes < 1:
         raise ConfigError("receive.processes and run.processes are at least 1.")
+    _check_numbers(config)
+    parse_zone(config.site.timezone)
+
+
+def _check_numbers(config: Config) -> None:
     if min(config.run.batch, config.deliver.batch, config.run.decoders) < 1 or min(config.run.lease_s, config.deliver.lease_s) < 3:
         raise ConfigError("run.batch, deliver.batch and run.decoders are at least 1; run.lease_s and deliver.lease_s at least 3.")
     if config.log.level.upper() not in {"DEBUG", "INFO", "WARNING", "ERROR"} or config.log.format not in {"json", "human"}:
         raise ConfigError("log.level is DEBUG, INFO, WARNING or ERROR; log.format is json or human.")
-    parse_zone(config.site.timezone)
+
+
+def _check_ports(config: Config) -> None:
+    ports = [("receive", config.receive.port), ("records", config.records.port)]
+    ports += [(f"destinations {peer.name}", peer.port) for peer in config.destinations]
+    for where, port in ports:
+        if not 1 <= port <= 65535:
+            raise ConfigError(f"{where}: {port} is no TCP port; ports are 1 to 65535.")
 
 
 def _check_addresses(where: str, addresses: tuple[str, ...]) -> None:

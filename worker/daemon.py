@@ -118,6 +118,7 @@ def on_signal(stop: threading.Event) -> None:
 
     signal.signal(signal.SIGTERM, handle)
     signal.signal(signal.SIGINT, handle)
+    signal.signal(signal.SIGHUP, handle)  # a closed terminal is an orderly end, too
 
 
 def open_store(config: Config) -> Store:
@@ -168,7 +169,11 @@ def _front(config: Config, config_file: Path | None, store: Store, supervisor: S
     from worker.intake.scp import listen
 
     spool = Spool(config.spool, low_water_bytes=config.receive.low_water_mb * 2**20)
-    listener = listen((config.receive.host, config.receive.port))
+    try:
+        listener = listen((config.receive.host, config.receive.port))
+    except OSError as exc:
+        where = f"{config.receive.host}:{config.receive.port}, [receive] port. Is synoptic running already?"
+        raise OSError(exc.errno, exc.strerror, where) from exc
     listener.set_inheritable(True)
     closers: list[Callable[[], object]] = [listener.close]
     supervisor.children += [

@@ -37,7 +37,7 @@ from typing import Any, Final, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from worker.errors import DecoderDied, GeometryError, PixelError, Retry, WorkerError
+from worker.errors import DecoderDied, GeometryError, PixelError, Retry, StoredFileLost, WorkerError
 
 #: Transfer syntax (PS3.5 §10, PS3.6 Table A-1) → the module that decodes it; '' needs none. Missing on purpose: Deflated (a
 #: bomb before any check), Big Endian (retired), JPEG Extended .51 (GDCM's wheel cannot decode its 12-bit form; a sender that
@@ -60,7 +60,7 @@ CHUNK: Final = 8
 MAX_ANSWER_BYTES: Final = 1 << 20
 #: How many inputs that killed a child are remembered.
 _REMEMBERED: Final = 1024
-_ERRORS: Final[Mapping[str, type[WorkerError]]] = {error.__name__: error for error in (PixelError, GeometryError, Retry)}
+_ERRORS: Final[Mapping[str, type[WorkerError]]] = {error.__name__: error for error in (PixelError, GeometryError, Retry, StoredFileLost)}
 
 
 def decodable_transfer_syntaxes() -> tuple[str, ...]:
@@ -296,7 +296,7 @@ class DecoderPool:
         Raises
         ------
         PixelError
-            A file is missing, changed, malformed, colour, multi-frame, in a transfer syntax that is not decoded, larger than
+            A file is malformed, colour, multi-frame, in a transfer syntax that is not decoded, larger than
             the limits, or has killed a decoding process before.
         GeometryError
             A spacing, position or orientation is not what the standard says.

@@ -52,7 +52,7 @@ def checks(config: Config, config_file: Path | None) -> Iterator[Check]:
     yield _tried("spool", lambda: _spool(config))
     yield from _bundles(config)
     yield from _peers(config)
-    yield from _roles()
+    yield from _roles(config_file)
     yield from _idle(config, config_file)
 
 
@@ -108,15 +108,20 @@ def _peers(config: Config) -> Iterator[Check]:
         peer = roles.peer_of(destination, own_ae_title=config.receive.ae_title)
         where = f"{peer.ae_title} at {peer.host}:{peer.port}"
         yield _tried(f"C-ECHO {peer.name}", lambda peer=peer, where=where: f"{where}, {cstore.echo(peer) * 1000:.0f} ms")  # type: ignore[misc]
+    for sender in config.senders:
+        if sender.query_port:
+            host = sender.query_host or sender.addresses[0]
+            asked = cstore.Peer(sender.ae_title, sender.ae_title, host, sender.query_port, config.receive.ae_title)
+            yield _tried(f"C-ECHO {sender.ae_title}", lambda peer=asked: f"asked for counts, {cstore.echo(peer) * 1000:.0f} ms")  # type: ignore[misc]
     if not config.senders:
         yield "senders", "none is configured: nobody may store. Add [[senders]].", False
 
 
-def _roles() -> Iterator[Check]:
-    """The roles that are running on this host now, with their memory."""
+def _roles(config_file: Path | None) -> Iterator[Check]:
+    """The roles of this configuration that are running on this host now, with their memory."""
     for process in psutil.process_iter(["cmdline", "memory_info", "create_time"]):
         line = process.info["cmdline"] or []
-        if "worker" in line and "role" in line:
+        if "worker" in line and "role" in line and (config_file is None or str(config_file) in line):
             minutes = (time.time() - process.info["create_time"]) / 60
             yield (
                 f"running: {line[line.index('role') + 1]}",

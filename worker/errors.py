@@ -14,6 +14,7 @@
     └── Reject      the input is wrong     → discard; tell a person
         ├── PeerRefused            a status that a resend cannot change
         ├── PatientConflict        whose study is this?
+        ├── StoredFileLost         our own disk lost or changed what was received: send it again, then retry
         ├── BundleError            weights, digest or metadata are not what they should be
         ├── RecordError            a message or resource that cannot be understood
         └── Unanalysable           the images cannot be analysed: a report says so
@@ -77,6 +78,10 @@ class PeerRefused(Reject):
 
 class PatientConflict(Reject):
     """The images of one study belong to more than one patient."""
+
+
+class StoredFileLost(Reject):
+    """A spool file is missing or not what was received: a fault of ours, which no report may pass on as the study's."""
 
 
 class BundleError(Reject):

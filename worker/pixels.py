@@ -32,7 +32,7 @@ from pydicom.tag import Tag
 
 from worker.codestream import fragments_of_one_frame, stated_by_codestream
 from worker.decoding import CODECS
-from worker.errors import GeometryError, PixelError, Retry
+from worker.errors import GeometryError, PixelError, Retry, StoredFileLost
 
 # pydicom's name for the plug-in around each decoding module.
 _PLUGINS: Final = {"gdcm": "gdcm", "jpeg_ls": "pyjpegls", "openjpeg": "pylibjpeg", "rle": "pylibjpeg"}
@@ -112,11 +112,11 @@ def _load(path: str, digest: str, *, limit: int) -> bytes:
                 raise PixelError(f"The stored file has {status.st_size} bytes; at most {limit} can be decoded.")
             data = file.read(status.st_size + 1)
     except FileNotFoundError as exc:
-        raise PixelError("The stored file is missing.") from exc
+        raise StoredFileLost("A stored file is missing: have the study sent again, then retry it.") from exc
     except OSError as exc:
         raise Retry(f"The stored file cannot be read now (errno {exc.errno}).") from exc
     if hashlib.sha256(data).hexdigest() != digest:
-        raise PixelError(f"The stored file changed: its {len(data)} bytes do not have the sha256 they were received with.")
+        raise StoredFileLost("A stored file changed on our disk: have the study sent again, then retry it.")
     return data
 
 

@@ -87,7 +87,7 @@ def read_bundles(config: Config) -> list[Bundle]:
 def study_time(header: Header, zone: tzinfo) -> datetime | None:
     """When a study was made: its date and time in its own offset, else the site's zone; None without a date."""
     text = header.study_date + (header.study_time.split(".")[0] + "000000")[:6]
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, OverflowError):  # 0001-01-01 east of Greenwich is before the calendar
         naive = datetime.strptime(text, "%Y%m%d%H%M%S")  # noqa: DTZ007  the zone is put on in the next line
         return naive.replace(tzinfo=_offset(header.timezone_offset) or zone).astimezone(UTC)
     return None

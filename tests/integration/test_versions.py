@@ -106,3 +106,23 @@ def test_generated_uids_of_the_factories_differ() -> None:
     """The tests above would prove nothing if all their images were one."""
     uids = {ds.SOPInstanceUID for seed in range(5) for ds in factories.make_ct(seed=seed)}
     assert len(uids) == 20
+
+
+@pytest.mark.requirement("S6")
+def test_a_file_damaged_on_our_disk_is_a_dead_letter_that_a_resend_and_a_retry_heal(tmp_path: Path, shared: Path) -> None:
+    """Our disk's fault is nobody's finding: no report says so, and the study gets its analysis in the end."""
+    installation = Installation(tmp_path / "worker", bundles=("cxr-severity",), quiet_s=2.0, processes=1)
+    ((_, path),) = accept.cohort(shared, limit=1).items()
+    with installation:
+        accept.send_records(installation, shared, {"": path})
+        store(installation, path)
+        (stored,) = (installation.folder / "data" / "spool" / "instances").rglob("*.dcm")
+        whole = stored.read_bytes()
+        stored.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        (lost,) = installation.wait_for_event("job.discarded", timeout_s=60)
+        assert "have the study sent again, then retry" in str(lost["reason"])
+        assert installation.events("job.completed") == []
+        store(installation, path)
+        assert stored.read_bytes() == whole
+        assert installation.cli("retry", "1").returncode == 0
+        installation.wait_for_event("job.completed", timeout_s=60)

@@ -25,7 +25,7 @@ from pydicom.uid import (
 
 from tests import factories
 from worker.decoding import CODECS, DecoderPool, Slice, decodable_transfer_syntaxes
-from worker.errors import DecoderDied, GeometryError, PixelError
+from worker.errors import DecoderDied, GeometryError, PixelError, StoredFileLost
 
 ROOT = Path(__file__).parents[2]
 LOSSLESS = [uid for uid in CODECS if uid not in {JPEGBaseline8Bit, "1.2.840.10008.1.2.4.91"}]
@@ -114,7 +114,7 @@ def test_one_bad_file_refuses_the_whole_read_and_the_next_read_is_right(pool: De
     series = factories.spool(factories.make_ct(slices=40), tmp_path)
     paths, digests = [one.path for one in series.instances], [one.sha256 for one in series.instances]
     for bad in (0, 7, 8, 20, 39):
-        with pytest.raises(PixelError, match="changed"):
+        with pytest.raises(StoredFileLost, match="changed"):
             pool.read(paths, [*digests[:bad], "0" * 64, *digests[bad + 1 :]])
         slices = pool.read(paths, digests)
         assert [one.instance_number for one in slices] == list(range(1, 41))

@@ -24,7 +24,7 @@ from pydicom.uid import (
 
 from tests import factories
 from worker.decoding import CODECS, DecoderPool, Slice, decodable_transfer_syntaxes
-from worker.errors import GeometryError, PixelError, WorkerError
+from worker.errors import GeometryError, PixelError, StoredFileLost, WorkerError
 
 ROOT = Path(__file__).parents[2]
 LOSSLESS = [uid for uid in CODECS if uid not in {JPEGBaseline8Bit, "1.2.840.10008.1.2.4.91"}]
@@ -170,13 +170,13 @@ def test_a_file_with_one_other_byte_is_refused(pool: DecoderPool, tmp_path: Path
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(PixelError, match="stored file changed"):
+    with pytest.raises(StoredFileLost, match="changed on our disk"):
         pool.read([path], [digest])
 
 
 @pytest.mark.requirement("S7")
 def test_a_file_that_is_gone_is_refused(pool: DecoderPool, tmp_path: Path) -> None:
-    with pytest.raises(PixelError, match="missing"):
+    with pytest.raises(StoredFileLost, match="missing"):
         pool.read([tmp_path / "absent.dcm"], ["0" * 64])
 
 

@@ -148,6 +148,8 @@ def _identity(values: dict[int, bytes], tag: int, encodings: tuple[str, ...], na
     found = _decoded(value.rstrip(b"\0"), encodings).strip(" ")
     if len(value) > _MAX_VALUE_BYTES or len(found) > 64 or _CONTROLS.search(found):
         raise InstanceRefused(0xC021, f"The {name} has over 64 or control characters")
+    if "\\" in found and name != "accession number":
+        raise InstanceRefused(0xC021, f"The {name} has more than one value")
     return found
 
 

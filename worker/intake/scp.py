@@ -16,7 +16,7 @@ What a C-STORE is answered (PS3.4 Table B.2-1, PS3.7 Annex C); each comes with a
 0xC003   sequences nested too deep or too long
 0xC010   Study Instance UID missing or not a UID; 0xC011 Series; 0xC012 SOP class or instance
 0xC020   patient ID missing or empty
-0xC021   patient ID, its issuer or accession number: over 64 characters, or control characters
+0xC021   patient ID, its issuer or accession number: over 64 characters, control characters, or two values
 0xC211   a bug of ours; the next instance is served
 =======  ============================================================================
 

@@ -188,6 +188,7 @@ def snooze(conn: Connection, one: Job, *, delay_s: float, reason: str, now: date
         now=now,
         attempt=one.attempt - 1,
         is_snoozed=True,
+        started_at=None,  # the analysis has not begun: the report's time must not come before the record it waits for
         not_before=now + timedelta(seconds=delay_s),
     )
     if first:

@@ -188,7 +188,10 @@ class Spool:
     @property
     def is_low(self) -> bool:
         """Whether less than the low-water mark is free: refuse before the disk is full."""
-        return self.free_bytes < self.low_water_bytes
+        try:
+            return self.free_bytes < self.low_water_bytes
+        except OSError:  # the folder is gone: nothing can be written there
+            return True
 
     def sweep(self, known: Callable[[Sequence[str]], Collection[str]], *, written_before: datetime) -> Swept:
         """Clear away what a crash left: parts no process holds are removed, files no row names go to quarantine.

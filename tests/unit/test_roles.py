@@ -1,0 +1,57 @@
+"""What the roles make of odd input, without a process."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta, timezone
+
+import pytest
+
+from worker.domain import Header, Patient, PatientKey
+from worker.intake.header import InstanceRefused, read_header
+from worker.roles import study_time, with_issuer
+
+EAST = timezone(timedelta(hours=1))
+
+
+def header(**values: str) -> Header:
+    return Header("1", "1.1", "1", "1.9", "1.9.1", Patient(PatientKey("", "P")), **values)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("date", "time", "offset", "instant"),
+    [
+        ("20240102", "103000", "", datetime(2024, 1, 2, 9, 30, tzinfo=UTC)),
+        ("20240102", "103000.123", "-0500", datetime(2024, 1, 2, 15, 30, tzinfo=UTC)),
+        ("20240102", "10", "+0000", datetime(2024, 1, 2, 10, tzinfo=UTC)),
+        ("20240102", "", "", datetime(2024, 1, 1, 23, tzinfo=UTC)),
+        ("", "103000", "", None),
+        ("20241399", "103000", "", None),
+        ("00010101", "000000", "", None),
+        ("99991231", "235900", "-0500", None),
+    ],
+)
+def test_a_study_is_dated_in_its_own_offset_or_the_sites_or_not_at_all(date: str, time: str, offset: str, instant: datetime | None) -> None:
+    assert study_time(header(study_date=date, study_time=time, timezone_offset=offset), EAST) == instant
+
+
+def test_only_a_patient_without_an_issuer_gets_the_sites() -> None:
+    assert with_issuer(header(), "SITE").patient.key == PatientKey("SITE", "P")
+    other = Header("1", "1.1", "1", "1.9", "1.9.1", Patient(PatientKey("X", "P")))
+    assert with_issuer(other, "SITE").patient.key.issuer == "X"
+
+
+def test_a_patient_id_of_two_values_is_refused_at_the_door() -> None:
+    """Acknowledged, it would be refused later and for good: LO of Patient ID has one value (PS3.3 §C.7.1.1)."""
+    elements = b"".join(
+        tag + vr + len(value).to_bytes(2, "little") + value
+        for tag, vr, value in (
+            (b"\x08\x00\x16\x00", b"UI", b"1.2\0"),
+            (b"\x08\x00\x18\x00", b"UI", b"1.3\0"),
+            (b"\x10\x00\x20\x00", b"LO", b"A\\2 "),
+            (b"\x20\x00\x0d\x00", b"UI", b"1.4\0"),
+            (b"\x20\x00\x0e\x00", b"UI", b"1.5\0"),
+        )
+    )
+    with pytest.raises(InstanceRefused, match="more than one value"):
+        read_header(elements, "1.2.840.10008.1.2.1")
+    assert read_header(elements.replace(b"A\\2 ", b"A-2 "), "1.2.840.10008.1.2.1").patient.key.patient_id == "A-2"
