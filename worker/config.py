@@ -54,6 +54,9 @@ class Receive:
     idle_s: float = 60.0
     accept_unknown_sop_classes: bool = False
     low_water_mb: int = 2048
+    tls_certificate: str = ""
+    tls_key: str = ""
+    tls_client_ca: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -144,6 +144,7 @@ def supervise(config: Config, config_file: Path | None, *, wanted: Sequence[str]
     """Run the wanted roles until SIGTERM. `receive` brings the sweeps and the HL7 listener with it."""
     supervisor = Supervisor()
     on_signal(supervisor.stop)
+    roles.tls_context(config.receive)
     roles.read_bundles(config)  # a bad bundle is a sentence now, not a child that dies again and again
     store = open_store(config)
     closers: list[Callable[[], object]] = []
