@@ -5,6 +5,7 @@ from __future__ import annotations
 import ssl
 import struct
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -167,3 +168,17 @@ def test_other_services_are_answered_as_unrecognized_and_the_association_lives(r
         assert scu.echo(context_id=3) == 0x0000
         assert scu.store(slice_of(), context_id=3) == 0x0122
         assert scu.store(slice_of()) == 0x0000
+
+
+def test_a_sender_that_was_silent_for_its_allowed_time_may_send_its_next_header_in_two_pieces(start: Start) -> None:
+    """A PACS keeps its association open between studies; the silence must not be held against the next message."""
+    receiver = start(limits=replace(QUICK, idle_s=30.0, pdu_s=0.5))
+    with receiver.scu() as scu:
+        scu.associate(((CT, (EXPLICIT,)), (VERIFICATION, (EXPLICIT,))))
+        assert scu.store(slice_of(rows=4)) == 0
+        time.sleep(1.5)  # silence is what is tested
+        message = pdu(P_DATA, pdv(3, 3, command_set(0x30, has_data_set=False, sop_class=VERIFICATION)))
+        scu.sock.sendall(message[:3])
+        time.sleep(0.1)
+        scu.sock.sendall(message[3:])
+        assert scu.status() == 0

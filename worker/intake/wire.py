@@ -84,6 +84,8 @@ class Wire:
             if self._start == self._end and waited_s > self.idle_s:
                 raise Stalled(f"The peer was silent for {waited_s:.0f} s.")
         self._pdu_waited_s = 0.0
+        if is_between_messages:
+            self.begin_message()  # the silence that `idle_s` allows is no slowness of the message that ends it
         kind, length = _PDU.unpack(self.exactly(6))
         return kind, length
 
