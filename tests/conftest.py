@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,9 +26,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresServer]:
+def postgres() -> Iterator[PostgresServer]:
     """A real PostgreSQL, by pip alone; never skipped."""
-    folder = tmp_path_factory.mktemp("postgres")
+    # Not below pytest's folder: as root the server runs as another user, and a second pytest session closes that folder to it.
+    folder = Path(tempfile.mkdtemp(prefix="synoptic-postgres-"))
     server = get_server(folder / "data")
     yield server
     server.cleanup()
@@ -37,7 +39,6 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresServe
 @pytest.fixture
 def postgres_url(postgres: PostgresServer) -> Iterator[str]:
     """A database of its own in it."""
-    postgres.ensure_postgres_running()
     postgres_uri = postgres.get_uri().replace("postgresql://", "postgresql+psycopg://")
     name = f"test_{uuid.uuid4().hex}"
     engine = sa.create_engine(postgres_uri, isolation_level="AUTOCOMMIT")
