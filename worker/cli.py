@@ -76,8 +76,18 @@ def config_file(given: Path | None) -> Path | None:
     return next((path for path in (Path("synoptic.toml"), Path("/etc/synoptic/synoptic.toml")) if path.exists()), None)
 
 
+def _needed(given: Path | None) -> Path | None:
+    """The file that counts; none at all, and no environment either, is an error and not an empty installation."""
+    path = config_file(given)
+    if path is None and not any(name.startswith(config.ENVIRONMENT_PREFIX) for name in os.environ):
+        raise ConfigError(
+            "there is none at ./synoptic.toml or /etc/synoptic/synoptic.toml. Start from deploy/synoptic.toml, or say --config FILE."
+        )
+    return path
+
+
 def _open(given: Path | None) -> tuple[Config, Store]:
-    settings = config.read(config_file(given))
+    settings = config.read(_needed(given))
     store = Store(settings.database_url)
     store.check()
     return settings, store
@@ -87,11 +97,7 @@ def _serve(given: Path | None, wanted: tuple[str, ...]) -> None:
     from worker import daemon
     from worker.ops import log
 
-    path = config_file(given)
-    if path is None:
-        raise ConfigError(
-            "there is none at ./synoptic.toml or /etc/synoptic/synoptic.toml. Start from deploy/synoptic.toml, or say --config FILE."
-        )
+    path = _needed(given)
     settings = config.read(path)
     log.setup(level=settings.log.level, human=settings.log.format == "human")
     daemon.supervise(settings, path, wanted=wanted)
@@ -141,7 +147,7 @@ def role(
 @app.command()
 def migrate(given: ConfigFile = None) -> None:
     """Bring the database to this program's version; makes it if there is none. Back it up first."""
-    settings = config.read(config_file(given))
+    settings = config.read(_needed(given))
     store = Store(settings.database_url)
     store.migrate()
     store.check()
@@ -161,6 +167,7 @@ def status(given: ConfigFile = None, as_json: Annotated[bool, typer.Option("--js
             "version": __version__,
             "studies": rows.counts(conn),
             "jobs": {f"{kind} {state}": count for (kind, state), count in sorted(queue.counts(conn).items())},
+            "waiting_because": queue.waiting(conn),
             "messages": records.message_counts(conn),
             "oldest_due_job_s": queue.oldest_due_s(conn, now=clock()),
         }

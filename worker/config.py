@@ -262,6 +262,17 @@ def _convert(hint: Any, value: Any, *, where: str) -> Any:
     return _scalar(hint, value, where=where)
 
 
+_WORDS: Final[Mapping[type, str]] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text in quotes",
+    Path: "a path in quotes",
+    list: "a list",
+    dict: "a table",
+}
+
+
 def _scalar(hint: Any, value: Any, *, where: str) -> Any:
     try:
         if isinstance(value, _Text):
@@ -273,8 +284,8 @@ def _scalar(hint: Any, value: Any, *, where: str) -> Any:
         if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
             return value
     except ValueError as exc:
-        raise ConfigError(f"{where}: {value!r} is not a {hint.__name__}.") from exc
-    raise ConfigError(f"{where} must be a {hint.__name__}, not {type(value).__name__}.")
+        raise ConfigError(f"{where}: {str(value)!r} is not {_WORDS[hint]}.") from exc
+    raise ConfigError(f"{where} must be {_WORDS[hint]}, not {_WORDS.get(type(value), type(value).__name__)}.")
 
 
 def _check(config: Config) -> None:

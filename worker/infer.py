@@ -84,21 +84,23 @@ class Model:
             raise BundleError(f"The weights of bundle {self.name} do not fit its network: {exc}") from exc
         self._network.to(self.device).eval()
         self._temperatures = torch.tensor([f.temperature for f in self.bundle.findings], device=self.device)
-        self.predict([_blank(self.bundle)])  # the first forward allocates and chooses kernels; no study shall wait for it
+        # The first forward allocates and chooses kernels; no study shall wait for it.
+        if isinstance(answer := self.predict([_blank(self.bundle)])[0], BundleError):
+            raise answer
 
     def prepare(self, volume: Volume, inputs: Inputs) -> Prepared:
         """Turn one study into tensors; see `prepare`."""
         return prepare(self.bundle, volume, inputs)
 
-    def predict(self, batch: Sequence[Prepared]) -> list[tuple[Finding, ...]]:
+    def predict(self, batch: Sequence[Prepared]) -> list[tuple[Finding, ...] | BundleError]:
         """Answer for each study, in order, in one forward; halves the batch while the device is out of memory.
+
+        The answer is a BundleError, of that study alone, where a finite input gave an infinite or undefined output.
 
         Raises
         ------
         DeviceOutOfMemory
             Not even one study fits.
-        BundleError
-            A finite input gave an infinite or undefined output.
         """
         if not batch:
             return []
@@ -111,12 +113,12 @@ class Model:
                 raise DeviceOutOfMemory(f"{self.device} cannot hold one study of bundle {self.name}.") from exc
             middle = len(batch) // 2
             return self.predict(batch[:middle]) + self.predict(batch[middle:])
+        return [self._answer(logits[b], shares[:, b]) for b in range(len(batch))]
+
+    def _answer(self, logits: NDArray[np.float64], shares: NDArray[np.float64]) -> tuple[Finding, ...] | BundleError:
         if not (np.isfinite(logits).all() and np.isfinite(shares).all()):
-            raise BundleError(f"Bundle {self.name} gave an output that is not finite for a batch of {len(batch)}.")
-        return [
-            tuple(self._finding(spec, logits[b, f], shares[:, b, f]) for f, spec in enumerate(self.bundle.findings))
-            for b in range(len(batch))
-        ]
+            return BundleError(f"Bundle {self.name} gave an output that is not finite.")
+        return tuple(self._finding(spec, logits[f], shares[:, f]) for f, spec in enumerate(self.bundle.findings))
 
     @torch.inference_mode()
     def _forward(self, sample: Sample) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

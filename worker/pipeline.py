@@ -21,7 +21,7 @@ from pathlib import Path
 
 from worker import __version__, events, volume
 from worker.decoding import DecoderPool
-from worker.domain import Code, Document, Finding, Inputs, Job, Patient, Study, Volume
+from worker.domain import Code, Document, Finding, Inputs, Job, Patient, Study
 from worker.errors import NoSuitableSeries, PatientConflict, RecordPending, Reject, Retry, Snooze, Superseded, Unanalysable, WorkerError
 from worker.infer import Model, Prepared
 from worker.inputs import select_inputs
@@ -56,7 +56,9 @@ class Case:
     study: Study | None = None
     predecessor: Document | None = None
     inputs: Inputs | None = None
-    volume: Volume | None = None
+    prepared: Prepared | None = None
+    #: SOP Instance UIDs of what `prepared` was made of.
+    loaded: frozenset[str] = frozenset()
     findings: tuple[Finding, ...] = ()
     report: Document | None = None
     input_sha256: str = ""
@@ -71,7 +73,7 @@ def process(line: Line, jobs: Sequence[Job]) -> list[Case]:
     """Take leased jobs down the line together; settle each on its own."""
     cases = [Case(job) for job in jobs]
     cases = each(line, gather, cases)  # rows: study, record, what the network will be given
-    cases = each(line, load, cases)  # files: one series → Volume, LPS mm
+    cases = each(line, load, cases)  # files: one series → Volume, LPS mm → the network's tensors
     cases = together(line, cases)  # the network: one pass per shape group
     cases = each(line, report, cases)  # SR: checked by building it
     return [settle(line, case) for case in cases]  # one transaction each
@@ -130,40 +132,35 @@ def _conflict(images: Patient, record: Patient) -> str:
 
 
 def load(line: Line, case: Case) -> Case:
-    """Read the chosen series into one regular volume or radiograph."""
+    """Read the chosen series into one regular volume or radiograph, and that into tensors: a batch of volumes would fill the memory."""
     assert case.inputs is not None  # noqa: S101  gather filled it
-    rule = line.models[case.job.bundle].bundle.series
-    return replace(case, volume=volume.load(case.inputs.series, kind=rule.kind, views=rule.views, pool=line.decoders))
+    model = line.models[case.job.bundle]
+    rule = model.bundle.series
+    read = volume.load(case.inputs.series, kind=rule.kind, views=rule.views, pool=line.decoders)
+    return replace(case, prepared=model.prepare(read, case.inputs), loaded=frozenset(read.sop_instance_uids))
 
 
 def together(line: Line, cases: Sequence[Case]) -> list[Case]:
-    """Run each bundle's network once over all its cases; a case that cannot be prepared leaves the batch."""
+    """Run each bundle's network once over all its cases."""
     done = list(cases)
     for bundle, model in line.models.items():
         started = time.perf_counter()
-        ready = []
-        for index, case in enumerate(done):
-            if case.job.bundle != bundle or case.error is not None or case.volume is None or case.inputs is None:
-                continue
-            try:
-                ready.append((index, model.prepare(case.volume, case.inputs)))
-            except Exception as exc:  # noqa: BLE001  the verdict is given in settle()
-                done[index] = replace(case, error=exc)
-        _predict(model, ready, done, started)
+        ready = [
+            (index, case.prepared)
+            for index, case in enumerate(done)
+            if case.job.bundle == bundle and case.error is None and case.prepared is not None
+        ]
+        if not ready:
+            continue
+        try:
+            answers: Sequence[tuple[Finding, ...] | Exception] = model.predict([prepared for _, prepared in ready])
+        except Exception as exc:  # noqa: BLE001  the verdict is given in settle()
+            answers = [exc] * len(ready)
+        share = (time.perf_counter() - started) / len(ready)
+        for (index, _), answer in zip(ready, answers, strict=True):
+            case = replace(done[index], prepared=None, seconds={**done[index].seconds, "predict": share})
+            done[index] = replace(case, error=answer) if isinstance(answer, Exception) else replace(case, findings=answer)
     return done
-
-
-def _predict(model: Model, ready: Sequence[tuple[int, Prepared]], done: list[Case], started: float) -> None:
-    if not ready:
-        return
-    try:
-        answers: Sequence[tuple[Finding, ...] | Exception] = model.predict([prepared for _, prepared in ready])
-    except Exception as exc:  # noqa: BLE001  the verdict is given in settle()
-        answers = [exc] * len(ready)
-    share = (time.perf_counter() - started) / len(ready)
-    for (index, _), answer in zip(ready, answers, strict=True):
-        case = replace(done[index], seconds={**done[index].seconds, "predict": share})
-        done[index] = replace(case, error=answer) if isinstance(answer, Exception) else replace(case, findings=answer)
 
 
 def report(line: Line, case: Case) -> Case:
@@ -175,9 +172,7 @@ def report(line: Line, case: Case) -> Case:
     # Without a chosen series all that the bundle could have taken was looked at, never a report of our own that came back.
     looked_at = [case.inputs.series] if case.inputs else [s for s in study.series if s.modality in bundle.series.modalities]
     # A volume may leave localizers out.
-    analysed = tuple(i for s in looked_at for i in s.instances)
-    if case.volume is not None:
-        analysed = tuple(i for i in analysed if i.sop_instance_uid in case.volume.sop_instance_uids)
+    analysed = tuple(i for s in looked_at for i in s.instances if not case.loaded or i.sop_instance_uid in case.loaded)
     input_sha256 = digest(model.digest, case.inputs, [(i.sop_instance_uid, i.sha256) for i in analysed], failure)
     algorithm = Algorithm(
         name=model.name,

@@ -44,7 +44,7 @@ def test_the_example_shows_every_key_with_its_default() -> None:
     [
         ("[recieve]\nport = 1", "Unknown key 'recieve' in [top level]. Did you mean 'receive'?"),
         ("[receive]\nprot = 1", "Unknown key 'prot' in [receive]. Did you mean 'port'?"),
-        ('[receive]\nport = "eleven"', "receive.port must be a int, not str."),
+        ('[receive]\nport = "eleven"', "receive.port must be a whole number, not text in quotes."),
         ('[receive]\nae_title = "MUCH-TOO-LONG-A-TITLE"', "is no AE title"),
         ("[[destinations]]\nname = 'x'", "[destinations] needs the key 'ae_title'."),
         ('[site]\ntimezone = "Mars/Olympus"', "there is no zone 'Mars/Olympus'"),

@@ -123,6 +123,17 @@ def test_values_outside_the_standard_neither_stop_a_report_nor_enter_it(tmp_path
     )
 
 
+def test_of_two_dates_where_there_is_one_neither_is_taken_over(tmp_path: Path) -> None:
+    def change(ds: Dataset) -> None:
+        ds["StudyDate"]._value = pydicom.multival.MultiValue(str, ["20260101", "20260102"])
+        ds.OtherPatientNames = ["A^B", "C^D"]
+
+    with pydicom.config.disable_value_validation():
+        ds = reports.report([reports.radiograph(tmp_path, change=change)]).ds
+    assert ds.StudyDate == ""
+    assert [str(name) for name in ds.OtherPatientNames] == ["A^B", "C^D"]
+
+
 def test_a_file_that_is_no_dicom_says_so_and_a_missing_one_is_not_the_senders_fault(tmp_path: Path) -> None:
     """One is a verdict on the images, the other on our disk."""
     source = reports.radiograph(tmp_path)

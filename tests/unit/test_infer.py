@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +21,7 @@ from tests.unit import small_bundle
 from worker.demo.phantom import PhantomCase, make_case
 from worker.domain import (
     Code,
+    Finding,
     Inputs,
     Instance,
     Patient,
@@ -33,7 +34,7 @@ from worker.domain import (
     Volume,
 )
 from worker.errors import BundleError, DeviceOutOfMemory, GeometryError, PixelError
-from worker.infer import LabeledCase, Model, cross_validate, evaluate, train, verdict
+from worker.infer import LabeledCase, Model, Prepared, cross_validate, evaluate, train, verdict
 from worker.inputs import Spec, select_inputs
 from worker.intake.hl7 import parse
 
@@ -66,6 +67,13 @@ def inputs(value: float | None = 50.0, text: str = "a note") -> Inputs:
     return Inputs(Series("1.2", "CT", "", ""), values, texts)
 
 
+def answers(model: Model, batch: Sequence[Prepared]) -> list[tuple[Finding, ...]]:
+    """What the network says, where it says something finite of every study."""
+    found = model.predict(batch)
+    assert not [one for one in found if isinstance(one, BundleError)]
+    return [one for one in found if not isinstance(one, BundleError)]
+
+
 def cases(n: int) -> Iterator[LabeledCase]:
     for index in range(n):
         ill = index % 2
@@ -73,7 +81,7 @@ def cases(n: int) -> Iterator[LabeledCase]:
 
 
 def test_every_finding_is_answered_with_its_code_threshold_and_shares(model: Model) -> None:
-    ((ill, rare),) = model.predict([model.prepare(volume(), inputs())])
+    ((ill, rare),) = answers(model, [model.prepare(volume(), inputs())])
     assert (ill.name, ill.code, ill.threshold) == ("ill", Code("ILL", "99TEST", "Ill"), 0.6)
     assert rare.name == "rare"
     assert 0 < ill.probability < 1
@@ -83,27 +91,27 @@ def test_every_finding_is_answered_with_its_code_threshold_and_shares(model: Mod
 
 def test_a_study_is_answered_alike_alone_and_in_a_batch(model: Model) -> None:
     batch = [model.prepare(volume(n), inputs(float(n) + 1, "word " * n)) for n in range(7)]
-    together = model.predict(batch)
+    together = answers(model, batch)
     for one, answer in zip(batch, together, strict=True):
-        (alone,) = model.predict([one])
+        (alone,) = answers(model, [one])
         for a, b in zip(alone, answer, strict=True):
             assert a.probability == pytest.approx(b.probability, abs=1e-5)
             assert dict(a.shapley) == pytest.approx(dict(b.shapley), abs=1e-5)
 
 
 def test_an_empty_batch_has_no_answers(model: Model) -> None:
-    assert model.predict([]) == []
+    assert answers(model, []) == []
 
 
 def test_the_shares_add_up_to_the_log_odds_over_those_of_a_study_nothing_is_known_of(model: Model) -> None:
-    (first, second) = model.predict([model.prepare(volume(1), inputs(2.0)), model.prepare(volume(2), inputs(900.0, ""))])
+    (first, second) = answers(model, [model.prepare(volume(1), inputs(2.0)), model.prepare(volume(2), inputs(900.0, ""))])
     offsets = [np.log(f.probability / (1 - f.probability)) - sum(f.shapley.values()) for f in (first[0], second[0])]
     assert offsets[0] == pytest.approx(offsets[1], abs=1e-4)
     assert second[0].shapley["text"] == 0
 
 
 def test_a_study_without_a_record_is_answered_from_the_image_alone(model: Model) -> None:
-    ((ill, _),) = model.predict([model.prepare(volume(), inputs(None, ""))])
+    ((ill, _),) = answers(model, [model.prepare(volume(), inputs(None, ""))])
     assert ill.shapley["values"] == ill.shapley["text"] == 0
 
 
@@ -141,7 +149,7 @@ def test_a_film_of_two_planes_or_of_nothing_is_refused() -> None:
     with pytest.raises(PixelError, match="blank"):
         film.prepare(flat, inputs(None, ""))
     flat.array[0, 10:40, 10:40] = 100
-    ((icu,),) = film.predict([film.prepare(flat, inputs(None, ""))])
+    ((icu,),) = answers(film, [film.prepare(flat, inputs(None, ""))])
     assert icu.shapley["values"] == 0
 
 
@@ -153,6 +161,22 @@ def test_weights_that_answer_nonsense_are_refused_not_reported(folder: Path, tmp
     settle_weights(broken, sha256=hashlib.sha256(raw).hexdigest(), temperatures={"ill": 1, "rare": 1})
     with pytest.raises(BundleError, match="not finite"):
         Model(broken)
+
+
+class Undecided(Model):
+    """A model that gives no number for the second study of a batch."""
+
+    def _forward(self, sample: Sample) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        logits, shares = super()._forward(sample)
+        logits[1:2, 0] = np.nan
+        return logits, shares
+
+
+def test_an_output_that_is_no_number_costs_its_own_study_only(folder: Path) -> None:
+    undecided = Undecided(folder)
+    first, second, third = undecided.predict([undecided.prepare(volume(n), inputs()) for n in range(3)])
+    assert isinstance(second, BundleError)
+    assert [isinstance(one, tuple) for one in (first, third)] == [True, True]
 
 
 def test_weights_of_another_network_or_with_another_hash_are_refused(folder: Path, tmp_path: Path) -> None:
@@ -188,7 +212,7 @@ def test_the_shipped_phantom_bundle_is_right_about_patients_it_has_never_seen() 
     right = 0
     for seed in range(500, 524):
         case, image, chosen = phantom(seed, frozenset(), shipped.spec)
-        ((suspicious, large),) = shipped.predict([shipped.prepare(image, chosen)])
+        ((suspicious, large),) = answers(shipped, [shipped.prepare(image, chosen)])
         right += suspicious.verdict == ("positive" if case.truth["suspicious_nodule"] else "negative")
         assert large.verdict == ("positive" if case.truth["large_nodule"] else "negative")
         assert (suspicious.shapley["values"] > 0) == bool(case.factors["marker"])
@@ -198,7 +222,7 @@ def test_the_shipped_phantom_bundle_is_right_about_patients_it_has_never_seen() 
 def test_the_shipped_phantom_bundle_reads_a_record_with_a_gap() -> None:
     shipped = Model(Path(__file__).parents[2] / "models" / "bundles" / "phantom")
     _, image, chosen = phantom(501, frozenset({"note"}), shipped.spec)
-    ((suspicious, _),) = shipped.predict([shipped.prepare(image, chosen)])
+    ((suspicious, _),) = answers(shipped, [shipped.prepare(image, chosen)])
     assert [code.value for code in chosen.missing if code.value == "34109-9"] == ["34109-9"]
     assert suspicious.shapley["text"] == 0
 
@@ -218,11 +242,11 @@ def test_a_full_device_gets_smaller_batches_and_the_same_answers(folder: Path, m
     batch = [model.prepare(volume(n), inputs(float(n) + 1)) for n in range(5)]
     cramped = Cramped(folder)
     cramped.room = 2
-    expected = [f.probability for findings in model.predict(batch) for f in findings]
-    assert [f.probability for findings in cramped.predict(batch) for f in findings] == pytest.approx(expected, abs=1e-5)
+    expected = [f.probability for findings in answers(model, batch) for f in findings]
+    assert [f.probability for findings in answers(cramped, batch) for f in findings] == pytest.approx(expected, abs=1e-5)
     cramped.room = 0
     with pytest.raises(DeviceOutOfMemory, match="one study"):
-        cramped.predict(batch)
+        answers(cramped, batch)
 
 
 def test_train_writes_weights_that_a_model_loads_and_evaluate_judges_them(tmp_path: Path) -> None:

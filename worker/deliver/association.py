@@ -137,8 +137,8 @@ class Association:
             abstract, offered = proposed.get(context_id, ("", ()))
             if syntax in offered:
                 self._contexts[abstract, syntax] = context_id
-        # The peer's limit counts the PDV header of six bytes (PS3.8 §D.1.1).
-        self._max_fragment = max(min(limit or _MAX_PDU_SENT, _MAX_PDU_SENT) - 6, 1)
+        # The peer's limit counts the PDV header of six bytes (PS3.8 §D.1.1); all fragments but the last are even (§E.2).
+        self._max_fragment = max((min(limit or _MAX_PDU_SENT, _MAX_PDU_SENT) - 6) // 2 * 2, 2)
 
     def echo(self) -> Response:
         """C-ECHO (PS3.7 §9.1.5)."""

@@ -17,7 +17,7 @@ from typing import Final
 
 import pydicom
 from pydicom import config
-from pydicom.datadict import tag_for_keyword
+from pydicom.datadict import dictionary_has_tag, dictionary_VM, tag_for_keyword
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
@@ -89,8 +89,7 @@ _UNREADABLE: Final = (
     LookupError,
     AttributeError,
     TypeError,
-    NotImplementedError,
-    RecursionError,
+    RuntimeError,
 )
 
 # PS3.5 §6.2. What does not match is not a value of that VR, and an archive may refuse the object for it.
@@ -250,11 +249,20 @@ def _normalize(ds: Dataset) -> None:
                 item.pop("SpecificCharacterSet", None)  # ours is UTF-8 throughout
             if not element.value:
                 del ds[element.tag]
-        elif rule := _LEGAL.get(element.VR):
-            if element.VR in _ACR_NEMA and isinstance(element.value, str):
-                element.value = re.sub(_ACR_NEMA[element.VR], r"\1", element.value)
-            if not all(rule.fullmatch(str(value)) for value in _values(element)):
-                del ds[element.tag]
+        elif not _is_legal(element):
+            del ds[element.tag]
+
+
+def _is_legal(element: DataElement) -> bool:
+    """Whether `element` is what its VR and the data dictionary allow; turns the old forms of dates and times into today's."""
+    if element.VM > 1 and dictionary_has_tag(element.tag) and dictionary_VM(element.tag) == "1":
+        return False  # of two values where there is one, none is known to be the right one
+    rule = _LEGAL.get(element.VR)
+    if rule is None:
+        return True
+    if element.VR in _ACR_NEMA and isinstance(element.value, str):
+        element.value = re.sub(_ACR_NEMA[element.VR], r"\1", element.value)
+    return all(rule.fullmatch(str(value)) for value in _values(element))
 
 
 def _values(element: DataElement) -> list[object]:

@@ -275,6 +275,13 @@ def counts(conn: Connection) -> dict[tuple[str, str], int]:
     return {(kind, state): count for kind, state, count in rows}
 
 
+def waiting(conn: Connection) -> dict[str, int]:
+    """Why jobs wait for another try or for a record: how many give each reason, the most frequent ten."""
+    count = sa.func.count()
+    wanted = sa.select(job.c.reason, count).where(job.c.state == "available", job.c.reason != "").group_by(job.c.reason)
+    return dict(conn.execute(wanted.order_by(count.desc(), job.c.reason).limit(10)).tuples().all())
+
+
 def oldest_due_s(conn: Connection, *, now: datetime) -> float:
     """How long the longest waiting due job has been due, in seconds; 0 if none waits."""
     oldest = conn.execute(sa.select(sa.func.min(job.c.not_before)).where(job.c.state == "available", job.c.not_before <= now)).scalar()
