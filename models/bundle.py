@@ -3,12 +3,12 @@
 ::
 
     bundles/<name>/
-    ├── bundle.toml            everything below, as plain values; unknown or missing keys are errors
+    ├── bundle.toml            what spec.py holds, as plain values; unknown or missing keys are errors
     ├── weights.safetensors    tensors only; its sha256 stands in bundle.toml
     ├── LICENSE
     └── README.md              the card: what it was trained on, what it can and cannot do
 
-Not here: the network (fusion.py) and how its inputs are made (transforms.py). Reading a bundle needs the
+Not here: the network (network.py) and how its inputs are made (transforms.py). Reading a bundle needs the
 standard library alone, so that processes without torch can ask what a bundle wants; only
 `Bundle.tensors` opens safetensors and torch.
 """
@@ -20,9 +20,11 @@ import re
 import tomllib
 import types
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from models.spec import Code, FindingSpec, ImageSpec, NetworkConfig, RecordRule, TrainingConfig, WeightsFile, broken_rules
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,128 +34,6 @@ T = TypeVar("T")
 
 class InvalidBundleError(ValueError):
     """A bundle's folder, metadata or weights are not what they should be; the message names file and key."""
-
-
-@dataclass(frozen=True, slots=True)
-class Code:
-    """A coded concept; in TOML ``["1988-5", "LN", "C reactive protein"]``, the meaning may be left out of synonyms."""
-
-    value: str
-    scheme: str
-    meaning: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class SeriesRule:
-    """Which series the network reads; an empty tuple allows any."""
-
-    kind: Literal["volume", "radiograph"]
-    modalities: tuple[str, ...]
-    body_parts: tuple[str, ...] = ()
-    exclude_descriptions: tuple[str, ...] = ()
-    views: tuple[str, ...] = ()
-    min_instances: int = 1
-    required: int = 1
-
-
-@dataclass(frozen=True, slots=True)
-class ValueSpec:
-    """One laboratory value the network can use.
-
-    `conversions` maps a foreign unit to the factor that turns it into `unit` (UCUM). Outside
-    `plausible` (in `unit`) a value is taken as missing.
-    """
-
-    name: str
-    code: Code
-    unit: str
-    plausible: tuple[float, float]
-    synonyms: tuple[Code, ...] = ()
-    conversions: Mapping[str, float] = field(default_factory=dict)
-    transform: Literal["none", "log"] = "none"
-
-
-@dataclass(frozen=True, slots=True)
-class TextSpec:
-    """One kind of text the network can read."""
-
-    name: str
-    code: Code
-    synonyms: tuple[Code, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class RecordRule:
-    """What the network wants of the patient's record, and how long a study waits for it."""
-
-    wait_s: float
-    look_back_h: float
-    values: tuple[ValueSpec, ...] = ()
-    texts: tuple[TextSpec, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class FindingSpec:
-    """One answer: positive from `threshold`, negative below `negative_below` (by default the same), uncertain between.
-
-    `temperature` divides the logit; training sets it on studies the network did not learn from.
-    """
-
-    name: str
-    code: Code
-    threshold: float
-    negative_below: float | None = None
-    temperature: float = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class NetworkConfig:
-    """The network's shape.
-
-    `image_size` is (H, W) of a radiograph or (X, Y, Z) of a volume in RAS; `spacing_mm` (volumes only) is
-    the spacing those voxels stand for, and `window_hu` what becomes 0 and 1.
-    """
-
-    image_size: tuple[int, ...]
-    image_grid: int
-    channels: tuple[int, ...]
-    width: int
-    heads: int
-    layers: int
-    spacing_mm: tuple[float, ...] = ()
-    window_hu: tuple[float, ...] = ()
-    bins: int = 8
-    words: int = 96
-    buckets: int = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingConfig:
-    """How the weights are learned: all that `fit` takes besides the data, the seed and the device."""
-
-    epochs: int
-    batch: int
-    learning_rate: float
-    weight_decay: float = 0.05
-    drop_modality: float = 0.3
-    drop_value: float = 0.15
-    auxiliary: float = 0.3
-    dropout: float = 0.1
-    patience: int = 10
-    average: float = 0.98
-    validation: float = 0.2
-    shift: float = 0.0
-    zoom: float = 0.0
-    rotate_deg: float = 0.0
-    contrast: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class WeightsFile:
-    """Where the tensors are, and what they must hash to."""
-
-    file: str
-    sha256: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +49,7 @@ class Bundle:
     authors: tuple[str, ...]
     research_use: bool
     procedure: Code
-    series: SeriesRule
+    images: tuple[ImageSpec, ...]
     record: RecordRule
     findings: tuple[FindingSpec, ...]
     network: NetworkConfig
@@ -199,6 +79,8 @@ class Bundle:
         weights_sha256 = str(data.get("weights", {}).get("sha256", ""))
         digest = hashlib.sha256(raw + b"\0" + weights_sha256.encode()).hexdigest()
         where = f"{folder.name}/bundle.toml"
+        if language := str(data.get("network", {}).get("bert", "")):
+            digest = hashlib.sha256(f"{digest}\0{_digest_of(folder / language)}".encode()).hexdigest()
         bundle = _table(cls, {**identity, **data}, where, given={"folder": folder, "digest": digest})
         _check(bundle, where)
         if verify:
@@ -208,9 +90,9 @@ class Bundle:
     @property
     def modalities(self) -> tuple[str, ...]:
         """What the network fuses, in the order of its tokens."""
-        values = ("values",) if self.record.values else ()
-        texts = ("text",) if self.record.texts else ()
-        return ("image", *values, *texts)
+        record = self.record
+        wanted = {"values": record.values, "history": record.histories, "text": record.notes, "genes": record.genomics}
+        return (*(image.name for image in self.images), *(name for name, specs in wanted.items() if specs))
 
     @property
     def weights_path(self) -> Path:
@@ -219,9 +101,15 @@ class Bundle:
 
     def tensors(self) -> dict[str, Tensor]:
         """Load the weights, on the CPU, from the very bytes whose sha256 is checked here."""
-        from safetensors.torch import load  # here, because readers of metadata must start without torch
+        from safetensors import SafetensorError  # here, because readers of metadata must start without torch
+        from safetensors.torch import load
 
-        return load(self._verify())
+        try:
+            return load(self._verify())
+        except SafetensorError as exc:
+            raise InvalidBundleError(
+                f"{self.weights.file} of bundle {self.name} is no safetensors file ({exc}); pickles and other formats are never opened."
+            ) from exc
 
     def _verify(self) -> bytes:
         try:
@@ -236,52 +124,48 @@ class Bundle:
         return raw
 
 
-def settle_weights(folder: Path, *, sha256: str, temperatures: Mapping[str, float]) -> Bundle:
-    """Write the new weights' sha256 and each finding's temperature into bundle.toml; comments there survive."""
+def _digest_of(folder: Path) -> str:
+    """The sha256 over names and bytes of the files of a folder; '' where there is none."""
+    whole = hashlib.sha256()
+    for file in sorted(folder.glob("*")) if folder.is_dir() else ():
+        whole.update(f"{file.name}\0{hashlib.sha256(file.read_bytes()).hexdigest()}\0".encode())
+    return whole.hexdigest()
+
+
+def settle(folder: Path, findings: Mapping[str, Mapping[str, float]], *, sha256: str = "") -> Bundle:
+    """Write numbers (temperature, threshold, …) into each finding's table of bundle.toml and, if given, the weights' sha256.
+
+    Comments and everything else there survive.
+    """
     file = folder / "bundle.toml"
     bundle = Bundle.read(folder, verify=False)
-    text, count = re.subn(r'(?m)^sha256 = "[^"]*"', f'sha256 = "{sha256}"', file.read_text("utf-8"))
-    if count != 1:
-        raise InvalidBundleError(f"{folder.name}/bundle.toml must hold one line 'sha256 = \"…\"', found {count}.")
+    text = file.read_text("utf-8")
+    if sha256:
+        text, count = re.subn(r'(?m)^sha256 = "[^"]*"', f'sha256 = "{sha256}"', text)
+        if count != 1:
+            raise InvalidBundleError(f"{folder.name}/bundle.toml must hold one line 'sha256 = \"…\"', found {count}.")
     head, *tables = re.split(r"(?m)^(?=\[\[findings\]\])", text)
     if len(tables) != len(bundle.findings):
         raise InvalidBundleError(f"{folder.name}/bundle.toml must write each finding as its own [[findings]] table.")
     for index, finding in enumerate(bundle.findings):
-        line = f"temperature = {temperatures[finding.name]:.4f}"
-        tables[index], count = re.subn(r"(?m)^temperature = .*$", line, tables[index])
-        if count != 1:
-            raise InvalidBundleError(f"{folder.name}/bundle.toml: finding {finding.name} needs one temperature line.")
+        for key, value in findings.get(finding.name, {}).items():
+            tables[index] = _with_number(tables[index], key, f"{key} = {value:.4f}")
     file.write_text("".join((head, *tables)), "utf-8")
-    return Bundle.read(folder)
+    return Bundle.read(folder, verify=bool(sha256))
+
+
+def _with_number(table: str, key: str, line: str) -> str:
+    replaced, count = re.subn(rf"(?m)^{key} = .*$", line, table)
+    # Every finding has a threshold: a key that is new stands below it.
+    return replaced if count else re.sub(r"(?m)^(threshold = .*)$", rf"\1\n{line}", table, count=1)
 
 
 def _check(bundle: Bundle, where: str) -> None:
-    volume = bundle.series.kind == "volume"
-    network = bundle.network
-    rules = {
-        "findings: at least one is needed": bool(bundle.findings),
-        "findings: names must differ": len({f.name for f in bundle.findings}) == len(bundle.findings),
-        "record.values: names must differ": len({v.name for v in bundle.record.values}) == len(bundle.record.values),
-        "findings.threshold must lie in (0, 1]": all(0 < f.threshold <= 1 for f in bundle.findings),
-        "findings.negative_below must not exceed threshold": all(
-            f.negative_below is None or 0 <= f.negative_below <= f.threshold for f in bundle.findings
-        ),
-        "findings.temperature must be positive": all(f.temperature > 0 for f in bundle.findings),
-        "record.values.plausible must be [low, high]": all(v.plausible[0] < v.plausible[1] for v in bundle.record.values),
-        "record.values.plausible must be above 0 for a log transform": all(
-            v.transform == "none" or v.plausible[0] > 0 for v in bundle.record.values
-        ),
-        "network.image_size needs 2 numbers for a radiograph, 3 for a volume": len(network.image_size) == 2 + volume,
-        "network.spacing_mm and window_hu belong to a volume, and it needs both": (
-            (len(network.spacing_mm), len(network.window_hu)) == ((3, 2) if volume else (0, 0))
-        ),
-        "network.width must divide by heads": network.width % network.heads == 0,
-        "series.required and min_instances must be at least 1": min(bundle.series.required, bundle.series.min_instances) > 0,
-        "weights.file must be a plain file name": Path(bundle.weights.file).name == bundle.weights.file,
-    }
-    for rule, holds in rules.items():
-        if not holds:
-            raise InvalidBundleError(f"{where}: {rule}.")
+    for rule in broken_rules(bundle.images, bundle.record, bundle.findings, bundle.network, bundle.weights):
+        raise InvalidBundleError(f"{where}: {rule}.")
+    alone = bundle.network.fusion.removeprefix("single:")
+    if bundle.network.fusion != alone and alone not in bundle.modalities:
+        raise InvalidBundleError(f"{where}: network.fusion: {alone!r} is none of {', '.join(bundle.modalities)}.")
 
 
 def _table(cls: type[T], raw: object, where: str, *, given: Mapping[str, object] | None = None) -> T:

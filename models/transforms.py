@@ -4,8 +4,14 @@
 
     radiograph (H, W)  ─ resize, short side first ─ central crop ─ percentiles → [0, 1] ─▶ (1, H', W')
     volume (K, J, I), LPS ─ to RAS ─ window → [0, 1] ─ crop or pad to the field of view ─ area ─▶ (1, X, Y, Z)
-    values by name ─ log ─▶ (V,) numbers, comparators and mask
+    values by name ─ log ─▶ (V,) numbers, comparators, ages and mask
+    histories ─ the last `steps` points of all, oldest first ─▶ (T,) hours, variables, numbers, comparators and mask
     text ─ words and their trigrams, hashed ─▶ (T, K) ids, 0 where nothing stands
+    genomics ─ variant codes, hashed; expression by gene ─▶ (K,) ids, (G,) numbers and mask
+
+A `Sample` holds, for each image, ``<name>`` and ``<name>_mask`` (a scalar); ``numbers``, ``signs``, ``ages``, ``number_mask``;
+``history_hours``, ``history_variables``, ``history_numbers``, ``history_signs``, ``history_mask``; ``words`` (and ``word_mask`` for a
+BERT-type encoder); ``variants``, ``expression``, ``expression_mask``: those that its bundle has.
 
 Not here: which value or series is used (worker/inputs.py), what they mean to the network (encoders.py).
 Every tensor leaves as a plain torch.Tensor: a MonAI MetaTensor would carry its history along.
@@ -35,24 +41,25 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from models.bundle import NetworkConfig, ValueSpec
+from models.spec import ImageSpec, NetworkConfig, RecordRule, ValueSpec
 
 Sample = dict[str, Tensor]
 
 COMPARATORS: Final = {"": 0, "<": 1, "<=": 1, ">": 2, ">=": 2}
 #: Hashed pieces per word: the word itself and its first trigrams.
 PIECES: Final = 8
+_SEPARATORS: Final = re.compile(r"[\s,;|]+")
 _WORD: Final = re.compile(r"\d+|[^\W\d_]+|[.,;:!?/+-]")
 
 
-def radiograph_tensor(array: NDArray[np.float32], config: NetworkConfig) -> Tensor:
+def radiograph_tensor(array: NDArray[np.float32], spec: ImageSpec) -> Tensor:
     """Make (1, H', W') in [0, 1] from one radiograph (H, W), bright is dense, its aspect kept.
 
     The long side is cropped, not the short one padded: the padding's width would tell a bedside film from a standing one.
     The first and last percentile become 0 and 1: markers and the stored range differ from one machine to the next.
     A blank radiograph is a ValueError.
     """
-    height, width = config.image_size
+    height, width = spec.size
     scale = max(height / array.shape[0], width / array.shape[1])
     size = [max(m, round(n * scale)) for n, m in zip(array.shape, (height, width), strict=True)]
     steps = Compose([Resize(size, mode="area"), CenterSpatialCrop((height, width))])
@@ -63,7 +70,7 @@ def radiograph_tensor(array: NDArray[np.float32], config: NetworkConfig) -> Tens
     return _plain(ScaleIntensityRange(low, high, 0.0, 1.0, clip=True)(small))
 
 
-def volume_tensor(array: NDArray[np.float32], affine: NDArray[np.float64], config: NetworkConfig) -> Tensor:
+def volume_tensor(array: NDArray[np.float32], affine: NDArray[np.float64], spec: ImageSpec) -> Tensor:
     """Make (1, X, Y, Z) in [0, 1] from a volume (K, J, I) in HU; `affine` takes (i, j, k, 1) to LPS mm.
 
     The field of view is centered on the volume's middle. This is the single turn from LPS to MonAI's RAS.
@@ -73,9 +80,9 @@ def volume_tensor(array: NDArray[np.float32], affine: NDArray[np.float64], confi
     # Measured on 200 x 512 x 512: 0.9 s, against 6 s when the whole volume is turned first.
     size, view = [0, 0, 0], [0, 0, 0]
     for axis, source in enumerate(order):  # axis of RAS, index of (i, j, k)
-        size[2 - source] = config.image_size[axis]
-        view[2 - source] = max(1, round(config.image_size[axis] * config.spacing_mm[axis] / float(voxel_mm[axis])))
-    low, high = config.window_hu
+        size[2 - source] = spec.size[axis]
+        view[2 - source] = max(1, round(spec.size[axis] * spec.spacing_mm[axis] / float(voxel_mm[axis])))
+    low, high = spec.window_hu
     crop = ResizeWithPadOrCrop(view, value=low)
     shrink = Compose([Resize(size, mode="area"), ScaleIntensityRange(low, high, 0.0, 1.0)])
     small = _plain(shrink(crop(torch.from_numpy(array)[None]).clamp(low, high)))  # (1, K, J, I)
@@ -83,16 +90,66 @@ def volume_tensor(array: NDArray[np.float32], affine: NDArray[np.float64], confi
     return turned.flip([1 + axis for axis in backwards]).contiguous()
 
 
-def value_tensors(values: Mapping[str, tuple[float, str]], specs: Sequence[ValueSpec]) -> tuple[Tensor, Tensor, Tensor]:
-    """Make numbers (V,), comparators (V,) and mask (V,) from ``{name: (value, comparator)}``; 0 where masked."""
-    numbers, signs, mask = torch.zeros(len(specs)), torch.zeros(len(specs), dtype=torch.long), torch.zeros(len(specs), dtype=torch.bool)
+def value_tensors(values: Mapping[str, tuple[float, str, float]], specs: Sequence[ValueSpec]) -> Sample:
+    """Make ``numbers``, ``signs``, ``ages`` and ``number_mask``, (V,) each.
+
+    `values` holds by name the value, its comparator and its age in hours before the study.
+    """
+    count = len(specs)
+    numbers, ages, signs = torch.zeros(count), torch.zeros(count), torch.zeros(count, dtype=torch.long)
+    mask = torch.zeros(count, dtype=torch.bool)
     for index, spec in enumerate(specs):
         if spec.name in values:
-            value, comparator = values[spec.name]
-            numbers[index] = math.log(value) if spec.transform == "log" else value
+            value, comparator, ages[index] = values[spec.name]
+            numbers[index] = _number(value, spec)
             signs[index] = COMPARATORS[comparator]
             mask[index] = True
-    return numbers, signs, mask
+    return {"numbers": numbers, "signs": signs, "ages": ages, "number_mask": mask}
+
+
+def history_tensors(points: Sequence[tuple[str, float, str, float]], specs: Sequence[ValueSpec], *, steps: int) -> Sample:
+    """Make the ``history_…`` tensors, (T,) each, of the last `steps` points, oldest first.
+
+    A point is its name, value, comparator and age in hours before the study.
+    """
+    index_of = {spec.name: index for index, spec in enumerate(specs)}
+    last = sorted(points, key=lambda point: (-point[3], index_of[point[0]], point[1]))[-steps:]
+    hours, numbers = torch.zeros(steps), torch.zeros(steps)
+    variables, signs = torch.zeros(steps, dtype=torch.long), torch.zeros(steps, dtype=torch.long)
+    for row, (name, value, comparator, age_h) in enumerate(last):
+        hours[row], variables[row] = age_h, index_of[name]
+        numbers[row], signs[row] = _number(value, specs[index_of[name]]), COMPARATORS[comparator]
+    return {
+        "history_hours": hours,
+        "history_variables": variables,
+        "history_numbers": numbers,
+        "history_signs": signs,
+        "history_mask": torch.arange(steps) < len(last),
+    }
+
+
+def gene_tensors(texts: Mapping[str, str], record: RecordRule, config: NetworkConfig) -> Sample:
+    """Make ``variants`` (K,), ``expression`` (G,) and ``expression_mask`` (G,) from ``{name of the text: its words}``.
+
+    Variant codes are told apart by white space, comma, semicolon or bar; expression is ``gene=number`` in such a list. What is no
+    number and no gene of the bundle is left out, so that it is missing, never 0.
+    """
+    codes: list[str] = []
+    levels: dict[str, float] = {}
+    for spec in record.genomics:
+        parts = [part for part in _SEPARATORS.split(texts.get(spec.name, "")) if part]
+        if spec.kind == "variants":
+            codes += parts
+            continue
+        for gene, equals, number in (part.partition("=") for part in parts):
+            if equals and gene in spec.genes and (level := _float(number)) is not None:
+                levels[gene] = level
+    variants = torch.zeros(config.variants, dtype=torch.long)
+    for row, code in enumerate(sorted(set(codes))[: config.variants]):
+        variants[row] = _bucket(code, config.buckets)
+    expression = torch.tensor([levels.get(gene, 0.0) for gene in record.genes], dtype=torch.float32)
+    mask = torch.tensor([gene in levels for gene in record.genes], dtype=torch.bool)
+    return {"variants": variants, "expression": expression, "expression_mask": mask}
 
 
 def text_ids(text: str, config: NetworkConfig) -> Tensor:
@@ -107,7 +164,7 @@ def text_ids(text: str, config: NetworkConfig) -> Tensor:
         bounded = f"<{word}>"
         pieces = [bounded, *(bounded[i : i + 3] for i in range(len(bounded) - 2))][:PIECES]
         for column, piece in enumerate(pieces):
-            ids[row, column] = 1 + zlib.crc32(piece.encode()) % (config.buckets - 1)
+            ids[row, column] = _bucket(piece, config.buckets)
     return ids
 
 
@@ -138,6 +195,22 @@ def augment(images: Tensor, generator: torch.Generator, *, shift: float, zoom: f
     spread = (batch,) + (1,) * (dims + 1)
     gain, offset = 1 + contrast * draw(*spread), 0.5 * contrast * draw(*spread)
     return ((images - 0.5) * gain.to(images.device) + 0.5 + offset.to(images.device)).clamp(0, 1)
+
+
+def _number(value: float, spec: ValueSpec) -> float:
+    return math.log(value) if spec.transform == "log" else value
+
+
+def _bucket(piece: str, buckets: int) -> int:
+    return 1 + zlib.crc32(piece.encode()) % (buckets - 1)
+
+
+def _float(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def collate(samples: Sequence[Sample]) -> Sample:

@@ -40,7 +40,7 @@ ALGORITHM = Algorithm(
     quality_statement="Trained on 188 radiographs of one hospital; AUROC 0.76 in cross-validation.",
 )
 INPUTS = Inputs(
-    series=Series("1.2.3", "DX", "CHEST", "", ()),
+    series={"image": Series("1.2.3", "DX", "CHEST", "", ())},
     values=(
         UsedValue("crp", CRP, 0.3, "<", "mg/L", DRAWN_AT, "LAB"),
         UsedValue("ldh", LDH, 295.5, "", "U/L", DRAWN_AT, "LAB"),
@@ -121,7 +121,7 @@ def of_ct(folder: Path) -> Example:
     """A series of slices, no record at all, an uncertain finding."""
     series = factories.spool(factories.make_ct(slices=5), folder)
     uncertain = Finding("pneumonia", PNEUMONIA, 0.48, 0.5, "uncertain", {"image": -0.08})
-    inputs = Inputs(series=series, missing=(CRP,))
+    inputs = Inputs(series={"image": series}, missing=(CRP,))
     algorithm = replace(ALGORITHM, title="Chest CT", procedure=Code("25045-6", "LN", "CT unspecified body region"))
     return report([i.path for i in series.instances], algorithm=algorithm, inputs=inputs, findings=[uncertain])
 

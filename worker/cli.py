@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from worker import __version__, config
+from worker import __version__, config, lab
 from worker.config import Config, ConfigError
 from worker.errors import WorkerError
 from worker.store.database import DatabaseUnavailable, Store
@@ -317,22 +317,7 @@ def doctor(given: ConfigFile = None) -> None:
         sys.exit(EXIT_FAILED)
 
 
-@app.command()
-def train(
-    bundle: Annotated[
-        Path, typer.Option("--bundle", "-b", exists=True, file_okay=False, help="The bundle's folder; its weights are replaced.")
-    ],
-    cohort: Annotated[Path, typer.Option("--cohort", exists=True, file_okay=False, help="dicom/, hl7/ or fhir/, labels.csv.")],
-    given: ConfigFile = None,
-    seed: Annotated[int, typer.Option(help="Same seed, same weights (on a CPU).")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",
-) -> None:
-    """Train a bundle's network on a folder of studies, records and labels."""
-    from worker import training
-    from worker.ops import log
-
-    log.silence()
-    training.train(out, err, bundle=bundle, cohort_folder=cohort, settings=config.read(config_file(given)), seed=seed, device=device)
+lab.register(app)
 
 
 @app.command()

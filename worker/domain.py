@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 JobKind = Literal["infer", "deliver"]
 JobState = Literal["available", "leased", "completed", "discarded", "cancelled"]
 Verdict = Literal["positive", "negative", "uncertain"]
+#: The plane an image lies in, to within 30 degrees; "" is oblique or not known.
+Orientation = Literal["", "axial", "coronal", "sagittal"]
 
 #: Priorities, smallest first. HL7 v2 ORC-7/OBR-27 "S" and DICOM "STAT" map to STAT.
 STAT, ROUTINE = 0, 10
@@ -103,13 +105,18 @@ class Instance:
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """One series with its instances, in no particular order."""
+    """One series with its instances, in no particular order.
+
+    ``orientation`` and ``slice_mm`` (distance of slices, else their thickness; 0 unknown) are those of its first instance.
+    """
 
     series_instance_uid: str
     modality: str
     body_part: str
     description: str
     instances: tuple[Instance, ...] = ()
+    orientation: Orientation = ""
+    slice_mm: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +154,7 @@ class Volume:
 
 @dataclass(frozen=True, slots=True)
 class UsedValue:
-    """A laboratory value the network was given, and where it came from."""
+    """A value the network was given, and where it came from; `age_h` is hours before the study, negative after it."""
 
     name: str
     code: Code
@@ -156,6 +163,16 @@ class UsedValue:
     unit: str
     at: datetime
     source: str
+    age_h: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class UsedHistory:
+    """How one value went before the study: every point the network was given, oldest first."""
+
+    name: str
+    code: Code
+    points: tuple[UsedValue, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,22 +190,41 @@ class UsedText:
 class Inputs:
     """What one prediction is made from: the chosen series and the record's view at the study.
 
+    ``series`` is by image name, in the bundle's order; ``missing_images`` names the images without one.
     ``missing_causes`` says, entry by entry, why each code of ``missing`` is missing.
     """
 
-    series: Series
+    series: Mapping[str, Series]
     values: tuple[UsedValue, ...] = ()
     texts: tuple[UsedText, ...] = ()
     missing: tuple[Code, ...] = ()
     record_found: bool = False
     missing_causes: tuple[str, ...] = ()
+    histories: tuple[UsedHistory, ...] = ()
+    missing_images: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Saliency:
+    """Where in one image a finding comes from; equal only to itself, as arrays are.
+
+    ``array`` (K, J, I) of a volume or (rows, columns) of a radiograph, float16 or float32, in [0, 1].
+    ``affine``: (4, 4), index (i, j, k, 1) of `array` → LPS mm; of a projection radiograph, which has no patient coordinates,
+    (3, 3), (row, column, 1) of `array` → row and column of the image.
+    """
+
+    array: NDArray[np.floating]
+    affine: NDArray[np.float64] | None
+    image: str
+    sop_instance_uids: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
     """One coded answer of the network: how probable, what that means, what it rests on.
 
-    ``shapley`` holds each modality's exact share of the log-odds ("image", "values", "text").
+    ``shapley`` holds each modality's exact share of the log-odds ("image", "values", "text"), ``attributions`` that of each
+    used value and text by its name. ``is_atypical``: the study is unlike those the network learned from.
     """
 
     name: str
@@ -197,6 +233,9 @@ class Finding:
     threshold: float
     verdict: Verdict
     shapley: Mapping[str, float] = field(default_factory=dict)
+    attributions: Mapping[str, float] = field(default_factory=dict)
+    is_atypical: bool = False
+    saliency: tuple[Saliency, ...] = field(default=(), compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +282,7 @@ class Header:
     Texts are decoded (Specific Character Set), stripped of padding and control characters. Dates
     are YYYYMMDD or '', times HHMMSS.FFFFFF (or a prefix) or ''; ``timezone_offset`` is ±HHMM or ''.
     The three instance UIDs are 1-64 characters of digits and dots; the patient ID is never empty.
+    ``slice_mm`` is 0 where unknown.
     """
 
     sop_class_uid: str
@@ -260,6 +300,8 @@ class Header:
     body_part: str = ""
     series_description: str = ""
     number_of_frames: int = 1
+    orientation: Orientation = ""
+    slice_mm: float = 0.0
 
 
 class Received(Enum):

@@ -1,10 +1,12 @@
-"""What one prediction may be made from: one series of the study, and the record as it stood at the study.
+"""What one prediction may be made from: a series of the study for each image, and the record as it stood at the study.
 
 ::
 
-    study ──▶ suitable_series ──▶ the one with most instances
-    record ─▶ per wanted code: latest usable observation in (study − look-back, study] ─▶ value or text
-                                                          └─ none, unit unknown, implausible ─▶ missing, and why
+    study ──▶ each image's suitable_series ──▶ the one with most instances that serves no other image
+          └─▶ age, sex, descriptions
+    record ─▶ per wanted code: latest usable observation in [study − look-back, study + horizon] ─▶ value or text
+          │                                              └─ none, unit unknown, implausible ─▶ missing, and why
+          └─▶ per history: every usable observation in [study − its look-back, study], oldest first
 
 Pure functions of what they are given. Not here: tensors (infer.py), the join of record and study (store/records.py).
 A wrong value is worse than none: a newer result that cannot be used is never replaced by an older one.
@@ -13,92 +15,41 @@ A wrong value is worse than none: a newer result that cannot be used is never re
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from datetime import timedelta
-from typing import Final, Literal, Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import date, datetime, timedelta
+from typing import Final, Protocol
 
-from worker.domain import Code, Inputs, Observation, PatientRecord, Series, Study, UsedText, UsedValue
+from models.spec import Code as WantedCode
+from models.spec import ImageSpec, RecordRule, TextSpec, ValueSpec
+from worker.domain import Code, Inputs, Observation, PatientRecord, Series, Study, UsedHistory, UsedText, UsedValue
 from worker.errors import NoSuitableSeries
 
 #: HL7 table 0085, best first. Within one key a correction replaces a final result, a withdrawal replaces both
 #: unless corrected; only C and F may be used.
 _STATUS_RANK: Final = {"C": 0, "D": 1, "W": 1, "X": 1, "F": 2}
 _USABLE: Final = frozenset({"F", "C"})
+_NO_RECORD: Final = "no patient record"
 
-
-class CodeLike(Protocol):
-    """A coded concept of any origin; `models` has its own, for it may not know the worker."""
-
-    @property
-    def value(self) -> str: ...  # noqa: D102
-    @property
-    def scheme(self) -> str: ...  # noqa: D102
-    @property
-    def meaning(self) -> str: ...  # noqa: D102
-
-
-class SeriesRule(Protocol):
-    """Which series will do; an empty tuple allows any. `exclude_descriptions` are parts of words, case ignored."""
-
-    @property
-    def kind(self) -> Literal["volume", "radiograph"]: ...  # noqa: D102
-    @property
-    def modalities(self) -> tuple[str, ...]: ...  # noqa: D102
-    @property
-    def body_parts(self) -> tuple[str, ...]: ...  # noqa: D102
-    @property
-    def exclude_descriptions(self) -> tuple[str, ...]: ...  # noqa: D102
-    @property
-    def views(self) -> tuple[str, ...]: ...  # noqa: D102
-    @property
-    def min_instances(self) -> int: ...  # noqa: D102
-    @property
-    def required(self) -> int: ...  # noqa: D102
-
-
-class TextWanted(Protocol):
-    """A kind of text, under any of its codes."""
-
-    @property
-    def name(self) -> str: ...  # noqa: D102
-    @property
-    def code(self) -> CodeLike: ...  # noqa: D102
-    @property
-    def synonyms(self) -> tuple[CodeLike, ...]: ...  # noqa: D102
-
-
-class ValueWanted(TextWanted, Protocol):
-    """A laboratory value: `conversions` maps a foreign unit to its factor, `plausible` is in `unit` (UCUM)."""
-
-    @property
-    def unit(self) -> str: ...  # noqa: D102
-    @property
-    def conversions(self) -> Mapping[str, float]: ...  # noqa: D102
-    @property
-    def plausible(self) -> tuple[float, float]: ...  # noqa: D102
-
-
-class RecordRule(Protocol):
-    """What is wanted of the record, and how old it may be."""
-
-    @property
-    def look_back_h(self) -> float: ...  # noqa: D102
-    @property
-    def values(self) -> tuple[ValueWanted, ...]: ...  # noqa: D102
-    @property
-    def texts(self) -> tuple[TextWanted, ...]: ...  # noqa: D102
+#: LOINC codes that demographics answer.
+AGE: Final = ("30525-0", "LN")
+SEX: Final = ("46098-0", "LN")
+_SEXES: Final = {"F": 1.0, "M": 0.0}
+#: UCUM's year, "a".
+_DAYS_A_YEAR: Final = 365.25
+#: Nobody of whom it is proven grew older than 122; a birth date says more when its century is mistyped.
+_OLDEST_YEARS: Final = 125
 
 
 class Spec(Protocol):
     """What a bundle asks for; `models.bundle.Bundle` is one."""
 
     @property
-    def series(self) -> SeriesRule: ...  # noqa: D102
+    def images(self) -> Sequence[ImageSpec]: ...  # noqa: D102
     @property
     def record(self) -> RecordRule: ...  # noqa: D102
 
 
-def suitable_series(study: Study, rule: SeriesRule) -> tuple[Series, ...]:
+def suitable_series(study: Study, rule: ImageSpec) -> tuple[Series, ...]:
     """Return the series that fit `rule`, best first: most instances, then the smaller series UID."""
     fitting = [s for s in study.series if not _misfit(s, rule)]
     return tuple(sorted(fitting, key=lambda s: (-len(s.instances), s.series_instance_uid)))
@@ -107,60 +58,126 @@ def suitable_series(study: Study, rule: SeriesRule) -> tuple[Series, ...]:
 def select_inputs(study: Study, record: PatientRecord | None, spec: Spec) -> Inputs:
     """Choose what the prediction of `study` is made from.
 
-    Nothing drawn or written after ``study.study_at``, or more than the look-back before it, is ever used. The order
-    of the record's observations does not matter.
+    Nothing drawn or written later than the horizon after ``study.study_at``, or earlier than the look-back before it, is
+    ever used, and no point of a history that is later than the study. The order of the record's observations does not
+    matter. Age (in years of 365.25 days, as of the study) and sex (1 female, 0 male) come from the study's demographics,
+    else from the record's, before any observation under their codes.
 
     Raises
     ------
     NoSuitableSeries
-        Fewer series fit the bundle's rule than it needs; the sentence says how each one falls short.
+        An image the bundle requires has no series, or none has; the sentence says how each series falls short.
     """
-    fitting = suitable_series(study, spec.series)
-    if len(fitting) < spec.series.required:
-        reasons = sorted({_misfit(s, spec.series) for s in study.series} - {""})
-        raise NoSuitableSeries(
-            f"{spec.series.required} suitable series needed, {len(fitting)} of {len(study.series)} fit"
-            + (f": {'; '.join(reasons)}." if reasons else ".")
-        )
-    values: list[UsedValue] = []
-    texts: list[UsedText] = []
-    missing: list[tuple[Code, str]] = []
+    series = _choose(study, spec.images)
+    rule = spec.record
     known = _standing(record.observations) if record else ()
-    for value_wanted in spec.record.values:
-        value = _value(_candidates(known, study, value_wanted, spec.record.look_back_h), value_wanted)
+    horizon = study.study_at + timedelta(hours=rule.horizon_h)
+    recent = _within(known, study.study_at - timedelta(hours=rule.look_back_h), horizon)
+    before = _within(known, study.study_at - timedelta(hours=rule.history_h), study.study_at)
+    missing: list[tuple[Code, str]] = []
+    values: list[UsedValue] = []
+    for value_wanted in rule.values:
+        value = _value(study, record, recent, value_wanted)
         if isinstance(value, UsedValue):
             values.append(value)
         else:
             missing.append((_code(value_wanted.code), value))
-    for text_wanted in spec.record.texts:
-        text = _text(_candidates(known, study, text_wanted, spec.record.look_back_h), text_wanted)
+    histories: list[UsedHistory] = []
+    for value_wanted in rule.histories:
+        history = _history(study, before, value_wanted)
+        if history.points:
+            histories.append(history)
+        elif _code(value_wanted.code) not in (code for code, _ in missing):
+            missing.append((_code(value_wanted.code), "no usable result in time" if record else _NO_RECORD))
+    texts: list[UsedText] = []
+    for text_wanted in rule.texts:
+        text = _of_images(study, series, text_wanted) if text_wanted.attribute else _text(record, recent, text_wanted)
         if isinstance(text, UsedText):
             texts.append(text)
         else:
             missing.append((_code(text_wanted.code), text))
     return Inputs(
-        series=fitting[0],
+        series=series,
         values=tuple(values),
         texts=tuple(texts),
         missing=tuple(code for code, _ in missing),
         record_found=record is not None,
-        missing_causes=tuple(cause if record else "no patient record" for _, cause in missing),
+        missing_causes=tuple(cause for _, cause in missing),
+        histories=tuple(histories),
+        missing_images=tuple(image.name for image in spec.images if image.name not in series),
     )
 
 
-def _misfit(series: Series, rule: SeriesRule) -> str:
-    """Why `series` does not fit, or ''. The words of a description may name a person: they are not repeated."""
-    description = series.description.lower()
+# --- images --------------------------------------------------------------------------------------
+
+
+def _choose(study: Study, images: Sequence[ImageSpec]) -> dict[str, Series]:
+    """The best series that is still free, for each image in turn."""
+    chosen: dict[str, Series] = {}
+    for image in images:
+        taken = {one.series_instance_uid for one in chosen.values()}
+        free = next((one for one in suitable_series(study, image) if one.series_instance_uid not in taken), None)
+        if free is not None:
+            chosen[image.name] = free
+        elif image.required:
+            raise NoSuitableSeries(_lack(study, image, taken=taken, is_only=len(images) == 1))
+    if not chosen:
+        raise NoSuitableSeries(" ".join(_lack(study, image, taken=set(), is_only=len(images) == 1) for image in images))
+    return chosen
+
+
+def _lack(study: Study, image: ImageSpec, *, taken: set[str], is_only: bool) -> str:
+    fitting = [one.series_instance_uid for one in suitable_series(study, image)]
+    reasons = sorted({_misfit(one, image) for one in study.series} - {""})
+    if any(uid in taken for uid in fitting):
+        reasons.append("the series that fits serves another image")
+    return (
+        ("" if is_only else f"Image {image.name!r}: ")
+        + f"1 suitable series needed, {len(fitting)} of {len(study.series)} fit"
+        + (f": {'; '.join(reasons)}." if reasons else ".")
+    )
+
+
+def _misfit(series: Series, rule: ImageSpec) -> str:
+    """Why `series` does not fit, or ''. What a series does not say of itself is no reason, but for its modality and description."""
     if rule.modalities and series.modality not in rule.modalities:
         return f"modality {series.modality or 'unknown'} is not {' or '.join(rule.modalities)}"
     # Body Part Examined is optional (PS3.3 §C.7.3.1): an absent one is no reason to refuse.
     if rule.body_parts and series.body_part and series.body_part.upper() not in rule.body_parts:
         return f"body part is not {' or '.join(rule.body_parts)}"
-    if word := next((w for w in rule.exclude_descriptions if w.lower() in description), ""):
-        return f"the series description holds the excluded word {word!r}"
+    if reason := _misnamed(series.description.casefold(), rule) or _misplaced(series, rule):
+        return reason
     if len(series.instances) < rule.min_instances:
         return f"{len(series.instances)} instances are fewer than {rule.min_instances}"
     return ""
+
+
+def _misnamed(description: str, rule: ImageSpec) -> str:
+    """Why a description does not fit, or ''. Its words may name a person: only the rule's own are repeated."""
+    if word := next((w for w in rule.exclude_descriptions if w.casefold() in description), ""):
+        return f"the series description holds the excluded word {word!r}"
+    if rule.descriptions and not any(w.casefold() in description for w in rule.descriptions):
+        return f"the series description does not hold {' or '.join(map(repr, rule.descriptions))}"
+    return ""
+
+
+def _misplaced(series: Series, rule: ImageSpec) -> str:
+    if rule.orientation and series.orientation and series.orientation != rule.orientation:
+        return f"orientation {series.orientation} is not {rule.orientation}"
+    if rule.slice_mm and series.slice_mm and not rule.slice_mm[0] <= series.slice_mm <= rule.slice_mm[1]:
+        return f"slices of {series.slice_mm:g} mm are not within {rule.slice_mm[0]:g} to {rule.slice_mm[1]:g} mm"
+    return ""
+
+
+def _of_images(study: Study, series: dict[str, Series], wanted: TextSpec) -> UsedText | str:
+    """The text of an attribute of the images: the study's, or that of the first image's series."""
+    text = study.description if wanted.attribute == "StudyDescription" else next(iter(series.values())).description
+    if not text.strip():
+        return f"the images have no {wanted.attribute}"
+    return UsedText(name=wanted.name, code=_code(wanted.code), text=text, at=study.study_at, source="images")
+
+
+# --- the record ----------------------------------------------------------------------------------
 
 
 def _standing(observations: Iterable[Observation]) -> tuple[Observation, ...]:
@@ -183,31 +200,50 @@ def _rank(one: Observation) -> tuple[object, ...]:
     return (_STATUS_RANK.get(one.status, 3), -one.at.timestamp(), numeric, one.comparator, one.unit, one.text, one.source, one.key)
 
 
-def _candidates(known: Iterable[Observation], study: Study, wanted: TextWanted, look_back_h: float) -> Iterator[Observation]:
-    """Usable observations under the wanted codes, drawn in time; the best is the smallest by `_latest`."""
+def _within(known: Iterable[Observation], first: datetime, last: datetime) -> list[Observation]:
+    return [one for one in known if one.status in _USABLE and first <= one.at <= last]
+
+
+def _candidates(known: Iterable[Observation], wanted: TextSpec | ValueSpec) -> Iterator[Observation]:
+    """Observations under the wanted codes; the best is the smallest by `_latest`."""
     codes = {(c.scheme, c.value) for c in (wanted.code, *wanted.synonyms)}
-    first = study.study_at - timedelta(hours=look_back_h)
-    for one in known:
-        if (one.code.scheme, one.code.value) in codes and one.status in _USABLE and first <= one.at <= study.study_at:
-            yield one
+    return (one for one in known if (one.code.scheme, one.code.value) in codes)
 
 
-def _latest(one: Observation, wanted: TextWanted) -> tuple[object, ...]:
+def _latest(one: Observation, wanted: TextSpec | ValueSpec) -> tuple[object, ...]:
     primary = (one.code.scheme, one.code.value) == (wanted.code.scheme, wanted.code.value)
     return (-one.at.timestamp(), one.status != "C", not primary, *_rank(one))
 
 
-def _value(candidates: Iterable[Observation], wanted: ValueWanted) -> UsedValue | str:
-    """The latest value in the wanted unit, or why there is none."""
-    latest = min(candidates, key=lambda one: _latest(one, wanted), default=None)
+def _value(study: Study, record: PatientRecord | None, recent: Iterable[Observation], wanted: ValueSpec) -> UsedValue | str:
+    """The latest value in the wanted unit, or why there is none; demographics answer first where they are asked for."""
+    told = _demographics(study, record, wanted)
+    if isinstance(told, UsedValue):
+        return told
+    latest = min(_candidates(recent, wanted), key=lambda one: _latest(one, wanted), default=None)
     if latest is None:
-        return "no result in time"
-    if latest.value is None or not math.isfinite(latest.value):
+        return told or ("no result in time" if record else _NO_RECORD)
+    return _used(latest, study, wanted)
+
+
+def _history(study: Study, before: Iterable[Observation], wanted: ValueSpec) -> UsedHistory:
+    """Every usable value, oldest first. Of several at one time only that counts which would be the latest value's."""
+    best: dict[datetime, Observation] = {}
+    for one in _candidates(before, wanted):
+        if one.at not in best or _latest(one, wanted) < _latest(best[one.at], wanted):
+            best[one.at] = one
+    tried = (_used(best[at], study, wanted) for at in sorted(best))
+    return UsedHistory(wanted.name, _code(wanted.code), tuple(point for point in tried if isinstance(point, UsedValue)))
+
+
+def _used(one: Observation, study: Study, wanted: ValueSpec) -> UsedValue | str:
+    """Return `one` in the wanted unit, or why it cannot be used."""
+    if one.value is None or not math.isfinite(one.value):
         return "the latest result is not a number"
-    factor = 1.0 if latest.unit == wanted.unit else wanted.conversions.get(latest.unit)
+    factor = 1.0 if one.unit == wanted.unit else wanted.conversions.get(one.unit)
     if factor is None:
-        return f"the latest result is in {latest.unit or 'no unit'}, which does not convert to {wanted.unit}"
-    value = latest.value * factor
+        return f"the latest result is in {one.unit or 'no unit'}, which does not convert to {wanted.unit}"
+    value = one.value * factor
     low, high = wanted.plausible
     if not low <= value <= high:
         return f"the latest result is not plausible (outside {low:g} to {high:g} {wanted.unit})"
@@ -215,21 +251,54 @@ def _value(candidates: Iterable[Observation], wanted: ValueWanted) -> UsedValue 
         name=wanted.name,
         code=_code(wanted.code),
         value=value,
-        comparator=latest.comparator,
+        comparator=one.comparator,
         unit=wanted.unit,
-        at=latest.at,
-        source=latest.source,
+        at=one.at,
+        source=one.source,
+        age_h=(study.study_at - one.at).total_seconds() / 3600,
     )
 
 
-def _text(candidates: Iterable[Observation], wanted: TextWanted) -> UsedText | str:
+def _text(record: PatientRecord | None, recent: Iterable[Observation], wanted: TextSpec) -> UsedText | str:
     """The latest text with words in it, or why there is none."""
-    written = (one for one in candidates if one.text.strip())
+    written = (one for one in _candidates(recent, wanted) if one.text.strip())
     latest = min(written, key=lambda one: _latest(one, wanted), default=None)
     if latest is None:
-        return "no text in time"
+        return "no text in time" if record else _NO_RECORD
     return UsedText(name=wanted.name, code=_code(wanted.code), text=latest.text, at=latest.at, source=latest.source)
 
 
-def _code(code: CodeLike) -> Code:
+# --- demographics --------------------------------------------------------------------------------
+
+
+def _demographics(study: Study, record: PatientRecord | None, wanted: ValueSpec) -> UsedValue | str:
+    """Age or sex as a value, or why it is not known; '' when something else is wanted."""
+    code = (wanted.code.value, wanted.code.scheme)
+    people = (study.patient, record.patient) if record else (study.patient,)
+    if code == AGE:
+        value = _age(next((one.birth_date for one in people if one.birth_date), ""), study.study_at)
+        unit, unknown = "a", "no plausible birth date"
+    elif code == SEX:
+        value = _SEXES.get(next((one.sex for one in people if one.sex), ""))
+        unit, unknown = wanted.unit, "the sex is neither female nor male, or not known"
+    else:
+        return ""
+    if value is None:
+        return unknown
+    return _used(Observation(_code(wanted.code), study.study_at, value, unit=unit, source="demographics"), study, wanted)
+
+
+def _age(birth_date: str, at: datetime) -> float | None:
+    """Years, to two digits, from YYYYMMDD to `at`; None for no such day, one after `at`, or an age nobody reaches."""
+    try:
+        born = date.fromisoformat(f"{birth_date[:4]}-{birth_date[4:6]}-{birth_date[6:8]}")
+    except ValueError:
+        return None
+    days = (at.date() - born).days
+    years = round(max(0, days) / _DAYS_A_YEAR, 2)
+    # `at` is UTC: east of it a child born this morning has tomorrow's date.
+    return years if days >= -1 and years <= _OLDEST_YEARS else None
+
+
+def _code(code: WantedCode) -> Code:
     return Code(value=code.value, scheme=code.scheme, meaning=code.meaning)

@@ -2,7 +2,7 @@
 
 ::
 
-    lease → gather → load → predict → report → settle
+    lease → gather → load → predict → explain → report → settle
 
 A `Case` walks the line. Each stage fills its fields and touches nothing else. A stage that fails leaves
 its error on the case; later stages pass it by. What becomes of it is decided once, in `settle`, by the
@@ -19,13 +19,14 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
 
+from models.bundle import Bundle
 from worker import __version__, events, volume
 from worker.decoding import DecoderPool
-from worker.domain import Code, Document, Finding, Inputs, Job, Patient, Study
+from worker.domain import Code, Document, Finding, Inputs, Job, Patient, PatientRecord, Study, Volume
 from worker.errors import NoSuitableSeries, PatientConflict, RecordPending, Reject, Retry, Snooze, Superseded, Unanalysable, WorkerError
-from worker.infer import Model, Prepared
+from worker.infer import Model, Place, Prepared, places
 from worker.inputs import select_inputs
-from worker.ops.log import places
+from worker.ops.log import places as places_of
 from worker.report.sr import Algorithm, build_report
 from worker.store import documents, queue, records, studies
 from worker.store.database import Connection, Store
@@ -57,8 +58,8 @@ class Case:
     predecessor: Document | None = None
     inputs: Inputs | None = None
     prepared: Prepared | None = None
-    #: SOP Instance UIDs of what `prepared` was made of.
-    loaded: frozenset[str] = frozenset()
+    #: What `prepared` was made of, by image name.
+    places: Mapping[str, Place] = field(default_factory=dict)
     findings: tuple[Finding, ...] = ()
     report: Document | None = None
     input_sha256: str = ""
@@ -74,7 +75,8 @@ def process(line: Line, jobs: Sequence[Job]) -> list[Case]:
     cases = [Case(job) for job in jobs]
     cases = each(line, gather, cases)  # rows: study, record, what the network will be given
     cases = each(line, load, cases)  # files: one series → Volume, LPS mm → the network's tensors
-    cases = together(line, cases)  # the network: one pass per shape group
+    cases = together(line, cases)  # the network: one pass per bundle
+    cases = each(line, explain, cases)  # why: each value's share, a map of each image
     cases = each(line, report, cases)  # SR: checked by building it
     return [settle(line, case) for case in cases]  # one transaction each
 
@@ -100,7 +102,7 @@ def gather(line: Line, case: Case) -> Case:
     job, model = case.job, line.models[case.job.bundle]
     with line.store.read() as conn:
         study = studies.load(conn, job.study_id, root=line.instances)
-        record = records.view(conn, study.patient.key, as_of=study.study_at)
+        record = record_of(conn, study, model.bundle)
         earlier = documents.predecessor(conn, job.study_id, bundle=job.bundle, before_version=job.input_version)
     case = replace(case, study=study, predecessor=earlier)
     if study.hold:
@@ -112,7 +114,7 @@ def gather(line: Line, case: Case) -> Case:
     if study.version > job.input_version:
         raise Superseded(f"Version {study.version} of the study is queued.")
     try:
-        inputs = select_inputs(study, record, model.spec)
+        inputs = select_inputs(study, record, model.bundle)
     except NoSuitableSeries as exc:  # no record would change that: the report need not wait for one
         return replace(case, error=exc)
     if record is None and study.completed_at is not None:
@@ -120,6 +122,11 @@ def gather(line: Line, case: Case) -> Case:
         if left > timedelta():
             raise RecordPending("The patient's record has not arrived yet.", delay_s=left.total_seconds())
     return replace(case, inputs=inputs)
+
+
+def record_of(conn: Connection, study: Study, bundle: Bundle) -> PatientRecord | None:
+    """The patient's record as of the study's time, or a little later if the bundle allows it."""
+    return records.view(conn, study.patient.key, as_of=study.study_at + timedelta(hours=bundle.record.horizon_h))
 
 
 def _conflict(images: Patient, record: Patient) -> str:
@@ -132,12 +139,20 @@ def _conflict(images: Patient, record: Patient) -> str:
 
 
 def load(line: Line, case: Case) -> Case:
-    """Read the chosen series into one regular volume or radiograph, and that into tensors: a batch of volumes would fill the memory."""
+    """Read each chosen series into a regular volume or a radiograph, and those into tensors: a batch of volumes would fill the memory."""
     assert case.inputs is not None  # noqa: S101  gather filled it
     model = line.models[case.job.bundle]
-    rule = model.bundle.series
-    read = volume.load(case.inputs.series, kind=rule.kind, views=rule.views, pool=line.decoders)
-    return replace(case, prepared=model.prepare(read, case.inputs), loaded=frozenset(read.sop_instance_uids))
+    read = load_images(model.bundle, case.inputs, line.decoders)
+    return replace(case, prepared=model.prepare(read, case.inputs), places=places(model.bundle, read))
+
+
+def load_images(bundle: Bundle, inputs: Inputs, pool: DecoderPool) -> dict[str, Volume]:
+    """The chosen series as volumes or radiographs, by image name."""
+    return {
+        spec.name: volume.load(inputs.series[spec.name], kind=spec.kind, views=spec.views, pool=pool)
+        for spec in bundle.images
+        if spec.name in inputs.series
+    }
 
 
 def together(line: Line, cases: Sequence[Case]) -> list[Case]:
@@ -158,9 +173,21 @@ def together(line: Line, cases: Sequence[Case]) -> list[Case]:
             answers = [exc] * len(ready)
         share = (time.perf_counter() - started) / len(ready)
         for (index, _), answer in zip(ready, answers, strict=True):
-            case = replace(done[index], prepared=None, seconds={**done[index].seconds, "predict": share})
+            case = replace(done[index], seconds={**done[index].seconds, "predict": share})
             done[index] = replace(case, error=answer) if isinstance(answer, Exception) else replace(case, findings=answer)
     return done
+
+
+def explain(line: Line, case: Case) -> Case:
+    """Say what the findings rest on; a finding that cannot be explained is still reported."""
+    assert case.prepared is not None  # noqa: S101  load filled it
+    model = line.models[case.job.bundle]
+    try:
+        findings = model.explain(case.prepared, case.findings, case.places)
+    except Exception as exc:  # noqa: BLE001  the findings stand without
+        events.emit("explanation.failed", job=case.job.id, study=case.job.study_id, reason=type(exc).__name__, places=places_of(exc))
+        findings = case.findings
+    return replace(case, findings=findings, prepared=None)
 
 
 def report(line: Line, case: Case) -> Case:
@@ -170,9 +197,11 @@ def report(line: Line, case: Case) -> Case:
     bundle = model.bundle
     failure = str(case.error) if case.error is not None else ""
     # Without a chosen series all that the bundle could have taken was looked at, never a report of our own that came back.
-    looked_at = [case.inputs.series] if case.inputs else [s for s in study.series if s.modality in bundle.series.modalities]
+    modalities = {modality for image in bundle.images for modality in image.modalities}
+    looked_at = list(case.inputs.series.values()) if case.inputs else [s for s in study.series if s.modality in modalities]
     # A volume may leave localizers out.
-    analysed = tuple(i for s in looked_at for i in s.instances if not case.loaded or i.sop_instance_uid in case.loaded)
+    loaded = {uid for place in case.places.values() for uid in place.sop_instance_uids}
+    analysed = tuple(i for s in looked_at for i in s.instances if not loaded or i.sop_instance_uid in loaded)
     input_sha256 = digest(model.digest, case.inputs, [(i.sop_instance_uid, i.sha256) for i in analysed], failure)
     algorithm = Algorithm(
         name=model.name,
@@ -208,6 +237,11 @@ def digest(bundle: str, inputs: Inputs | None, instances: Sequence[tuple[str, st
         facts["lacking"] = sorted((code.scheme, code.value) for code in inputs.missing)
         facts["values"] = sorted(
             (v.code.scheme, v.code.value, v.comparator, v.value, v.unit, v.at.isoformat(), v.source) for v in inputs.values
+        )
+        facts["histories"] = sorted(
+            (h.code.scheme, h.code.value, p.comparator, p.value, p.unit, p.at.isoformat(), p.source)
+            for h in inputs.histories
+            for p in h.points
         )
         facts["texts"] = sorted(
             (t.code.scheme, t.code.value, hashlib.sha256(t.text.encode()).hexdigest(), t.at.isoformat(), t.source) for t in inputs.texts
@@ -297,7 +331,7 @@ def _verdict(conn: Connection, case: Case, error: Exception, facts: dict[str, ob
             queue.discard(conn, job, error=error, now=now)
             return "job.discarded"
     if not isinstance(error, Retry):
-        facts["places"] = places(error)
+        facts["places"] = places_of(error)
     return "job.retried" if queue.retry(conn, job, error=error, now=now) else "job.discarded"
 
 

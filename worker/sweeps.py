@@ -38,7 +38,11 @@ def scheduler(config: Config, store: Store, spool: Spool) -> BackgroundScheduler
     from worker.intake import assembly
 
     wants = [
-        assembly.Wants(bundle.name, frozenset(bundle.series.modalities), bundle.series.min_instances * bundle.series.required)
+        assembly.Wants(
+            bundle.name,
+            frozenset(modality for image in bundle.images for modality in image.modalities),
+            sum(image.min_instances for image in bundle.images if image.required),
+        )
         for bundle in read_bundles(config)
     ]
     limit_s = config.assembly.incomplete_limit_s

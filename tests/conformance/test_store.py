@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+import io
 import threading
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
-from worker.domain import ROUTINE, STAT, Code, Header, Job, Observation, Patient, PatientKey, Received, RecordUpdate
+from worker.domain import (
+    ROUTINE,
+    STAT,
+    Code,
+    Document,
+    Finding,
+    Header,
+    Job,
+    Observation,
+    Patient,
+    PatientKey,
+    Received,
+    RecordUpdate,
+    Saliency,
+)
 from worker.errors import PeerRefused, PeerUnavailable
 from worker.intake import assembly
-from worker.store import history, queue, records, schema, studies
+from worker.store import documents, history, queue, records, schema, studies
 from worker.store.database import DatabaseUnavailable, Store
 from worker.store.group import GroupCommit
 
@@ -414,6 +431,60 @@ def test_a_study_is_as_old_as_its_oldest_image(store: Store) -> None:
             insert(conn, header(number + 1), study_at=study_at)
     with store.read() as conn:
         assert studies.find(conn, "2.25.1")[0][1].study_at == NOW - HOUR
+
+
+def test_a_series_is_of_the_plane_and_the_slices_of_its_first_image(store: Store) -> None:
+    add(store, replace(header(1), orientation="coronal", slice_mm=1.25))
+    add(store, replace(header(2), orientation="axial", slice_mm=5.0))
+    add(store, replace(header(3), series_instance_uid="2.25.1.200"))
+    with store.read() as conn:
+        parts = studies.find(conn, "2.25.1")[0][1].series
+    assert [(one.orientation, one.slice_mm, len(one.instances)) for one in parts] == [("coronal", 1.25, 2), ("", 0.0, 1)]
+
+
+def test_findings_come_back_as_they_were_added_with_their_saliency(store: Store) -> None:
+    complete_study(store)
+    (job,) = lease(store)
+    rng = np.random.default_rng(0)
+    volume = Saliency(rng.random((4, 6, 5)).astype(np.float16), rng.random((4, 4)), "thin", ("2.25.1.1", "2.25.1.2"))
+    radiograph = Saliency(rng.random((7, 3), np.float32), None, "frontal", ())
+    told = (
+        Finding("a", Code("1", "99X", "A"), 0.9, 0.5, "positive", {"image": 0.5}, {"crp": 1.25, "note": -0.5}, True, (volume, radiograph)),
+        Finding("b", Code("2", "99X", "B"), 0.1, 0.5, "negative"),
+    )
+    report = Document("2.25.9", "1.2.840.10008.5.1.4.1.1.88.34", "sr", b"dicom")
+    with store.begin() as conn:
+        added = documents.add(conn, job, report=report, findings=told, input_sha256="", failure="", now=NOW)
+        again = documents.add(conn, job, report=report, findings=told, input_sha256="", failure="", now=NOW)
+    with store.read() as conn:
+        found = documents.findings(conn, added)
+        ((_, listed),) = documents.of_study(conn, job.study_id)
+    assert again == added
+    assert found == told
+    assert [one.name for one in listed] == ["a", "b"]
+    assert found[1].saliency == ()
+    for one, other in zip(found[0].saliency, told[0].saliency, strict=True):
+        assert (one.image, one.sop_instance_uids, one.array.dtype) == (other.image, other.sop_instance_uids, other.array.dtype)
+        assert np.array_equal(one.array, other.array)
+        assert one.affine is other.affine is None or np.array_equal(np.asarray(one.affine), np.asarray(other.affine))
+
+
+def test_saliency_that_would_need_a_pickle_is_refused_both_ways(store: Store) -> None:
+    complete_study(store)
+    (job,) = lease(store)
+    evil = Saliency(np.array([object()]), None, "thin", ())
+    one = Finding("a", Code("1", "99X", "A"), 0.9, 0.5, "positive", saliency=(evil,))
+    report = Document("2.25.9", "1.2.840.10008.5.1.4.1.1.88.34", "sr", b"dicom")
+    with pytest.raises(ValueError, match="allow_pickle=False"), store.begin() as conn:
+        documents.add(conn, job, report=report, findings=[one], input_sha256="", failure="", now=NOW)
+    out = io.BytesIO()
+    arrays: dict[str, Any] = {"0.array": np.array([object()])}
+    np.savez(out, **arrays)
+    with store.begin() as conn:
+        added = documents.add(conn, job, report=report, findings=[replace(one, saliency=())], input_sha256="", failure="", now=NOW)
+        conn.execute(sa.update(schema.finding).values(saliency=out.getvalue()))
+    with pytest.raises(ValueError, match="allow_pickle=False"), store.read() as conn:
+        documents.findings(conn, added)
 
 
 @pytest.mark.requirement("R8")

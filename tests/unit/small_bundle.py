@@ -24,9 +24,15 @@ authors = ["Tests"]
 research_use = true
 procedure = ["25045-6", "LN", "CT unspecified body region"]
 
-[series]
+[[images]]
+name = "image"
 kind = "volume"
 modalities = ["CT"]
+size = [12, 10, 8]
+spacing_mm = [2, 2, 3]
+window_hu = [-1000, 400]
+grid = 2
+channels = [4, 8]
 
 [record]
 wait_s = 1
@@ -64,11 +70,6 @@ threshold = 0.5
 temperature = 1.0
 
 [network]
-image_size = [12, 10, 8]
-spacing_mm = [2, 2, 3]
-window_hu = [-1000, 400]
-image_grid = 2
-channels = [4, 8]
 width = 16
 heads = 2
 layers = 1
@@ -100,14 +101,11 @@ def studies(bundle: Bundle, n: int, *, seed: int = 0) -> list[Labeled]:
     result = []
     for index in range(n):
         ill = int(rng.integers(2))
-        values = {"crp": (float(np.exp(rng.normal(5 if ill else 1, 0.5))), ""), "ph": (7.4, "<")}
-        numbers, signs, mask = value_tensors(values, bundle.record.values)
+        values = {"crp": (float(np.exp(rng.normal(5 if ill else 1, 0.5))), "", 2.0), "ph": (7.4, "<", 1.0)}
         sample = {
             "image": torch.from_numpy(rng.random((1, 12, 10, 8), dtype=np.float32)),
             "image_mask": torch.tensor(True),
-            "numbers": numbers,
-            "signs": signs,
-            "number_mask": mask,
+            **value_tensors(values, bundle.record.values),
             "words": text_ids("a short note about nothing" if index % 3 else "", bundle.network),
         }
         rare = float("nan") if index % 4 else float(ill)

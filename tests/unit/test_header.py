@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pydicom
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
@@ -96,6 +98,72 @@ def test_values_that_are_not_what_they_should_be_read_as_unknown() -> None:
         "",
         1,
     )
+
+
+@pytest.mark.parametrize("is_implicit", [False, True])
+@pytest.mark.parametrize(
+    ("spacing", "thickness", "slice_mm"), [(2.5, 5, 2.5), (None, 5, 5.0), ("", 1.25, 1.25), (0, 3, 3.0), (None, None, 0.0)]
+)
+def test_the_distance_of_slices_comes_before_their_thickness(
+    is_implicit: bool, spacing: object, thickness: object, slice_mm: float
+) -> None:
+    told: dict[str, Any] = {"SpacingBetweenSlices": spacing, "SliceThickness": thickness}
+    ds = slice_of(**{keyword: value for keyword, value in told.items() if value is not None})
+    assert header_of(ds, is_implicit=is_implicit).slice_mm == slice_mm
+
+
+@pytest.mark.parametrize(
+    ("row", "column", "expected"),
+    [
+        ((1, 0, 0), (0, 1, 0), "axial"),
+        ((-1, 0, 0), (0, 1, 0), "axial"),
+        ((1, 0, 0), (0, 0, -1), "coronal"),
+        ((0, 1, 0), (0, 0, -1), "sagittal"),
+        ((0, -1, 0), (0, 0, 1), "sagittal"),
+    ],
+)
+def test_an_image_along_the_patients_axes_is_of_the_plane_known(row: tuple[int, ...], column: tuple[int, ...], expected: str) -> None:
+    assert header_of(slice_of(ImageOrientationPatient=[*row, *column])).orientation == expected
+
+
+@given(st.floats(0, 89), st.sampled_from([0, 1, 2]), st.sampled_from([1, 2]), st.floats(0, 360))
+def test_the_plane_is_that_of_the_axis_within_30_degrees_of_the_normal(tilt_deg: float, axis: int, step: int, turn_deg: float) -> None:
+    """However the image is turned in its plane; between the axes it is of none."""
+    normal, aside = np.eye(3)[axis], np.eye(3)[(axis + step) % 3]
+    third = np.cross(normal, aside)
+    tilt, turn = np.deg2rad(tilt_deg), np.deg2rad(turn_deg)
+    leaning = np.cos(tilt) * aside - np.sin(tilt) * normal
+    row, column = np.cos(turn) * leaning + np.sin(turn) * third, np.cos(turn) * third - np.sin(turn) * leaning
+    raw = "\\".join(f"{value:.6f}" for value in (*row, *column)).encode()
+    assume(min(abs(tilt_deg - 30), abs(tilt_deg - 60)) > 0.01)
+    near = axis if tilt_deg < 30 else (axis + step) % 3
+    expected = "" if 30 < tilt_deg < 60 else ("sagittal", "coronal", "axial")[near]
+    assert read_header(with_raw(slice_of(), {0x00200037: raw + b" " * (len(raw) % 2)}), EXPLICIT).orientation == expected
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"", b"axial ", b"1\\0\\0\\0\\1", b"1\\0\\0\\0\\1\\0\\0", b"1\\0\\0\\0\\1\\nan", b"1\\0\\0\\0\\1\\", b"1\\0\\0\\0\\1\\1e99",
+        b"0\\0\\0\\0\\0\\0", b"2\\0\\0\\0\\2\\0", b"1\\0\\0\\1\\0\\0", b"1\\0\\0\\0\\1\\0\0 0", b"1\\0\\0\\0\\1\\\xb2 ", b"1" * 5000,
+    ],
+)  # fmt: skip
+def test_a_malformed_orientation_is_none_and_never_refused(raw: bytes) -> None:
+    assert read_header(with_raw(slice_of(), {0x00200037: raw}), EXPLICIT).orientation == ""
+
+
+@pytest.mark.parametrize(
+    "raw", [b"", b"-2", b"0 ", b"thin", b"nan ", b"inf ", b"1e999 ", b"1\\2 ", b"1_0 ", b"1\0000", b"\xb2 ", b"9" * 5000]
+)
+def test_a_malformed_distance_of_slices_is_unknown_and_never_refused(raw: bytes) -> None:
+    assert read_header(with_raw(slice_of(), {0x00180088: raw, 0x00180050: raw}), EXPLICIT).slice_mm == 0
+
+
+@given(st.binary(max_size=80), st.sampled_from([0x00180050, 0x00180088, 0x00200037]))
+def test_no_value_of_the_geometry_escapes_as_an_error(raw: bytes, tag: int) -> None:
+    header = read_header(with_raw(slice_of(), {tag: raw}), EXPLICIT)
+    assert header.orientation in ("", "axial", "coronal", "sagittal")
+    assert 0 <= header.slice_mm < float("inf")
 
 
 @pytest.mark.requirement("R11")
@@ -215,7 +283,18 @@ def test_real_files_read_as_pydicom_reads_them(shared: Path) -> None:
         assert header.patient.name == str(ds.get("PatientName", "")).strip()
         assert header.study_instance_uid == ds.StudyInstanceUID
         assert header.series_description == str(ds.get("SeriesDescription") or "").strip()
+        assert header.slice_mm == float(ds.get("SpacingBetweenSlices") or ds.get("SliceThickness") or 0)
+        assert header.orientation == plane_of(ds)
     assert compared > 300
+
+
+def plane_of(ds: Dataset) -> str:
+    """The plane by another way: the angle between the normal and each axis."""
+    if not ds.get("ImageOrientationPatient"):
+        return ""
+    cosines = np.array(ds.ImageOrientationPatient, float).reshape(2, 3)
+    degrees = np.rad2deg(np.arccos(np.clip(abs(np.cross(*cosines)), 0, 1)))
+    return ("sagittal", "coronal", "axial")[int(degrees.argmin())] if degrees.min() <= 30 else ""
 
 
 def test_sequences_of_defined_length_are_stepped_over() -> None:

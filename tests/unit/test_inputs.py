@@ -1,84 +1,67 @@
-"""What a prediction may be made from: never a value of after the study, never a stale one for a newer one."""
+"""What a prediction may be made from: never a value of after the horizon, never a stale one for a newer one."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
+from dataclasses import dataclass, replace
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from models import spec as bundle_spec
 from models.bundle import Bundle
-from worker.domain import Code, Instance, Observation, Patient, PatientKey, PatientRecord, Series, Study
+from models.spec import ImageSpec, RecordRule, TextSpec, ValueSpec
+from worker.domain import Code, Instance, Observation, Patient, PatientKey, PatientRecord, Series, Study, UsedValue
 from worker.errors import NoSuitableSeries
 from worker.inputs import Spec, select_inputs, suitable_series
 
 STUDY_AT = datetime(2026, 3, 4, 12, tzinfo=UTC)
 CRP, CRP_OTHER, NOTE = Code("1988-5", "LN", "CRP"), Code("CRP", "L", "CRP, local"), Code("34109-9", "LN", "Note")
+AGE, SEX = Code("30525-0", "LN", "Age"), Code("46098-0", "LN", "Sex")
 PATIENT = Patient(PatientKey("TEST", "T-1"))
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """A value or text a bundle may ask for."""
-
-    name: str
-    code: Code
-    synonyms: tuple[Code, ...] = ()
-    unit: str = "mg/L"
-    conversions: dict[str, float] = field(default_factory=lambda: {"mg/dL": 10.0})
-    plausible: tuple[float, float] = (0.0, 1000.0)
+def wanted_code(code: Code) -> bundle_spec.Code:
+    return bundle_spec.Code(code.value, code.scheme, code.meaning)
 
 
-@dataclass(frozen=True)
-class Rule:
-    """Which series will do."""
-
-    kind: Literal["volume", "radiograph"] = "volume"
-    modalities: tuple[str, ...] = ("CT",)
-    body_parts: tuple[str, ...] = ("CHEST",)
-    exclude_descriptions: tuple[str, ...] = ("scout",)
-    views: tuple[str, ...] = ()
-    min_instances: int = 2
-    required: int = 1
-
-
-@dataclass(frozen=True)
-class Record:
-    """What is wanted of the record."""
-
-    look_back_h: float = 24
-    values: tuple[Wanted, ...] = (Wanted("crp", CRP, (CRP_OTHER,)),)
-    texts: tuple[Wanted, ...] = (Wanted("note", NOTE),)
+IMAGE = ImageSpec("image", "volume", ("CT",), (8, 8, 8), body_parts=("CHEST",), exclude_descriptions=("scout",), min_instances=2)
+VALUE = ValueSpec("crp", wanted_code(CRP), "mg/L", (0.0, 1000.0), synonyms=(wanted_code(CRP_OTHER),), conversions={"mg/dL": 10.0})
+TEXT = TextSpec("note", wanted_code(NOTE))
+YEARS = ValueSpec("age", wanted_code(AGE), "a", (0.0, 120.0))
+FEMALE = ValueSpec("sex", wanted_code(SEX), "1", (0.0, 1.0))
+RECORD = RecordRule(wait_s=0, look_back_h=24, values=(VALUE,), texts=(TEXT,))
 
 
 @dataclass(frozen=True)
 class Asked:
     """A bundle, as far as inputs go."""
 
-    series: Rule = Rule()
-    record: Record = Record()
+    images: tuple[ImageSpec, ...] = (IMAGE,)
+    record: RecordRule = RECORD
 
 
 SPEC: Spec = Asked()
+#: Six hours after the study are allowed; histories reach two days back.
+WIDE: Spec = Asked(record=replace(RECORD, horizon_h=6, history_h=48, histories=(VALUE,)))
 
 
-def series(uid: str = "1.2.3", *, count: int = 5, **changes: str) -> Series:
+def series(uid: str = "1.2.3", *, count: int = 5, **changes: Any) -> Series:
     instances = tuple(Instance(f"{uid}.{n}", "1.2", "1.2.1", Path("x"), "", 1) for n in range(count))
-    return replace(Series(uid, "CT", "CHEST", "axial", instances), **changes)  # type: ignore[arg-type]
+    return replace(Series(uid, "CT", "CHEST", "axial", instances), **changes)
 
 
-def study(*found: Series) -> Study:
-    return Study("1.2", PATIENT, "A1", STUDY_AT, "", 1, found or (series(),))
+def study(*found: Series, patient: Patient = PATIENT, at: datetime = STUDY_AT, description: str = "") -> Study:
+    return Study("1.2", patient, "A1", at, description, 1, found or (series(),))
 
 
-def record(*observations: Observation) -> PatientRecord:
-    return PatientRecord(PATIENT, STUDY_AT + timedelta(days=9), observations)
+def record(*observations: Observation, patient: Patient = PATIENT) -> PatientRecord:
+    return PatientRecord(patient, STUDY_AT + timedelta(days=9), observations)
 
 
 def crp(hours_before: float, value: float | None = 5.0, **changes: object) -> Observation:
@@ -86,10 +69,20 @@ def crp(hours_before: float, value: float | None = 5.0, **changes: object) -> Ob
     return replace(Observation(code=CRP, at=at, value=value, unit="mg/L"), **changes)  # type: ignore[arg-type]
 
 
+def chosen(found: Study, *images: ImageSpec) -> dict[str, str]:
+    """The UIDs of the series by image name."""
+    return {name: one.series_instance_uid for name, one in select_inputs(found, None, Asked(images=images)).series.items()}
+
+
+def of_age(wanted: ValueSpec, birth_date: str, *, at: datetime = STUDY_AT) -> list[UsedValue]:
+    asked = Asked(record=replace(RECORD, values=(wanted,), texts=()))
+    return list(select_inputs(study(patient=replace(PATIENT, birth_date=birth_date), at=at), None, asked).values)
+
+
 observations = st.builds(
     Observation,
     code=st.sampled_from([CRP, CRP_OTHER, NOTE, Code("1988-5", "L", "another scheme")]),
-    at=st.integers(-40, 40).map(lambda hours: STUDY_AT + timedelta(hours=hours)),
+    at=st.integers(-60, 40).map(lambda hours: STUDY_AT + timedelta(hours=hours)),
     value=st.one_of(st.none(), st.floats(-10, 2000), st.just(float("nan"))),
     comparator=st.sampled_from(["", "<", ">="]),
     unit=st.sampled_from(["mg/L", "mg/dL", "g/L", ""]),
@@ -98,6 +91,7 @@ observations = st.builds(
     key=st.sampled_from(["", "a", "b"]),
     source=st.sampled_from(["m1", "m2"]),
 )
+specs = st.sampled_from([SPEC, WIDE])
 
 
 @given(st.lists(observations, max_size=12))
@@ -107,35 +101,61 @@ def test_nothing_of_after_the_study_or_before_the_look_back_is_ever_used(drawn: 
         assert STUDY_AT - timedelta(hours=24) <= at <= STUDY_AT
 
 
-@given(st.lists(observations, max_size=12).flatmap(lambda drawn: st.tuples(st.just(drawn), st.permutations(drawn))))
-def test_the_order_in_which_observations_arrived_does_not_matter(pair: tuple[list[Observation], list[Observation]]) -> None:
-    assert select_inputs(study(), record(*pair[0]), SPEC) == select_inputs(study(), record(*pair[1]), SPEC)
+@given(st.lists(observations, max_size=12))
+def test_nothing_of_after_the_horizon_is_ever_used_and_no_point_of_a_history_of_after_the_study(drawn: list[Observation]) -> None:
+    inputs = select_inputs(study(), record(*drawn), WIDE)
+    for at in (*(used.at for used in inputs.values), *(used.at for used in inputs.texts)):
+        assert STUDY_AT - timedelta(hours=24) <= at <= STUDY_AT + timedelta(hours=6)
+    for history in inputs.histories:
+        assert all(STUDY_AT - timedelta(hours=48) <= point.at <= STUDY_AT for point in history.points)
+
+
+@given(st.lists(observations, max_size=12).flatmap(lambda drawn: st.tuples(st.just(drawn), st.permutations(drawn))), specs)
+def test_the_order_in_which_observations_arrived_does_not_matter(pair: tuple[list[Observation], list[Observation]], spec: Spec) -> None:
+    assert select_inputs(study(), record(*pair[0]), spec) == select_inputs(study(), record(*pair[1]), spec)
+
+
+@given(st.lists(observations, max_size=12), specs)
+def test_every_wanted_thing_is_either_used_or_missing_with_a_cause(drawn: list[Observation], spec: Spec) -> None:
+    inputs = select_inputs(study(), record(*drawn), spec)
+    used_codes = {u.code for u in inputs.values} | {u.code for u in inputs.texts} | {u.code for u in inputs.histories}
+    assert used_codes | set(inputs.missing) == {CRP, NOTE}
+    assert len(set(inputs.missing)) == len(inputs.missing) == len(inputs.missing_causes)
+    assert all(inputs.missing_causes)
+    points = [point for history in inputs.histories for point in history.points]
+    assert all(0 <= used.value <= 1000 and used.unit == "mg/L" for used in (*inputs.values, *points))
+
+
+@given(st.lists(observations, max_size=8), observations, specs)
+def test_what_is_learned_after_the_horizon_changes_no_input(drawn: list[Observation], late: Observation, spec: Spec) -> None:
+    late = replace(late, at=STUDY_AT + timedelta(hours=spec.record.horizon_h, minutes=1), key="")
+    assert select_inputs(study(), record(*drawn, late), spec) == select_inputs(study(), record(*drawn), spec)
 
 
 @given(st.lists(observations, max_size=12))
-def test_every_wanted_thing_is_either_used_or_missing_with_a_cause(drawn: list[Observation]) -> None:
-    inputs = select_inputs(study(), record(*drawn), SPEC)
-    used_codes = [*(used.code for used in inputs.values), *(used.code for used in inputs.texts)]
-    assert sorted(code.value for code in (*used_codes, *inputs.missing)) == ["1988-5", "34109-9"]
-    assert len(inputs.missing_causes) == len(inputs.missing)
-    assert all(inputs.missing_causes)
-    assert all(0 <= used.value <= 1000 and used.unit == "mg/L" for used in inputs.values)
-
-
-@given(st.lists(observations, max_size=8), observations)
-def test_what_is_learned_after_the_study_changes_no_input(drawn: list[Observation], late: Observation) -> None:
-    late = replace(late, at=STUDY_AT + timedelta(minutes=1), key="")
-    assert select_inputs(study(), record(*drawn, late), SPEC) == select_inputs(study(), record(*drawn), SPEC)
+def test_each_point_of_a_history_is_what_would_be_the_latest_value_of_a_study_at_its_time(drawn: list[Observation]) -> None:
+    """One rule for both: units, plausibility, corrections and which of two results of one minute counts."""
+    inputs = select_inputs(study(), record(*drawn), WIDE)
+    for point in (point for history in inputs.histories for point in history.points):
+        (used,) = select_inputs(study(at=point.at), record(*drawn), SPEC).values
+        assert replace(used, age_h=point.age_h) == point
 
 
 def test_the_latest_of_several_draws_is_used() -> None:
     (used,) = select_inputs(study(), record(crp(9, 1.0), crp(2, 2.0), crp(5, 3.0), crp(-1, 4.0)), SPEC).values
-    assert (used.value, used.at) == (2.0, STUDY_AT - timedelta(hours=2))
+    assert (used.value, used.at, used.age_h) == (2.0, STUDY_AT - timedelta(hours=2), 2.0)
 
 
 def test_a_value_drawn_at_the_very_second_of_the_study_is_used_and_a_second_later_is_not() -> None:
     assert select_inputs(study(), record(crp(0)), SPEC).values
     assert not select_inputs(study(), record(crp(-1 / 3600)), SPEC).values
+
+
+def test_a_horizon_lets_later_values_and_texts_in_and_their_age_is_negative() -> None:
+    written = replace(crp(-5, None), code=NOTE, text="after")
+    inputs = select_inputs(study(), record(crp(2, 1.0), crp(-6, 2.0), written), WIDE)
+    assert [(used.value, used.age_h) for used in inputs.values] == [(2.0, -6.0)]
+    assert [used.text for used in inputs.texts] == ["after"]
 
 
 def test_a_synonym_counts_and_is_reported_under_the_bundles_own_code() -> None:
@@ -177,27 +197,142 @@ def test_a_correction_replaces_its_result_and_a_withdrawal_removes_it() -> None:
     assert select_inputs(study(), record(final, withdrawn, corrected), SPEC).values[0].value == 2.0
 
 
+def test_a_history_holds_every_usable_point_oldest_first_in_the_wanted_unit() -> None:
+    drawn = (crp(1, 4.0), crp(30, 1.0), crp(47, 0.6, unit="mg/dL", comparator="<"), crp(20, 2.0, code=CRP_OTHER))
+    unusable = (crp(49, 9.0), crp(-1, 9.0), crp(5, 5000.0), crp(6, 9.0, unit="nmol/L"), crp(7, None), crp(8, 9.0, status="P"))
+    (history,) = select_inputs(study(), record(*drawn, *unusable), WIDE).histories
+    assert (history.name, history.code) == ("crp", CRP)
+    assert [(point.age_h, point.value, point.comparator) for point in history.points] == [
+        (47, 6, "<"),
+        (30, 1, ""),
+        (20, 2, ""),
+        (1, 4, ""),
+    ]
+    assert {(point.unit, point.code) for point in history.points} == {("mg/L", CRP)}
+
+
+def test_a_corrected_point_of_a_history_is_there_once_and_a_withdrawn_one_is_not() -> None:
+    final, corrected = crp(3, 1.0, key="k"), crp(3, 2.0, key="k", status="C")
+    gone = (crp(5, 9.0, key="g"), crp(5, 9.0, key="g", status="W"))
+    (history,) = select_inputs(study(), record(final, *gone, corrected), WIDE).histories
+    assert [point.value for point in history.points] == [2.0]
+
+
+@pytest.mark.parametrize("is_reversed", [False, True])
+def test_of_two_results_of_one_minute_a_history_takes_the_one_the_latest_value_would_be(is_reversed: bool) -> None:
+    drawn = [crp(3, 1.0), crp(3, 2.0, code=CRP_OTHER), crp(3, 3.0, status="C"), crp(9, 4.0), crp(9, 9.0, unit="nmol/L", status="C")]
+    inputs = select_inputs(study(), record(*(reversed(drawn) if is_reversed else drawn)), WIDE)
+    assert [point.value for history in inputs.histories for point in history.points] == [3.0] == [used.value for used in inputs.values]
+
+
+def test_a_history_without_a_point_is_missing_and_named_once() -> None:
+    inputs = select_inputs(study(), record(), WIDE)
+    assert (inputs.histories, inputs.missing) == ((), (CRP, NOTE))
+    only = Asked(record=replace(RECORD, values=(), texts=(), histories=(VALUE,), history_h=48))
+    assert select_inputs(study(), record(crp(60)), only).missing_causes == ("no usable result in time",)
+
+
 def test_the_latest_text_with_words_in_it_is_used() -> None:
     notes = [replace(crp(h, None), code=NOTE, text=t) for h, t in ((8, "old"), (4, "new"), (1, "  "))]
     (used,) = select_inputs(study(), record(*notes), SPEC).texts
     assert used.text == "new"
 
 
+@pytest.mark.parametrize("kind", ["variants", "expression"])
+def test_genomic_texts_are_chosen_like_notes(kind: Literal["variants", "expression"]) -> None:
+    wanted = replace(TEXT, kind=kind, genes=("TP53",) if kind == "expression" else ())
+    notes = [replace(crp(h, None), code=NOTE, text=t) for h, t in ((8, "TP53=1"), (4, "TP53=2"))]
+    (used,) = select_inputs(study(), record(*notes), Asked(record=replace(RECORD, texts=(wanted,)))).texts
+    assert used.text == "TP53=2"
+
+
+def test_descriptions_of_the_images_are_texts_with_or_without_a_record() -> None:
+    texts = (replace(TEXT, name="order", attribute="StudyDescription"), replace(TEXT, name="made", attribute="SeriesDescription"))
+    asked = Asked(record=replace(RECORD, texts=texts))
+    found = study(series("1.9", count=9, description="thin"), series("1.1", description="thick"), description="Thorax, cough")
+    for known in (None, record(replace(crp(3, None), code=NOTE, text="of the record"))):
+        used = select_inputs(found, known, asked).texts
+        assert [(one.name, one.text, one.at) for one in used] == [("order", "Thorax, cough", STUDY_AT), ("made", "thin", STUDY_AT)]
+    inputs = select_inputs(study(series(description=" ")), None, asked)
+    assert inputs.missing_causes == ("no patient record", "the images have no StudyDescription", "the images have no SeriesDescription")
+
+
 def test_a_study_without_a_record_has_every_wanted_value_missing() -> None:
-    inputs = select_inputs(study(), None, SPEC)
+    inputs = select_inputs(study(), None, WIDE)
     assert not inputs.record_found
     assert inputs.missing == (CRP, NOTE)
     assert inputs.missing_causes == ("no patient record", "no patient record")
 
 
+# --- demographics --------------------------------------------------------------------------------
+
+
+@given(st.dates(date(1920, 1, 1), date(2026, 3, 4)))
+def test_an_age_is_the_years_between_birth_and_study(born: date) -> None:
+    (used,) = of_age(YEARS, f"{born:%Y%m%d}")
+    birthdays = 2026 - born.year - ((born.month, born.day) > (3, 4))
+    assert birthdays - 0.01 <= used.value <= birthdays + 1
+    assert (used.name, used.code, used.unit, used.at, used.source, used.age_h) == ("age", AGE, "a", STUDY_AT, "demographics", 0)
+
+
+@pytest.mark.parametrize(("birth_date", "years"), [("19560304", 70.0), ("20250304", 1.0), ("20251203", 0.25), ("20260304", 0.0)])
+def test_ages_known_by_heart(birth_date: str, years: float) -> None:
+    (used,) = of_age(YEARS, birth_date)
+    assert used.value == years
+
+
+def test_an_age_in_months_is_converted_like_any_value() -> None:
+    (used,) = of_age(replace(YEARS, unit="mo", conversions={"a": 12.0}, plausible=(0, 1500)), "20250304")
+    assert (used.value, used.unit) == (12.0, "mo")
+
+
+def test_a_child_born_on_the_studys_local_day_is_not_refused_where_that_is_tomorrow_in_utc() -> None:
+    assert [used.value for used in of_age(YEARS, "20260305", at=datetime(2026, 3, 4, 22, tzinfo=UTC))] == [0.0]
+
+
+@pytest.mark.parametrize("birth_date", ["", "20260306", "18500101", "20261301", "1970", "1970-01-01", "unknown"])
+def test_an_unknown_or_implausible_birth_date_is_no_age(birth_date: str) -> None:
+    assert of_age(YEARS, birth_date) == []
+
+
+def test_an_age_that_the_bundle_does_not_believe_is_missing() -> None:
+    assert of_age(replace(YEARS, plausible=(18, 60)), "19560304") == []
+
+
+@pytest.mark.parametrize(("sex", "values"), [("F", [1.0]), ("M", [0.0]), ("O", []), ("", [])])
+def test_sex_is_a_value_and_anything_but_female_and_male_is_missing(sex: str, values: list[float]) -> None:
+    asked = Asked(record=replace(RECORD, values=(FEMALE,), texts=()))
+    inputs = select_inputs(study(patient=replace(PATIENT, sex=sex)), None, asked)
+    assert [used.value for used in inputs.values] == values
+    assert inputs.missing == (() if values else (SEX,))
+    assert all("record" not in cause for cause in inputs.missing_causes)
+
+
+def test_the_images_demographics_come_before_the_records_and_both_before_observations() -> None:
+    asked = Asked(record=replace(RECORD, values=(YEARS, FEMALE), texts=()))
+    ours = replace(PATIENT, birth_date="19560304", sex="F")
+    theirs = replace(PATIENT, birth_date="19860304", sex="M")
+    observed = (crp(1, 20.0, code=AGE, unit="a"), crp(1, 0.5, code=SEX, unit="1"))
+
+    def values(images: Patient, of_record: Patient) -> list[float]:
+        return [used.value for used in select_inputs(study(patient=images), record(*observed, patient=of_record), asked).values]
+
+    assert values(ours, theirs) == [70.0, 1.0]
+    assert values(PATIENT, theirs) == [40.0, 0.0]
+    assert values(PATIENT, PATIENT) == [20.0, 0.5]
+
+
+# --- images --------------------------------------------------------------------------------------
+
+
 def test_of_the_fitting_series_the_largest_is_taken_then_the_smaller_uid() -> None:
     found = study(series("1.9", count=3), series("1.5", count=8), series("1.4", count=8), series("1.1", count=9, modality="SR"))
-    assert [s.series_instance_uid for s in suitable_series(found, Rule())] == ["1.4", "1.5", "1.9"]
-    assert select_inputs(found, None, SPEC).series.series_instance_uid == "1.4"
+    assert [s.series_instance_uid for s in suitable_series(found, IMAGE)] == ["1.4", "1.5", "1.9"]
+    assert chosen(found, IMAGE) == {"image": "1.4"}
 
 
 def test_a_series_that_does_not_say_its_body_part_is_not_refused_for_it() -> None:
-    assert select_inputs(study(series(body_part="")), None, SPEC).series.body_part == ""
+    assert select_inputs(study(series(body_part="")), None, SPEC).series["image"].body_part == ""
 
 
 def test_a_study_of_nothing_suitable_is_refused_with_the_reasons_and_no_words_of_its_descriptions() -> None:
@@ -211,16 +346,109 @@ def test_a_study_of_nothing_suitable_is_refused_with_the_reasons_and_no_words_of
         select_inputs(found, None, SPEC)
     for reason in ("modality MR is not CT", "body part is not CHEST", "excluded word 'scout'", "1 instances are fewer than 2"):
         assert reason in str(caught.value)
+    assert str(caught.value).startswith("1 suitable series needed, 0 of 4 fit: ")
     assert "Sentinel" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fitting", "misfit", "reason"),
+    [
+        (
+            {"descriptions": ("lung", "THORAX")},
+            {"description": "Thorax 1.0"},
+            {"description": "Mrs Sentinel"},
+            "not hold 'lung' or 'THORAX'",
+        ),
+        ({"descriptions": ("lung",)}, {"description": "LUNGS"}, {"description": ""}, "not hold 'lung'"),
+        ({"orientation": "axial"}, {"orientation": "axial"}, {"orientation": "coronal"}, "orientation coronal is not axial"),
+        ({"orientation": "axial"}, {"orientation": ""}, {"orientation": "sagittal"}, "orientation sagittal is not axial"),
+        ({"slice_mm": (0.5, 2.0)}, {"slice_mm": 2.0}, {"slice_mm": 5.0}, "slices of 5 mm are not within 0.5 to 2 mm"),
+        ({"slice_mm": (0.5, 2.0)}, {"slice_mm": 0.0}, {"slice_mm": 0.3}, "slices of 0.3 mm are not within 0.5 to 2 mm"),
+    ],
+)
+def test_each_rule_on_series_takes_what_fits_and_what_says_nothing_and_gives_its_reason(
+    changes: dict[str, Any], fitting: dict[str, Any], misfit: dict[str, Any], reason: str
+) -> None:
+    rule = replace(IMAGE, **changes)
+    assert chosen(study(series("1.1", count=9, **misfit), series("1.2", **fitting)), rule) == {"image": "1.2"}
+    with pytest.raises(NoSuitableSeries) as caught:
+        chosen(study(series(**misfit)), rule)
+    assert reason in str(caught.value)
+    assert "Sentinel" not in str(caught.value)
+
+
+THIN = replace(IMAGE, name="thin", slice_mm=(0.0, 2.0))
+THICK = replace(IMAGE, name="thick", slice_mm=(3.0, 9.0), required=False)
+
+
+def test_each_image_gets_its_own_series_in_the_bundles_order() -> None:
+    found = study(series("1.1", slice_mm=5.0), series("1.2", slice_mm=1.0), series("1.3", slice_mm=1.0, count=9))
+    assert list(chosen(found, THICK, THIN).items()) == [("thick", "1.1"), ("thin", "1.3")]
+
+
+def test_a_series_serves_one_image_only() -> None:
+    other = replace(THIN, name="other")
+    found = study(series("1.1", count=9), series("1.2"))
+    assert chosen(found, THIN, other) == {"thin": "1.1", "other": "1.2"}
+    with pytest.raises(NoSuitableSeries, match=r"Image 'other': 1 suitable series needed, 1 of 1 fit: the series that fits serves another"):
+        chosen(study(series()), THIN, other)
+
+
+def test_an_optional_image_without_a_series_is_left_out_and_named() -> None:
+    inputs = select_inputs(study(series(slice_mm=1.0)), None, Asked(images=(THICK, THIN)))
+    assert (list(inputs.series), inputs.missing_images) == (["thin"], ("thick",))
+
+
+def test_a_required_image_without_a_series_is_named_where_there_are_several() -> None:
+    with pytest.raises(NoSuitableSeries, match=r"^Image 'thin': 1 suitable series needed, 0 of 1 fit: slices of 5 mm"):
+        chosen(study(series(slice_mm=5.0)), THICK, THIN)
+
+
+def test_a_study_without_any_image_is_refused_even_if_none_is_required() -> None:
+    with pytest.raises(NoSuitableSeries, match=r"Image 'thick': .* Image 'thin': "):
+        chosen(study(series(modality="MR")), THICK, replace(THIN, required=False))
+
+
+kinds = st.builds(
+    series,
+    st.sampled_from([f"1.{n}" for n in range(6)]),
+    count=st.integers(1, 4),
+    slice_mm=st.sampled_from([0.0, 1.0, 5.0]),
+    description=st.sampled_from(["", "lung", "scout"]),
+)
+
+
+@given(
+    st.lists(kinds, max_size=6, unique_by=lambda one: one.series_instance_uid).flatmap(lambda s: st.tuples(st.just(s), st.permutations(s)))
+)
+def test_images_never_share_a_series_fit_their_rules_and_do_not_depend_on_the_order_of_arrival(
+    pair: tuple[list[Series], list[Series]],
+) -> None:
+    images = (replace(THIN, required=False), THICK, replace(IMAGE, name="any", required=False))
+    found = [replace(study(), series=tuple(one)) for one in pair]
+    try:
+        inputs = select_inputs(found[0], None, Asked(images=images))
+    except NoSuitableSeries:
+        assert not any(suitable_series(found[0], image) for image in images)
+        return
+    assert inputs == select_inputs(found[1], None, Asked(images=images))
+    uids = [one.series_instance_uid for one in inputs.series.values()]
+    assert len(set(uids)) == len(uids)
+    assert [*inputs.series, *inputs.missing_images] == sorted([image.name for image in images], key=lambda name: name not in inputs.series)
+    for image in images:
+        fitting = suitable_series(found[0], image)
+        assert (
+            inputs.series[image.name] in fitting if image.name in inputs.series else {s.series_instance_uid for s in fitting} <= set(uids)
+        )
 
 
 def test_a_bundle_is_a_spec_as_it_stands() -> None:
     bundle = Bundle.read(Path(__file__).parents[2] / "models" / "bundles" / "phantom", verify=False)
-    chosen = select_inputs(study(series(count=20)), record(crp(3, 12.0)), bundle)
-    assert [used.name for used in chosen.values] == ["crp"]
-    assert len(chosen.missing) == 4
+    inputs = select_inputs(study(series(count=20)), record(crp(3, 12.0)), bundle)
+    assert [used.name for used in inputs.values] == ["crp"]
+    assert len(inputs.missing) == 4
 
 
 def test_choosing_inputs_needs_no_torch() -> None:
-    code = "import sys, worker.inputs; sys.exit('torch' in sys.modules or 'models' in sys.modules)"
+    code = "import sys, worker.inputs; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode == 0

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from models.bundle import Bundle, Code, InvalidBundleError, settle_weights
+from models.bundle import Bundle, InvalidBundleError, settle
+from models.spec import Code
 from tests.unit import small_bundle
+
+
+def temperatures(ill: float, rare: float) -> dict[str, dict[str, float]]:
+    return {"ill": {"temperature": ill}, "rare": {"temperature": rare}}
+
 
 SHIPPED = Path(__file__).parents[2] / "models" / "bundles"
 
@@ -43,7 +50,7 @@ def test_every_value_arrives_as_its_type(tmp_path: Path) -> None:
     assert bundle.record.values[0].conversions == {"mg/dL": 10.0}
     assert bundle.record.values[1].plausible == (6.5, 8.0)
     assert bundle.findings[1].negative_below is None
-    assert bundle.network.spacing_mm == (2.0, 2.0, 3.0)
+    assert bundle.images[0].spacing_mm == (2.0, 2.0, 3.0)
     assert bundle.modalities == ("image", "values", "text")
 
 
@@ -63,9 +70,14 @@ def test_every_value_arrives_as_its_type(tmp_path: Path) -> None:
         ("negative_below = 0.4", "negative_below = 0.7", "must not exceed threshold"),
         ('name = "rare"', 'name = "ill"', "names must differ"),
         ("heads = 2", "heads = 3", "divide by heads"),
-        ("image_size = [12, 10, 8]", "image_size = [12, 10]", "image_size needs"),
+        ("size = [12, 10, 8]", "size = [12, 10]", "images image: size needs"),
         ("window_hu = [-1000, 400]\n", "", "spacing_mm and window_hu"),
         ('file = "weights.safetensors"', 'file = "../weights.safetensors"', "plain file name"),
+        ('name = "image"', 'name = "words"', "none of the record's modalities"),
+        ('name = "image"', 'name = "image"\nlike = "other"', "like must name an earlier image"),
+        ('name = "image"', 'name = "image"\nrequired = false', "one must be required"),
+        ("width = 16", 'width = 16\nfusion = "single:sound"', "'sound' is none of image, values, text"),
+        ("width = 16", 'width = 16\ntext = "bert"', "network.bert must name a folder"),
         ("[bundle]", "[bundel]", r"no \[bundle\] table"),
         ("[bundle]", "[bundle", "cannot be read"),
     ],
@@ -83,7 +95,7 @@ def test_weights_that_were_changed_or_removed_are_refused(tmp_path: Path) -> Non
     with pytest.raises(InvalidBundleError, match=r"has no weights\.safetensors"):
         Bundle.read(folder)
     (folder / "weights.safetensors").write_bytes(b"one")
-    settle_weights(folder, sha256=hashlib.sha256(b"one").hexdigest(), temperatures={"ill": 1, "rare": 1})
+    settle(folder, temperatures(1, 1), sha256=hashlib.sha256(b"one").hexdigest())
     (folder / "weights.safetensors").write_bytes(b"two")
     with pytest.raises(InvalidBundleError, match="has sha256"):
         Bundle.read(folder)
@@ -95,7 +107,7 @@ def test_the_digest_changes_with_metadata_and_with_weights(tmp_path: Path) -> No
     for raw in (b"one", b"two"):
         (folder / "weights.safetensors").write_bytes(raw)
         sha256 = hashlib.sha256(raw).hexdigest()
-        digests.add(settle_weights(folder, sha256=sha256, temperatures={"ill": 1, "rare": 1}).digest)
+        digests.add(settle(folder, temperatures(1, 1), sha256=sha256).digest)
     (folder / "bundle.toml").write_text((folder / "bundle.toml").read_text("utf-8").replace("0.6", "0.65"), "utf-8")
     digests.add(Bundle.read(folder).digest)
     assert len(digests) == 4
@@ -104,6 +116,31 @@ def test_the_digest_changes_with_metadata_and_with_weights(tmp_path: Path) -> No
 def test_settling_new_weights_keeps_comments_and_sets_each_findings_temperature(tmp_path: Path) -> None:
     folder = small_bundle.write(tmp_path, "# a comment\n" + small_bundle.TOML)
     (folder / "weights.safetensors").write_bytes(b"w")
-    bundle = settle_weights(folder, sha256=hashlib.sha256(b"w").hexdigest(), temperatures={"ill": 1.5, "rare": 0.5})
+    bundle = settle(folder, temperatures(1.5, 0.5), sha256=hashlib.sha256(b"w").hexdigest())
     assert [f.temperature for f in bundle.findings] == [1.5, 0.5]
     assert (folder / "bundle.toml").read_text("utf-8").startswith("# a comment")
+
+
+def test_numbers_that_a_finding_did_not_have_are_written_below_its_threshold(tmp_path: Path) -> None:
+    folder = small_bundle.write(tmp_path)
+    bundle = settle(folder, {"rare": {"negative_below": 0.25, "alpha": 0.1}})
+    assert [(f.negative_below, f.alpha) for f in bundle.findings] == [(0.4, 0.0), (0.25, 0.1)]
+
+
+def test_weights_in_another_format_are_never_opened(tmp_path: Path) -> None:
+    folder = small_bundle.write(tmp_path)
+    raw = pickle.dumps({"a": 1})
+    (folder / "weights.safetensors").write_bytes(raw)
+    bundle = settle(folder, {}, sha256=hashlib.sha256(raw).hexdigest())
+    with pytest.raises(InvalidBundleError, match=r"weights\.safetensors of bundle small is no safetensors file"):
+        bundle.tensors()
+
+
+def test_the_digest_changes_with_the_files_of_a_language_model(tmp_path: Path) -> None:
+    folder = small_bundle.write(tmp_path, small_bundle.TOML.replace("width = 16", 'width = 16\ntext = "bert"\nbert = "bert"'))
+    (folder / "bert").mkdir()
+    digests = set()
+    for words in ("[PAD]", "[PAD]\nfever"):
+        (folder / "bert" / "vocab.txt").write_text(words, "utf-8")
+        digests.add(Bundle.read(folder, verify=False).digest)
+    assert len(digests) == 2

@@ -1,9 +1,14 @@
-"""Training learns what is there, forgets what is not labeled, and does the same thing twice."""
+"""Training learns what is there, forgets what is not labeled, goes on where it was killed, and does the same thing twice."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -11,12 +16,29 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
+from torch import Tensor
 
 from models.bundle import Bundle
-from models.evaluation import assign_folds, auroc, by_modality, out_of_fold
-from models.training import Labeled, fit, fit_temperatures, predict, save_fit, split_groups, step_loss
+from models.network import FusionNetwork
+from models.saving import save_fit
+from models.table import digest
+from models.training import (
+    Fit,
+    Labeled,
+    cache_tokens,
+    embeddings,
+    fit,
+    fit_temperatures,
+    masked_loss,
+    predict,
+    pretrain,
+    split_groups,
+    step_loss,
+)
 from models.transforms import collate
 from tests.unit import small_bundle
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -33,19 +55,34 @@ def bundle(tmp_path: Path) -> Bundle:
     return Bundle.read(small_bundle.write(tmp_path / "small"), verify=False)
 
 
+@pytest.fixture
+def frozen(bundle: Bundle) -> Bundle:
+    return with_training(bundle, stages="frozen", fusion_epochs=2, shift=0.1, contrast=0.2)
+
+
+def with_training(bundle: Bundle, **changes: object) -> Bundle:
+    return dataclasses.replace(bundle, training=dataclasses.replace(bundle.training, **changes))  # type: ignore[arg-type]
+
+
+def weights(result: Fit) -> str:
+    return digest(result.network.state_dict())
+
+
 def test_training_twice_with_one_seed_gives_the_same_bits(bundle: Bundle) -> None:
-    studies = small_bundle.studies(bundle, 24)
-    first, second, other = (fit(bundle, studies, seed=seed, epochs=2).network.state_dict() for seed in (1, 1, 2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert not all(torch.equal(first[name], other[name]) for name in first)
+    studies = small_bundle.studies(bundle, 16)
+    moving = with_training(bundle, shift=0.1)
+    first, second, other = (weights(fit(moving, studies, seed=seed, epochs=2)) for seed in (1, 1, 2))
+    assert first == second
+    assert first != other
 
 
 def test_a_network_learns_the_value_that_decides(bundle: Bundle) -> None:
-    result = fit(bundle, small_bundle.studies(bundle, 80), seed=0, epochs=12)
-    logits, labels = predict(result.network, small_bundle.studies(bundle, 60, seed=9))
-    assert auroc(logits[:, 0], labels[:, 0]) > 0.95
-    blind, _ = predict(result.network, small_bundle.studies(bundle, 60, seed=9), keep=("image", "text"))
-    assert auroc(blind[:, 0], labels[:, 0]) < 0.8
+    result = fit(bundle, small_bundle.studies(bundle, 80), seed=0, epochs=8)
+    others = small_bundle.studies(bundle, 60, seed=9)
+    logits, labels = predict(result.network, others)
+    assert roc_auc_score(labels[:, 0], logits[:, 0]) > 0.95
+    blind, _ = predict(result.network, others, keep=("image", "text"))
+    assert roc_auc_score(labels[:, 0], blind[:, 0]) < 0.8
 
 
 def test_what_fit_saves_is_what_a_bundle_loads(bundle: Bundle) -> None:
@@ -56,13 +93,213 @@ def test_what_fit_saves_is_what_a_bundle_loads(bundle: Bundle) -> None:
     assert settled.findings[0].temperature == pytest.approx(float(result.temperatures[0]), abs=1e-4)
 
 
+def test_a_fit_tells_what_it_held_out_and_how_it_went(bundle: Bundle) -> None:
+    """Conformal thresholds are set on the held-out studies: their logits must be the saved network's."""
+    studies = small_bundle.studies(bundle, 24)
+    result = fit(bundle, studies, seed=0, epochs=3)
+    _, held_out = split_groups(sorted(studies, key=lambda s: s.group), share=0.2, seed=0)
+    logits, labels = predict(result.network, held_out)
+    assert torch.equal(result.held_logits, logits)
+    assert torch.equal(result.held_labels.nan_to_num(9), labels.nan_to_num(9))
+    assert result.held_groups == tuple(s.group for s in held_out)
+    assert [row["epoch"] for row in result.history] == list(range(1, result.epochs + 1))
+    assert result.validation_loss == min(row["validation_loss"] for row in result.history)
+    assert result.validation_loss == pytest.approx(float(masked_loss(logits, labels)))
+    assert embeddings(result.network, studies[:3]).shape[0] == 3
+
+
 def test_a_study_without_a_label_moves_no_weight(bundle: Bundle) -> None:
-    studies = small_bundle.studies(bundle, 8)
-    network = fit(bundle, studies, seed=0, epochs=1).network
-    nothing = torch.full((8, 2), float("nan"))
-    quiet = dataclasses.replace(bundle.training, dropout=0.0)
-    loss = step_loss(network, collate([s.sample for s in studies]), nothing, quiet, torch.Generator().manual_seed(0))
+    network = FusionNetwork(bundle).eval()
+    tokens = network.encode(collate([s.sample for s in small_bundle.studies(bundle, 8)]))
+    nothing = torch.full((8, 2), torch.nan)
+    loss = step_loss(network, tokens, nothing, bundle.training, lambda *shape: torch.rand(8, *shape), weight=torch.ones(2))
+    loss.backward()  # type: ignore[no-untyped-call]
     assert loss.item() == 0
+    assert all(p.grad is None or not p.grad.any() for p in network.parameters())
+
+
+def test_a_positive_weighs_as_its_weight_says_and_an_unknown_label_nothing() -> None:
+    logits, labels = torch.tensor([[0.3, 2.0], [-0.5, 1.0]]), torch.tensor([[1.0, torch.nan], [0.0, 1.0]])
+    each = [
+        3 * torch.log1p(torch.exp(torch.tensor(-0.3))),
+        torch.log1p(torch.exp(torch.tensor(-0.5))),
+        torch.log1p(torch.exp(torch.tensor(-1.0))),
+    ]
+    assert masked_loss(logits, labels, weight=torch.tensor([3.0, 1.0])).item() == pytest.approx(float(sum(each)) / 3, rel=1e-5)
+
+
+def test_the_positives_weight_is_learned_of_the_training_part_and_one_turns_it_off(bundle: Bundle) -> None:
+    """A cap no class reaches changes nothing more; a cap of 1 is no weight."""
+    rare = [
+        dataclasses.replace(s, labels=torch.tensor([float(i % 8 < 2), torch.nan])) for i, s in enumerate(small_bundle.studies(bundle, 32))
+    ]
+    off, on, more = (weights(fit(with_training(bundle, positive_weight=cap), rare, seed=0, epochs=1)) for cap in (1.0, 10.0, 99.0))
+    assert off != on
+    assert on == more
+
+
+def test_what_lies_where_an_image_is_absent_moves_no_weight(bundle: Bundle) -> None:
+    def without_images(content: float) -> list[Labeled]:
+        absent = {"image": torch.full((1, 12, 10, 8), content), "image_mask": torch.tensor(False)}
+        return [
+            dataclasses.replace(s, sample=s.sample | (absent if i % 3 == 0 else {})) for i, s in enumerate(small_bundle.studies(bundle, 16))
+        ]
+
+    for stages in ("joint", "frozen"):
+        trained = with_training(bundle, stages=stages, contrast=0.1)
+        black, nothing = (fit(trained, without_images(content), seed=0, epochs=1) for content in (0.0, torch.nan))
+        assert weights(black) == weights(nothing)
+        assert all(t.isfinite().all() for t in nothing.network.state_dict().values())
+
+
+def test_frozen_stages_learn_the_images_first_and_never_touch_them_again(frozen: Bundle) -> None:
+    studies = small_bundle.studies(frozen, 24)
+    encoders = pretrain(frozen, studies, seed=3, epochs=2)
+    whole = fit(frozen, studies, seed=3, epochs=2)
+    assert digest(whole.network.images.state_dict()) == digest(encoders)
+    assert [row["stage"] for row in whole.history] == ["image:image"] * 2 + ["fusion"] * 2
+    assert all(p.requires_grad for p in whole.network.parameters())
+    fresh = FusionNetwork(frozen).images.state_dict()
+    assert digest(fresh) != digest(encoders)
+
+
+def test_many_heads_on_one_cache_are_as_if_each_had_trained_alone(frozen: Bundle) -> None:
+    studies = small_bundle.studies(frozen, 24)
+    encoders = pretrain(frozen, studies, seed=3, epochs=1)
+    cache = cache_tokens(frozen, studies, encoders, seed=3)
+    for fusion in ("tokens", "concat", "single:values"):
+        alone = fit(frozen, studies, seed=3, fusion=fusion, encoders=encoders)
+        shared = fit(frozen, studies, seed=3, fusion=fusion, tokens=cache)
+        assert weights(alone) == weights(shared)
+        assert shared.epochs <= frozen.training.fusion_epochs
+        from_images, from_cache = (predict(shared.network, studies, tokens=tokens)[0] for tokens in (None, cache))
+        assert torch.allclose(from_images, from_cache, atol=1e-5)
+    with pytest.raises(ValueError, match="of other studies, or of these in another order"):
+        fit(frozen, studies[::-1], seed=3, tokens=cache)
+
+
+def test_a_cache_holds_each_image_as_it_is_and_its_augmented_copies(frozen: Bundle) -> None:
+    studies = small_bundle.studies(frozen, 5)
+    encoders = FusionNetwork(frozen).images.state_dict()
+    first, again = (cache_tokens(frozen, studies, encoders, seed=0, copies=2).tokens["image"] for _ in range(2))
+    assert first.shape == (5, 3, 8, 16)
+    assert torch.equal(first, again)
+    network = FusionNetwork(frozen).eval()
+    network.images.load_state_dict(encoders)
+    plain = network.encode(collate([s.sample for s in studies]))["image"][0]
+    assert torch.allclose(first[:, 0], plain, atol=1e-6)
+    assert not torch.allclose(first[:, 1], first[:, 0], atol=1e-3)
+    assert not torch.allclose(first[:, 1], first[:, 2], atol=1e-3)
+
+
+class PowerCut(Exception):
+    """What a progress callback raises to end a run."""
+
+
+@pytest.mark.parametrize("stages", ["joint", "frozen"])
+def test_a_run_cut_off_after_any_epoch_goes_on_to_the_same_bits(bundle: Bundle, stages: str, tmp_path: Path) -> None:
+    moving = with_training(bundle, stages=stages, fusion_epochs=3, contrast=0.1)
+    studies = small_bundle.studies(bundle, 16)
+    whole = fit(moving, studies, seed=4)
+    folder = tmp_path / "run"
+    calls = 0
+
+    def cut(_epoch: int, _epochs: int, _loss: float) -> None:
+        nonlocal calls
+        calls += 1
+        raise PowerCut
+
+    for _ in range(9):
+        try:
+            resumed = fit(moving, studies, seed=4, folder=folder, progress=cut)
+            break
+        except PowerCut:
+            assert [file.name for file in folder.iterdir()] == ["checkpoint.pt"]
+    assert calls == len(whole.history), "each epoch was learned once"
+    assert weights(resumed) == weights(whole)
+    assert resumed.history == whole.history
+    assert not list(folder.iterdir()), "a run that is done leaves nothing to resume"
+
+
+def test_a_checkpoint_of_another_run_is_refused_and_says_of_what(bundle: Bundle, tmp_path: Path) -> None:
+    def cut(*_: object) -> None:
+        raise PowerCut
+
+    studies = small_bundle.studies(bundle, 8)
+    with pytest.raises(PowerCut):
+        fit(bundle, studies, seed=1, folder=tmp_path, progress=cut)
+    with pytest.raises(ValueError, match=r"other data; remove it"):
+        fit(bundle, studies[::-1], seed=1, folder=tmp_path)
+    with pytest.raises(ValueError, match=r"other bundle; remove it"):
+        fit(with_training(bundle, dropout=0.2), studies, seed=1, folder=tmp_path)
+    with pytest.raises(ValueError, match=r"other seed; remove it"):
+        fit(bundle, studies, seed=2, folder=tmp_path)
+    with pytest.raises(ValueError, match=r"other arguments; remove it"):
+        fit(bundle, studies, seed=1, epochs=2, folder=tmp_path)
+    (tmp_path / "checkpoint.pt").write_bytes(b"half a file")
+    with pytest.raises(ValueError, match=r"no checkpoint that can be read"):
+        fit(bundle, studies, seed=1, folder=tmp_path)
+
+
+#: A run in a process of its own: kill itself after an epoch, or write what each process came to.
+RUN = """
+import dataclasses, json, os, signal, sys
+from pathlib import Path
+import torch
+from models.bundle import Bundle
+from models.stages import processes
+from models.table import digest
+from models.training import fit
+from tests.unit import small_bundle
+
+torch.set_num_threads(1)
+folder, out, kill_after, changes = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
+bundle = Bundle.read(folder / "small", verify=False)
+bundle = dataclasses.replace(bundle, training=dataclasses.replace(bundle.training, **changes))
+
+
+def progress(epoch, epochs, loss):
+    if epoch == kill_after:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+result = fit(bundle, small_bundle.studies(bundle, 20), seed=1, folder=folder / "run", progress=progress)
+found = {"weights": digest(result.network.state_dict()), "history": result.history}
+(folder / f"{out}{processes()[0]}.json").write_text(json.dumps(found))
+"""
+
+
+def run(folder: Path, out: str, changes: Mapping[str, float], *, kill_after: int = 0, launcher: tuple[str, ...] = ()) -> int:
+    script = folder / "run.py"
+    script.write_text(RUN, "utf-8")
+    command = [sys.executable, *launcher, str(script), str(folder), out, str(kill_after), json.dumps(changes)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, cwd=ROOT, check=False, timeout=120, capture_output=True).returncode
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_goes_on_to_the_same_bits(bundle: Bundle, tmp_path: Path) -> None:
+    assert run(tmp_path, "never", {}, kill_after=2) == -signal.SIGKILL
+    assert (tmp_path / "run" / "checkpoint.pt").exists()
+    studies = small_bundle.studies(bundle, 20)
+    epochs: list[int] = []
+    resumed = fit(bundle, studies, seed=1, folder=tmp_path / "run", progress=lambda epoch, *_: epochs.append(epoch))
+    assert epochs == [3]
+    assert weights(resumed) == weights(fit(bundle, studies, seed=1))
+
+
+@pytest.mark.slow
+def test_two_processes_learn_as_one_with_a_batch_twice_as_large(bundle: Bundle, tmp_path: Path) -> None:
+    """Modalities and values are dropped, images moved, labels missing: all of it falls alike on any number of processes."""
+    changes = {"dropout": 0.0, "shift": 0.1, "contrast": 0.1, "epochs": 2}
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    assert run(tmp_path, "rank", changes | {"batch": 4}, launcher=launcher) == 0
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    assert ranks[0] == ranks[1]
+    alone = fit(with_training(bundle, **changes), small_bundle.studies(bundle, 20), seed=1)
+    for one, two in zip(alone.history, ranks[0]["history"], strict=True):
+        assert one["train_loss"] == pytest.approx(two["train_loss"], abs=1e-4)
+        assert one["validation_loss"] == pytest.approx(two["validation_loss"], abs=1e-4)
 
 
 @given(st.lists(st.tuples(st.integers(0, 8), st.booleans()), min_size=4, max_size=40), st.integers(0, 99))
@@ -80,39 +317,10 @@ def test_one_patient_alone_cannot_be_split() -> None:
         split_groups([Labeled({}, torch.tensor([1.0]), "p")] * 5, share=0.2, seed=0)
 
 
-def test_folds_hold_whole_patients_and_about_as_many_studies_each() -> None:
-    studies = [Labeled({}, torch.tensor([1.0]), f"p{i % 13}") for i in range(100)]
-    fold_of = assign_folds(studies, folds=5, seed=3)
-    sizes = [sum(fold_of[s.group] == fold for s in studies) for fold in range(5)]
-    assert sum(sizes) == 100
-    assert max(sizes) - min(sizes) <= 10
-    with pytest.raises(ValueError, match="13 groups cannot fill 14 folds"):
-        assign_folds(studies, folds=14, seed=3)
-
-
-def test_cross_validation_finds_the_modality_that_knows_and_the_one_that_does_not(bundle: Bundle) -> None:
-    studies = small_bundle.studies(bundle, 80)
-    pooled = out_of_fold(bundle, studies, folds=4, seed=0, epochs=10)
-    assert all(scores.isfinite().all() for scores in pooled.values()), "each study is in one fold"
-    table = by_modality(bundle, pooled, torch.stack([s.labels for s in studies]))["ill"]
-    assert set(table) == {"fused", "image", "values", "text"}
-    assert table["values"] > 0.9
-    assert table["image"] < 0.75
-
-
-@given(st.lists(st.tuples(st.integers(-3, 3), st.sampled_from([0.0, 1.0])), min_size=2, max_size=30))
-def test_auroc_agrees_with_scikit_learn_ties_included(pairs: list[tuple[int, float]]) -> None:
-    scores, labels = (torch.tensor([float(p[i]) for p in pairs]) for i in (0, 1))
-    if len(set(labels.tolist())) < 2:
-        assert auroc(scores, labels) != auroc(scores, labels), "NaN, for there is nothing to tell apart"
-    else:
-        assert auroc(scores, labels) == pytest.approx(roc_auc_score(labels.numpy(), scores.numpy()))
-
-
 def test_an_overconfident_network_is_cooled_and_a_calibrated_one_left_alone() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(4000, 1, generator=generator) * 2
-    labels = (torch.rand(4000, 1, generator=generator) < torch.sigmoid(logits)).float()
+    labels: Tensor = (torch.rand(4000, 1, generator=generator) < torch.sigmoid(logits)).float()
     assert fit_temperatures(logits, labels).item() == pytest.approx(1, abs=0.12)
     assert fit_temperatures(logits * 3, labels).item() == pytest.approx(3, abs=0.35)
     assert fit_temperatures(logits, torch.ones(4000, 1)).item() == 1

@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from models.bundle import Bundle, NetworkConfig
-from models.transforms import PIECES, augment, radiograph_tensor, text_ids, value_tensors, volume_tensor
+from models.bundle import Bundle
+from models.spec import Code, ImageSpec, NetworkConfig, RecordRule, TextSpec
+from models.transforms import PIECES, gene_tensors, history_tensors, radiograph_tensor, text_ids, value_tensors, volume_tensor
 from tests.unit import small_bundle
 
 ROOT = Path(__file__).parents[2]
-FILM = NetworkConfig(image_size=(32, 32), image_grid=2, channels=(4,), width=8, heads=1, layers=1)
+FILM = ImageSpec("image", "radiograph", ("CR",), (32, 32))
+NETWORK = NetworkConfig(width=8, heads=1, layers=1)
 
 
 @pytest.fixture
@@ -44,7 +46,7 @@ def stored(order: tuple[int, ...], flips: tuple[bool, ...]) -> tuple[np.ndarray,
 def test_the_tensor_does_not_depend_on_how_the_scanner_ordered_its_axes(bundle: Bundle) -> None:
     """48 ways to store one patient, one tensor: left is never taken for right."""
     tensors = [
-        volume_tensor(*stored(order, flips), bundle.network)
+        volume_tensor(*stored(order, flips), bundle.images[0])
         for order in permutations(range(3))
         for flips in product((False, True), repeat=3)
     ]
@@ -54,7 +56,7 @@ def test_the_tensor_does_not_depend_on_how_the_scanner_ordered_its_axes(bundle: 
 
 def test_a_volume_runs_right_anterior_superior_and_is_windowed(bundle: Bundle) -> None:
     """The lit block lies left, anterior, inferior in LPS; in RAS that is small x, large y, small z."""
-    image = volume_tensor(*stored((0, 1, 2), (False, False, False)), bundle.network)
+    image = volume_tensor(*stored((0, 1, 2), (False, False, False)), bundle.images[0])
     assert image.shape == (1, 12, 10, 8)
     assert type(image) is torch.Tensor
     x, y, z = (int(i) for i in np.unravel_index(int(image.argmax()), image.shape)[1:])
@@ -64,7 +66,7 @@ def test_a_volume_runs_right_anterior_superior_and_is_windowed(bundle: Bundle) -
 
 
 def test_a_volume_smaller_than_the_view_is_padded_with_air(bundle: Bundle) -> None:
-    image = volume_tensor(np.zeros((2, 4, 4), np.float32), np.diag([2.0, 2.0, 3.0, 1.0]), bundle.network)
+    image = volume_tensor(np.zeros((2, 4, 4), np.float32), np.diag([2.0, 2.0, 3.0, 1.0]), bundle.images[0])
     assert image[0, 0, 0, 0] == 0
     assert image[0, 6, 5, 4] == pytest.approx(1000 / 1400)
 
@@ -72,7 +74,7 @@ def test_a_volume_smaller_than_the_view_is_padded_with_air(bundle: Bundle) -> No
 @pytest.mark.parametrize("spacing", [0.0, float("nan")])
 def test_a_volume_without_a_size_is_refused(bundle: Bundle, spacing: float) -> None:
     with pytest.raises(ValueError, match="positive and finite"):
-        volume_tensor(np.zeros((2, 4, 4), np.float32), np.diag([spacing, 1.0, 1.0, 1.0]), bundle.network)
+        volume_tensor(np.zeros((2, 4, 4), np.float32), np.diag([spacing, 1.0, 1.0, 1.0]), bundle.images[0])
 
 
 def disc(height: int, width: int) -> np.ndarray:
@@ -107,47 +109,65 @@ def test_a_blank_radiograph_is_refused() -> None:
 
 
 def test_values_are_logged_where_asked_and_masked_where_absent(bundle: Bundle) -> None:
-    numbers, signs, mask = value_tensors({"crp": (100.0, "<=")}, bundle.record.values)
-    assert numbers.tolist() == pytest.approx([np.log(100), 0])
-    assert signs.tolist() == [1, 0]
-    assert mask.tolist() == [True, False]
+    made = value_tensors({"crp": (100.0, "<=", 6.5)}, bundle.record.values)
+    assert made["numbers"].tolist() == pytest.approx([np.log(100), 0])
+    assert made["signs"].tolist() == [1, 0]
+    assert made["ages"].tolist() == [6.5, 0]
+    assert made["number_mask"].tolist() == [True, False]
+
+
+def test_of_a_history_the_last_points_are_kept_oldest_first(bundle: Bundle) -> None:
+    points = [("ph", 7.1, "", 1.0), ("crp", 100.0, "<", 30.0), ("ph", 7.3, "", 20.0), ("crp", 10.0, "", 90.0)]
+    made = history_tensors(points, bundle.record.values, steps=3)
+    assert made["history_hours"].tolist() == [30.0, 20.0, 1.0]
+    assert made["history_variables"].tolist() == [0, 1, 1]
+    assert made["history_numbers"].tolist() == pytest.approx([np.log(100), 7.3, 7.1])
+    assert made["history_signs"].tolist() == [1, 0, 0]
+    assert made["history_mask"].tolist() == [True] * 3
+    assert history_tensors(points[:1], bundle.record.values, steps=3)["history_mask"].tolist() == [True, False, False]
+
+
+GENOMICS = RecordRule(
+    wait_s=0,
+    look_back_h=1,
+    texts=(
+        TextSpec("variants", Code("81252-9", "LN"), kind="variants"),
+        TextSpec("levels", Code("LEVELS", "L"), kind="expression", genes=("TP53", "EGFR")),
+    ),
+)
+
+
+def test_variants_are_a_set_and_a_gene_that_is_not_named_is_missing_not_zero() -> None:
+    one = gene_tensors({"variants": "EGFR:p.L858R; KRAS:p.G12C", "levels": "EGFR=0;MYC=4, TP53=abc"}, GENOMICS, NETWORK)
+    other = gene_tensors({"variants": "KRAS:p.G12C|EGFR:p.L858R KRAS:p.G12C"}, GENOMICS, NETWORK)
+    assert torch.equal(one["variants"], other["variants"])
+    assert int((one["variants"] > 0).sum()) == 2
+    assert one["expression_mask"].tolist() == [False, True]
+    assert not other["expression_mask"].any()
 
 
 def test_words_hash_alike_in_every_process() -> None:
     """Python's own hash differs from process to process; the weights would then mean nothing."""
     code = (
-        "from tests.unit.test_models_transforms import FILM; from models.transforms import text_ids; "
-        "print(text_ids('Never smoked; CRP 12.5 — Größe', FILM).tolist())"
+        "from tests.unit.test_models_transforms import NETWORK; from models.transforms import text_ids; "
+        "print(text_ids('Never smoked; CRP 12.5 — Größe', NETWORK).tolist())"
     )
     elsewhere = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": "1"}, capture_output=True, check=True
     )
-    assert elsewhere.stdout == f"{text_ids('Never smoked; CRP 12.5 — Größe', FILM).tolist()}\n".encode()
+    assert elsewhere.stdout == f"{text_ids('Never smoked; CRP 12.5 — Größe', NETWORK).tolist()}\n".encode()
     # And in every release: these ids are what the shipped weights were trained on.
-    assert text_ids("smoker", FILM)[0].tolist() == [2908, 1339, 356, 1046, 1139, 1638, 2513, 0]
+    assert text_ids("smoker", NETWORK)[0].tolist() == [2908, 1339, 356, 1046, 1139, 1638, 2513, 0]
 
 
 def test_words_stand_at_the_front_and_long_texts_are_cut() -> None:
-    ids = text_ids("one two", FILM)
-    assert ids.shape == (FILM.words, PIECES)
-    assert (ids > 0).any(1).tolist() == [True, True] + [False] * (FILM.words - 2)
-    assert (text_ids("word " * 1000, FILM)[:, 0] > 0).all()
-    assert ids.max() < FILM.buckets
-    assert not text_ids("", FILM).any()
+    ids = text_ids("one two", NETWORK)
+    assert ids.shape == (NETWORK.words, PIECES)
+    assert (ids > 0).any(1).tolist() == [True, True] + [False] * (NETWORK.words - 2)
+    assert (text_ids("word " * 1000, NETWORK)[:, 0] > 0).all()
+    assert ids.max() < NETWORK.buckets
+    assert not text_ids("", NETWORK).any()
 
 
 def test_case_and_compatibility_forms_of_a_word_are_one_word() -> None:
-    assert torch.equal(text_ids("SMOKER ﬁbrosis", FILM), text_ids("smoker fibrosis", FILM))
-
-
-@pytest.mark.parametrize("size", [(20, 24), (10, 12, 8)])
-def test_augmenting_by_nothing_changes_nothing_and_by_something_stays_in_range(size: tuple[int, ...]) -> None:
-    images = torch.rand(3, 1, *size, generator=torch.Generator().manual_seed(1))
-    generator = torch.Generator().manual_seed(2)
-    assert torch.equal(augment(images, generator, shift=0, zoom=0, rotate_deg=0, contrast=0), images)
-    still = augment(images, generator, shift=0, zoom=1e-7, rotate_deg=0, contrast=0)
-    assert torch.allclose(still, images, atol=1e-4)
-    moved = augment(images, generator, shift=0.1, zoom=0.1, rotate_deg=10, contrast=0.2)
-    assert moved.shape == images.shape
-    assert 0 <= moved.min() < moved.max() <= 1
-    assert not torch.allclose(moved, images, atol=1e-2)
+    assert torch.equal(text_ids("SMOKER ﬁbrosis", NETWORK), text_ids("smoker fibrosis", NETWORK))

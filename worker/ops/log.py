@@ -30,6 +30,7 @@ WARNINGS: Final = frozenset(
         "job.rescued",
         "job.fenced",
         "role.restarted",
+        "explanation.failed",
     }
 )
 ERRORS: Final = frozenset({"job.discarded", "sweep.failed"})

@@ -39,6 +39,8 @@ MANUFACTURER: Final = "Synoptic"
 RESEARCH_STATEMENT: Final = "For research use only. Not for diagnosis."
 CLINICAL_STATEMENT: Final = "Computed by an algorithm and not verified. A physician must judge the images."
 
+ATYPICAL_STATEMENT: Final = "Unlike the studies the network learned from: nothing is called positive or negative."
+
 _CONTAINS: Final = sr.RelationshipTypeValues.CONTAINS
 _HAS_CONCEPT_MOD: Final = sr.RelationshipTypeValues.HAS_CONCEPT_MOD
 _HAS_ACQ_CONTEXT: Final = sr.RelationshipTypeValues.HAS_ACQ_CONTEXT
@@ -93,8 +95,10 @@ def tree(
     """Build the root container. Times are written in `zone`, with their offset."""
     groups = [_finding_group(finding, study=study, algorithm=algorithm) for finding in findings]
     said = [*_outcome(findings, failure=failure), *_statements(algorithm)]
+    if any(finding.is_atypical for finding in findings):
+        said.append(_text(codes.ATYPICAL, ATYPICAL_STATEMENT))
     if inputs is not None and not failure:
-        groups += _value_groups(inputs.values, study=study, algorithm=algorithm, zone=zone)
+        groups += _value_groups(_given(inputs), study=study, algorithm=algorithm, zone=zone)
         said += _record(inputs, zone=zone)
     root = sr.ContainerContentItem(standard.cid7021.ImagingMeasurementReport, template_id="1500")
     root.ContentSequence = sr.ContentSequence()
@@ -110,12 +114,18 @@ def tree(
     return root
 
 
+def _given(inputs: Inputs) -> list[UsedValue]:
+    """Every value of the record that the network was given, once, though it may stand in a history too."""
+    points = (point for history in inputs.histories for point in history.points)
+    return list({(v.code, v.at, v.source, v.value, v.comparator): v for v in (*inputs.values, *points)}.values())
+
+
 def codes_of(algorithm: Algorithm, findings: Sequence[Finding], inputs: Inputs | None) -> Iterator[Code]:
     """Give every code that comes from outside: their schemes may need identification."""
     yield algorithm.procedure
     yield from (finding.code for finding in findings)
     if inputs is not None:
-        yield from (value.code for value in inputs.values)
+        yield from (value.code for value in _given(inputs))
         yield from (text.code for text in inputs.texts)
         yield from inputs.missing
 

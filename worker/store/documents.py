@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Sequence
 from datetime import datetime
 
+import numpy as np
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from worker.domain import Document, Finding, Job
+from worker.domain import Code, Document, Finding, Job, Saliency
 from worker.store.schema import AnyRow, document, finding
 from worker.store.studies import insert_or_ignore
 
@@ -53,6 +55,9 @@ def add(
                 threshold=one_finding.threshold,
                 verdict=one_finding.verdict,
                 shapley=dict(one_finding.shapley),
+                attributions=dict(one_finding.attributions),
+                is_atypical=one_finding.is_atypical,
+                saliency=_packed(one_finding.saliency),
             )
         )
     return added
@@ -76,9 +81,59 @@ def predecessor(conn: Connection, study_id: int, *, bundle: str, before_version:
 
 
 def of_study(conn: Connection, study_id: int) -> list[tuple[AnyRow, list[AnyRow]]]:
-    """A study's documents with their findings, oldest first."""
+    """A study's documents with their findings, oldest first; without saliency, which nobody reads in a list."""
     rows = conn.execute(sa.select(document).where(document.c.study_id == study_id).order_by(document.c.id)).all()
-    return [(row, list(conn.execute(sa.select(finding).where(finding.c.document_id == row.id).order_by(finding.c.id)))) for row in rows]
+    told = sa.select(*(column for column in finding.c if column is not finding.c.saliency)).order_by(finding.c.id)
+    return [(row, list(conn.execute(told.where(finding.c.document_id == row.id)))) for row in rows]
+
+
+def findings(conn: Connection, document_id: int) -> tuple[Finding, ...]:
+    """The findings of one document as they were added, saliency and all."""
+    rows = conn.execute(sa.select(finding).where(finding.c.document_id == document_id).order_by(finding.c.id))
+    return tuple(
+        Finding(
+            name=row.name,
+            code=Code(row.code, row.scheme, row.meaning),
+            probability=row.probability,
+            threshold=row.threshold,
+            verdict=row.verdict,
+            shapley=row.shapley,
+            attributions=row.attributions,
+            is_atypical=row.is_atypical,
+            saliency=_unpacked(row.saliency),
+        )
+        for row in rows
+    )
+
+
+def _packed(maps: Sequence[Saliency]) -> bytes | None:
+    """Arrays by ``<number>.<field>`` in one .npz; None for none."""
+    if not maps:
+        return None
+    arrays: dict[str, np.typing.NDArray[np.generic]] = {}
+    for number, one in enumerate(maps):
+        arrays[f"{number}.array"], arrays[f"{number}.image"] = one.array, np.array(one.image)
+        arrays[f"{number}.sop_instance_uids"] = np.array(one.sop_instance_uids, dtype=np.str_)
+        if one.affine is not None:
+            arrays[f"{number}.affine"] = one.affine
+    out = io.BytesIO()
+    np.savez_compressed(out, allow_pickle=False, **arrays)
+    return out.getvalue()
+
+
+def _unpacked(data: bytes | None) -> tuple[Saliency, ...]:
+    if data is None:
+        return ()
+    with np.load(io.BytesIO(data), allow_pickle=False) as found:
+        return tuple(
+            Saliency(
+                array=found[f"{number}.array"],
+                affine=found.get(f"{number}.affine"),
+                image=str(found[f"{number}.image"]),
+                sop_instance_uids=tuple(found[f"{number}.sop_instance_uids"].tolist()),
+            )
+            for number in range(sum(name.endswith(".array") for name in found))
+        )
 
 
 def _document(row: AnyRow) -> Document:

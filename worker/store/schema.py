@@ -183,6 +183,8 @@ series = sa.Table(
     _text("modality"),
     _text("body_part"),
     _text("description"),
+    _text("orientation"),
+    sa.Column("slice_mm", sa.Double, nullable=False, server_default="0"),
     sa.UniqueConstraint("study_id", "series_instance_uid"),
 )
 
@@ -234,6 +236,10 @@ finding = sa.Table(
     sa.Column("threshold", sa.Double, nullable=False),
     sa.Column("verdict", sa.Text, nullable=False),
     sa.Column("shapley", sa.JSON, nullable=False),
+    sa.Column("attributions", sa.JSON, nullable=False),
+    sa.Column("is_atypical", sa.Boolean, nullable=False, server_default=sa.text("false")),
+    # The arrays of domain.Saliency as a compressed .npz, without pickle.
+    sa.Column("saliency", sa.LargeBinary, nullable=True),
     sa.CheckConstraint("probability BETWEEN 0 AND 1", name="probability"),
     sa.CheckConstraint(_in("verdict", ("positive", "negative", "uncertain")), name="verdict"),
     sa.Index("ix_finding_document_id", "document_id"),

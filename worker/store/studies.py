@@ -172,6 +172,8 @@ def _series_of(conn: Connection, study_id: int, header: Header) -> int:
                 "modality": header.modality,
                 "body_part": header.body_part,
                 "description": header.series_description,
+                "orientation": header.orientation,
+                "slice_mm": header.slice_mm,
             },
         )
         found = conn.execute(_SERIES, wanted).scalar_one()
@@ -247,6 +249,8 @@ def _series(conn: Connection, study_id: int, root: Path = Path()) -> Iterable[Se
             series.c.modality,
             series.c.body_part,
             series.c.description,
+            series.c.orientation,
+            series.c.slice_mm,
             instance.c.sop_instance_uid,
             instance.c.sop_class_uid,
             instance.c.transfer_syntax_uid,
@@ -265,7 +269,8 @@ def _series(conn: Connection, study_id: int, root: Path = Path()) -> Iterable[Se
         instances = tuple(
             Instance(r.sop_instance_uid, r.sop_class_uid, r.transfer_syntax_uid, root / r.path, r.sha256, r.size_bytes) for r in members
         )
-        yield Series(uid, members[0].modality, members[0].body_part, members[0].description, instances)
+        one = members[0]
+        yield Series(uid, one.modality, one.body_part, one.description, instances, one.orientation, one.slice_mm)
 
 
 def _study(row: AnyRow, parts: Iterable[Series] = ()) -> Study:
@@ -290,6 +295,11 @@ def find(conn: Connection, wanted: str) -> list[tuple[int, Study]]:
         match = sa.or_(match, study.c.id == int(wanted))
     rows = conn.execute(sa.select(study).where(match).order_by(study.c.id)).all()
     return [(row.id, _study(row, _series(conn, row.id))) for row in rows]
+
+
+def uids(conn: Connection) -> list[str]:
+    """The Study Instance UIDs of all studies, oldest first."""
+    return list(conn.scalars(sa.select(study.c.study_instance_uid).order_by(study.c.id)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,258 @@
+"""What a bundle says, as plain values: which images, which facts of the record, which findings, which network.
+
+Everything here is configuration; nothing is code. Reading it from TOML is bundle.py's, and needs no torch:
+processes without a network can ask what a bundle wants.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+#: Keys of a sample that are no image (transforms.py), and the modalities of the record.
+RESERVED: Final = frozenset({"values", "history", "text", "genes", "numbers", "signs", "number", "ages", "words", "context"})
+_NAME: Final = re.compile(r"[a-z][a-z0-9_]*")
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    """A coded concept; in TOML ``["1988-5", "LN", "C reactive protein"]``, the meaning may be left out of synonyms."""
+
+    value: str
+    scheme: str
+    meaning: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSpec:
+    """One image the network reads: which series it is made of, and what becomes of it. An empty tuple allows any.
+
+    `kind` says one radiograph (or one slice) or a volume. Of several series that fit, the one with most instances wins.
+    `descriptions`, `exclude_descriptions`: parts of words of Series Description, case ignored. `slice_mm`: least and
+    greatest distance of slices. `size` is (H, W) of a radiograph or (X, Y, Z) of a volume in RAS; `spacing_mm` (volumes
+    only) is the spacing those voxels stand for and `window_hu` what becomes 0 and 1. `grid`: token places along each
+    axis. `like` names an earlier image whose encoder, weights included, this one shares.
+    """
+
+    name: str
+    kind: Literal["volume", "radiograph"]
+    modalities: tuple[str, ...]
+    size: tuple[int, ...]
+    body_parts: tuple[str, ...] = ()
+    descriptions: tuple[str, ...] = ()
+    exclude_descriptions: tuple[str, ...] = ()
+    views: tuple[str, ...] = ()
+    orientation: Literal["", "axial", "coronal", "sagittal"] = ""
+    slice_mm: tuple[float, ...] = ()
+    min_instances: int = 1
+    required: bool = True
+    spacing_mm: tuple[float, ...] = ()
+    window_hu: tuple[float, ...] = ()
+    encoder: Literal["residual", "resnet", "densenet"] = "residual"
+    channels: tuple[int, ...] = (16, 32, 48, 64)
+    grid: int = 4
+    like: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ValueSpec:
+    """One laboratory value the network can use.
+
+    `conversions` maps a foreign unit to the factor that turns it into `unit` (UCUM). Outside
+    `plausible` (in `unit`) a value is taken as missing.
+    """
+
+    name: str
+    code: Code
+    unit: str
+    plausible: tuple[float, float]
+    synonyms: tuple[Code, ...] = ()
+    conversions: Mapping[str, float] = field(default_factory=dict)
+    transform: Literal["none", "log"] = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class TextSpec:
+    """One kind of text the network can read.
+
+    `kind` "note" is words; "variants" a list of variant or cluster codes; "expression" numbers by gene, ``TP53=1.2;EGFR=0.3``, of
+    which those of `genes` are read. `attribute` takes the text from the images instead of the record.
+    """
+
+    name: str
+    code: Code
+    synonyms: tuple[Code, ...] = ()
+    kind: Literal["note", "variants", "expression"] = "note"
+    genes: tuple[str, ...] = ()
+    attribute: Literal["", "StudyDescription", "SeriesDescription"] = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RecordRule:
+    """What the network wants of the patient's record, how far back and how long after the study, and how long a study waits for it.
+
+    `values` are the latest of each, `histories` all of each in their own look-back, oldest first.
+    """
+
+    wait_s: float
+    look_back_h: float
+    horizon_h: float = 0.0
+    history_h: float = 0.0
+    values: tuple[ValueSpec, ...] = ()
+    histories: tuple[ValueSpec, ...] = ()
+    texts: tuple[TextSpec, ...] = ()
+
+    @property
+    def notes(self) -> tuple[TextSpec, ...]:
+        """The texts that are words."""
+        return tuple(text for text in self.texts if text.kind == "note")
+
+    @property
+    def genomics(self) -> tuple[TextSpec, ...]:
+        """The texts that are variants or expression."""
+        return tuple(text for text in self.texts if text.kind != "note")
+
+    @property
+    def genes(self) -> tuple[str, ...]:
+        """Every gene whose expression is read, in order."""
+        return tuple(dict.fromkeys(gene for text in self.texts for gene in text.genes))
+
+
+@dataclass(frozen=True, slots=True)
+class FindingSpec:
+    """One answer: positive from `threshold`, negative below `negative_below` (by default the same), uncertain between.
+
+    `temperature` divides the logit; training sets it on studies the network did not learn from. `alpha` is the share of
+    truly positive patients called negative, and the reverse, that the two thresholds were chosen to keep to; 0: no such claim.
+    """
+
+    name: str
+    code: Code
+    threshold: float
+    negative_below: float | None = None
+    temperature: float = 1.0
+    alpha: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkConfig:
+    """The network's shape.
+
+    `steps`: points of value histories; `words`: words of a text; `buckets`: hashed pieces of words; `variants`: variant codes
+    read. `bert`: folder of a Hugging Face encoder beside bundle.toml, for ``text = "bert"``.
+    """
+
+    width: int
+    heads: int
+    layers: int
+    fusion: str = "tokens"
+    values: Literal["piecewise", "periodic"] = "piecewise"
+    value_age: bool = False
+    history: Literal["lstm", "transformer"] = "lstm"
+    text: Literal["gru", "lstm", "bert"] = "gru"
+    bert: str = ""
+    bins: int = 8
+    steps: int = 32
+    words: int = 96
+    buckets: int = 4096
+    variants: int = 32
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingConfig:
+    """How the weights are learned: all that `fit` takes besides the data, the seed and the device.
+
+    `stages` "joint" learns encoders and fusion together; "frozen" learns each image's encoder alone first, keeps it, and
+    then the rest on its tokens: for small cohorts. `batch` is of one process. `positive_weight` caps the weight of a positive.
+    """
+
+    epochs: int
+    batch: int
+    learning_rate: float
+    stages: Literal["joint", "frozen"] = "joint"
+    fusion_epochs: int = 0
+    weight_decay: float = 0.05
+    drop_modality: float = 0.3
+    drop_value: float = 0.15
+    auxiliary: float = 0.3
+    dropout: float = 0.1
+    patience: int = 10
+    average: float = 0.98
+    validation: float = 0.2
+    positive_weight: float = 1.0
+    copies: int = 1
+    shift: float = 0.0
+    zoom: float = 0.0
+    rotate_deg: float = 0.0
+    contrast: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsFile:
+    """Where the tensors are, and what they must hash to."""
+
+    file: str
+    sha256: str
+
+
+def broken_rules(
+    images: Sequence[ImageSpec], record: RecordRule, findings: Sequence[FindingSpec], network: NetworkConfig, weights: WeightsFile
+) -> list[str]:
+    """What a bundle says that cannot be, each as "key: the rule"; types are right already."""
+    values = (*record.values, *record.histories)
+    rules = {
+        "findings: at least one is needed": bool(findings),
+        "findings: names must differ": _differ(f.name for f in findings),
+        "record.values: names must differ": _differ(v.name for v in record.values),
+        "record.histories: names must differ": _differ(v.name for v in record.histories),
+        "record.texts: names must differ": _differ(t.name for t in record.texts),
+        "record.history_h must be above 0 where there are histories": not record.histories or record.history_h > 0,
+        "record.horizon_h must not be negative": record.horizon_h >= 0,
+        "record.texts: genes belong to kind expression, and it needs some": all(
+            (t.kind == "expression") == bool(t.genes) for t in record.texts
+        ),
+        "findings.threshold must lie in (0, 1]": all(0 < f.threshold <= 1 for f in findings),
+        "findings.negative_below must not exceed threshold": all(
+            f.negative_below is None or 0 <= f.negative_below <= f.threshold for f in findings
+        ),
+        "findings.temperature must be positive": all(f.temperature > 0 for f in findings),
+        "findings.alpha must lie in [0, 0.5)": all(0 <= f.alpha < 0.5 for f in findings),
+        "record: plausible must be [low, high]": all(v.plausible[0] < v.plausible[1] for v in values),
+        "record: plausible must be above 0 for a log transform": all(v.transform == "none" or v.plausible[0] > 0 for v in values),
+        "network.width must divide by heads": network.width % network.heads == 0,
+        "network.bert must name a folder, for text bert and only for it": (network.text == "bert") == bool(network.bert),
+        "weights.file must be a plain file name": "/" not in weights.file
+        and "\\" not in weights.file
+        and weights.file not in ("", ".", ".."),
+        "images: at least one is needed, and one must be required": any(i.required for i in images),
+        "images: names must differ": _differ(i.name for i in images),
+    }
+    broken = [rule for rule, holds in rules.items() if not holds]
+    for index, image in enumerate(images):
+        broken += [f"images {image.name}: {rule}" for rule in _broken_image(image, images[:index])]
+    return broken
+
+
+def _broken_image(image: ImageSpec, earlier: Sequence[ImageSpec]) -> list[str]:
+    volume = image.kind == "volume"
+    shared = next((one for one in earlier if one.name == image.like), None)
+    rules = {
+        "name must be lower-case letters, digits and _, and none of the record's modalities": bool(_NAME.fullmatch(image.name))
+        and image.name not in RESERVED
+        and not image.name.endswith("_mask"),
+        "size needs 2 numbers for a radiograph, 3 for a volume": len(image.size) == 2 + volume,
+        "spacing_mm and window_hu belong to a volume, and it needs both": (len(image.spacing_mm), len(image.window_hu))
+        == ((3, 2) if volume else (0, 0)),
+        "slice_mm must be [least, greatest]": not image.slice_mm or (len(image.slice_mm) == 2 and image.slice_mm[0] <= image.slice_mm[1]),
+        "min_instances and grid must be at least 1": min(image.min_instances, image.grid) >= 1,
+        "like must name an earlier image of the same kind, grid and encoder": not image.like
+        or (shared is not None and (shared.kind, shared.grid, shared.encoder, shared.like) == (image.kind, image.grid, image.encoder, "")),
+    }
+    return [rule for rule, holds in rules.items() if not holds]
+
+
+def _differ(names: Iterable[str]) -> bool:
+    found = list(names)
+    return len(set(found)) == len(found)

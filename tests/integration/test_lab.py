@@ -1,0 +1,160 @@
+"""The data scientist's path, on phantoms: a folder of studies in; weights, figures, verdicts and predictions out."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from models.bundle import Bundle
+from tests.oasis import write as write_oasis
+from worker.cli import app
+from worker.demo.phantom import write_cohort
+from worker.errors import WorkerError
+
+ROOT = Path(__file__).parents[2]
+CASES = 24
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cohort of phantoms, and a study that a row names and the folder has not."""
+    folder = tmp_path_factory.mktemp("cohort")
+    write_cohort(folder, CASES, 7000)
+    with (folder / "labels.csv").open("a", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerow(("1.2.3.4", "nobody", "nobody", 1, 0))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory, cohort: Path, cache: Path) -> Path:
+    """The phantom bundle's recipe, two epochs of it, trained by the command."""
+    folder = tmp_path_factory.mktemp("bundles") / "quick"
+    shutil.copytree(ROOT / "models" / "bundles" / "phantom", folder)
+    text = (folder / "bundle.toml").read_text("utf-8")
+    text = text.replace("epochs = 24", 'epochs = 2\nstages = "frozen"').replace("size = [32, 24, 22]", "size = [18, 16, 16]")
+    (folder / "bundle.toml").write_text(text.replace("spacing_mm = [9.0, 9.0, 9.0]", "spacing_mm = [16, 14, 13]"), "utf-8")
+    done = run("train", "--bundle", folder, "--cohort", cohort, "--cache", cache)
+    assert done.exit_code == 0, done.output
+    return folder
+
+
+def run(*words: object) -> Result:
+    """One command, as a person would give it."""
+    return CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False, env={"COLUMNS": "200"})
+
+
+def test_training_says_what_it_used_and_leaves_a_bundle_that_the_daemon_takes(bundle: Path, cohort: Path, cache: Path) -> None:
+    settled = Bundle.read(bundle)
+    assert (bundle / "training.png").read_bytes().startswith(b"\x89PNG")
+    assert not (bundle / "checkpoint.pt").exists()
+    assert len(list(cache.iterdir())) == 1
+    again = run("train", "--bundle", bundle, "--cohort", cohort, "--cache", cache)
+    assert re.search(r"1 studies are not used: The study of this row is not in the folder\.", again.output)
+    assert f"{CASES} of {CASES} patients" in again.output
+    assert Bundle.read(bundle).weights.sha256 == settled.weights.sha256, "the same cohort and seed give the same weights"
+
+
+def test_every_study_is_predicted_with_verdict_and_modalities_and_without_labels(bundle: Path, cohort: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    for name in ("dicom", "hl7"):
+        shutil.copytree(cohort / name, bare / name)
+    shutil.rmtree(next((bare / "hl7").iterdir()).parent)  # no record at all: the image alone answers
+    done = run("predict", "--bundle", bundle, "--cohort", bare, "--out", tmp_path / "predictions.csv")
+    assert done.exit_code == 0, done.output
+    with (tmp_path / "predictions.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * CASES
+    assert {row["finding"] for row in rows} == {"suspicious_nodule", "large_nodule"}
+    assert {row["modalities_used"] for row in rows} == {"image"}
+    assert all(0 < float(row["probability"]) < 1 and row["verdict"] in {"positive", "negative", "uncertain"} for row in rows)
+
+
+def test_an_evaluation_has_every_row_an_interval_a_page_and_goes_on_where_it_stopped(
+    bundle: Path, cohort: Path, cache: Path, tmp_path: Path
+) -> None:
+    words = ("evaluate", "--bundle", bundle, "--cohort", cohort, "--cache", cache, "--out", tmp_path, "--folds", 2, "--repeats", 1)
+    before = Bundle.read(bundle).digest
+    done = run(*words, "--fusions", "tokens,late_mean", "--card")
+    assert done.exit_code == 0, done.output
+    results = json.loads((tmp_path / "evaluation.json").read_text("utf-8"))
+    names = {row["name"] for row in results["rows"]}
+    assert {"tokens", "late_mean", "image alone", "values alone", "text alone", "late stack of single networks"} <= names
+    assert {"values: random forest", "image features: SVM", "both: logistic regression"} <= names
+    assert {row["name"] for row in results["missing"]} >= {"without image", "without text", "60% of the values dropped"}
+    for row in results["rows"]:
+        if row["metrics"]["auroc"] is not None:
+            value, low, high = row["metrics"]["auroc"]
+            assert low is None or low <= value <= high
+    assert "<svg" in (tmp_path / "evaluation.html").read_text("utf-8")
+    assert "Intended use" in (bundle / "README.md").read_text("utf-8")
+    assert Bundle.read(bundle).digest == before, "judging changes nothing"
+    folds = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npz")}
+    assert len(folds) == 2
+    next(iter(folds)).unlink()
+    again = run(*words, "--fusions", "tokens,late_mean")
+    assert again.exit_code == 0
+    repeated = json.loads((tmp_path / "evaluation.json").read_text("utf-8"))
+    assert repeated["rows"] == results["rows"], "a fold done again says the same"
+    assert sum(path.stat().st_mtime_ns == folds[path] for path in tmp_path.rglob("*.npz")) == 1
+
+
+def test_too_few_studies_are_no_ground_for_new_verdicts(bundle: Path, cohort: Path, cache: Path) -> None:
+    done = refused("recalibrate", "--bundle", bundle, "--cohort", cohort, "--cache", cache)
+    assert "24 studies are too few to recalibrate on: 100 are needed." in done
+
+
+def test_a_smaller_form_is_compared_with_the_whole(bundle: Path, cohort: Path, cache: Path, tmp_path: Path) -> None:
+    done = run("compress", "--bundle", bundle, "--cohort", cohort, "--cache", cache, "--out", tmp_path)
+    assert done.exit_code == 0, done.output
+    rows = {row["name"]: row for row in json.loads((tmp_path / "compression.json").read_text("utf-8"))}
+    assert set(rows) == {"float32", "bfloat16", "int8", "image alone", "image alone, int8"}
+    assert rows["float32"]["max_change"] == 0
+    assert rows["int8"]["size_bytes"] < 0.5 * rows["float32"]["size_bytes"]
+    assert (tmp_path / "network.onnx").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("labels", "says"),
+    [
+        ("study,large_nodule\n1.2,1\n", "has no column study_instance_uid"),
+        ("study_instance_uid,large_nodule\n1.2,1\n", "has no column 'suspicious_nodule'"),
+        (
+            "study_instance_uid,large_nodule,suspicious_nodule\n1.2,1,maybe\n",
+            "line 2: suspicious_nodule is 'maybe'; a label is 1, 0 or empty",
+        ),
+        ("study_instance_uid,large_nodule,suspicious_nodule\n1.2,1,1\n", "No study of .* can be analysed"),
+        (None, "A cohort needs"),
+    ],
+)
+def test_labels_that_cannot_be_read_are_refused_with_file_and_line(bundle: Path, tmp_path: Path, labels: str | None, says: str) -> None:
+    if labels is not None:
+        (tmp_path / "labels.csv").write_text(labels, "utf-8")
+    assert re.search(says, refused("train", "--bundle", bundle, "--cohort", tmp_path))
+
+
+def refused(*words: object) -> str:
+    """A command that fails: the sentence of its error, which the program prints."""
+    found = CliRunner().invoke(app, [str(word) for word in words]).exception
+    assert isinstance(found, WorkerError)
+    return str(found)
+
+
+def test_a_second_task_is_a_folder_only(shared: Path, tmp_path: Path) -> None:
+    """Three MR slices by orientation, demographics and volumes: predicted by a bundle that no line of code knows of."""
+    assert write_oasis(shared / "data" / "oasis1", tmp_path / "cohort", limit=4) == 4
+    bundle = ROOT / "models" / "bundles" / "brain-dementia"
+    done = run("predict", "--bundle", bundle, "--cohort", tmp_path / "cohort", "--out", tmp_path / "p.csv")
+    assert done.exit_code == 0, done.output
+    with (tmp_path / "p.csv").open(encoding="utf-8", newline="") as file:
+        assert {row["modalities_used"] for row in csv.DictReader(file)} == {"axial+coronal+sagittal+values"}

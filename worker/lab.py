@@ -1,0 +1,317 @@
+"""The data scientist's verbs: train, evaluate, recalibrate, predict, compress. A bundle's folder and a cohort's folder in.
+
+Each is the same three steps: the cohort through the daemon's own path (cohort.py), the work (models/), a table and files.
+Imports are late on purpose: the command line of a receiver must not load torch.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from worker import config
+from worker.config import Config
+from worker.errors import BundleError, Reject
+
+if TYPE_CHECKING:
+    from models.bundle import Bundle
+    from worker.cohort import Cohort
+
+out, err = Console(), Console(stderr=True)
+
+BundleFolder = Annotated[Path, typer.Option("--bundle", "-b", exists=True, file_okay=False, help="The bundle's folder.")]
+CohortFolder = Annotated[
+    Path, typer.Option("--cohort", "-c", exists=True, file_okay=False, help="dicom/, hl7/ or fhir/, and labels.csv (models/README.md).")
+]
+CacheFolder = Annotated[
+    Path | None, typer.Option(help="Keep the cohort's tensors here and read them the next time. They are patient data.")
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")]
+Threads = Annotated[int, typer.Option(min=1, help="CPU threads of the network.")]
+Seed = Annotated[int, typer.Option(help="Same seed, same result (on a CPU).")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="For time zone, issuers and decoders; its database is not touched.")]
+
+#: Fewer local studies than this cannot carry a new calibration (FUSION.md, risks).
+LEAST_RECALIBRATION: Final = 100
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    # Under torchrun one process speaks for all.
+    with Progress(*columns, console=err, disable=not _is_first()) as bar:
+        yield bar
+
+
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _steps(bar: Progress, what: str) -> Callable[[int, int], None]:
+    task = bar.add_task(what, total=None)
+    return lambda done, of: bar.update(task, completed=done, total=of)
+
+
+def _load(
+    bar: Progress, folder: Path, bundle: Bundle, settings: Config, cache: Path | None, *, splits: tuple[str, ...], is_labeled: bool = True
+) -> Cohort:
+    from worker import cohort
+
+    found = cohort.load(folder, bundle=bundle, config=settings, cache=cache, is_labeled=is_labeled, progress=_steps(bar, "reading studies"))
+    if _is_first():
+        for reason, count in sorted(found.refused.items(), key=lambda item: -item[1]):
+            err.print(f"{count} studies are not used: {escape(reason)}", soft_wrap=True)
+    chosen = found.part(*splits)
+    if not chosen.cases:
+        raise Reject(f"No study of this cohort has split {' or '.join(repr(split) for split in splits)} in labels.csv.")
+    return chosen
+
+
+def _open(bundle: Path, given: Path | None, threads: int, *, verify: bool = True) -> tuple[Bundle, Config]:
+    import torch
+
+    from worker import infer
+    from worker.ops import log
+
+    log.silence()
+    torch.set_num_threads(threads)
+    return infer.read(bundle, verify=verify), config.read(given)
+
+
+def train(
+    bundle: BundleFolder,
+    cohort_folder: CohortFolder,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    threads: Threads = 1,
+    cache: CacheFolder = None,
+    given: ConfigFile = None,
+) -> None:
+    """Train a bundle's network on a folder of studies, records and labels; its weights are replaced.
+
+    Stopped half-way and started again with the same words, it goes on where it was. Several devices: torchrun --nproc-per-node 2 -m
+    worker train …. Writes weights.safetensors, its sha256 and the temperatures into the bundle, and training.png beside them.
+    Rows of labels.csv with split "test" are left out.
+    """
+    from models import saving, training
+    from models.plots import learning_curve
+
+    spec, settings = _open(bundle, given, threads, verify=False)
+    with _progress() as bar:
+        studies = _load(bar, cohort_folder, spec, settings, cache, splits=("train", "")).labeled
+        step = _steps(bar, "training")
+        result = training.fit(spec, studies, seed=seed, device=device, folder=bundle, progress=lambda done, of, _loss: step(done, of))
+    if not _is_first():
+        return
+    settled = saving.save_fit(spec, result, studies)
+    learning_curve(result.history, bundle / "training.png")
+    table = Table(show_header=False)
+    facts: dict[str, object] = {
+        "studies": f"{len(studies)} of {len({s.group for s in studies})} patients",
+        "learned from": result.train_studies,
+        "held out": result.validation_studies,
+        "epochs": f"{result.epochs}, the best was {result.best_epoch}",
+        "loss on the held out": f"{result.validation_loss:.4f}",
+        "temperatures": ", ".join(f"{f.name} {f.temperature:.2f}" for f in settled.findings),
+        "weights": f"{settled.weights_path.stat().st_size / 1e6:.1f} MB, sha256 {settled.weights.sha256[:16]}…",
+        "learning curve": str(bundle / "training.png"),
+    }
+    for name, value in facts.items():
+        table.add_row(name, str(value))
+    out.print(table)
+    out.print("How good it is says `synoptic evaluate`, on patients it did not learn from.")
+
+
+def evaluate(
+    bundle: BundleFolder,
+    cohort_folder: CohortFolder,
+    to: Annotated[Path, typer.Option("--out", "-o", help="A folder for evaluation.json and evaluation.html.")],
+    folds: Annotated[int, typer.Option(min=2, help="Folds, by patient.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="How often the patients are dealt anew.")] = 5,
+    fusions: Annotated[str, typer.Option(help="Which fusions to compare, with commas; empty: all.")] = "",
+    card: Annotated[bool, typer.Option("--card", help="Write the model card into the bundle's README.md.")] = False,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    processes: Annotated[int, typer.Option(min=1, help="Folds at the same time.")] = 1,
+    cache: CacheFolder = None,
+    given: ConfigFile = None,
+) -> None:
+    """Judge a bundle's recipe: every fusion, single modality, baseline and shortcut floor, on the same folds by patient.
+
+    Each network is trained anew in each fold, so this takes as long as folds x repeats trainings. The bundle is not changed. Stopped and
+    started again, it goes on with the folds that are done.
+    """
+    from models import evaluation, page
+
+    spec, settings = _open(bundle, given, 1, verify=False)
+    with _progress() as bar:
+        found = _load(bar, cohort_folder, spec, settings, cache, splits=("train", "test", ""))
+        results = evaluation.evaluate(
+            spec,
+            found.labeled,
+            [case.facts for case in found.cases],
+            folds=folds,
+            repeats=repeats,
+            seed=seed,
+            fusions=tuple(name.strip() for name in fusions.split(",") if name.strip()),
+            device=device,
+            folder=to,
+            processes=processes,
+            progress=_steps(bar, "judging"),
+        )
+    to.mkdir(parents=True, exist_ok=True)
+    (to / "evaluation.json").write_text(json.dumps(results, indent=1), "utf-8")
+    written = page.write_page(results, to)
+    if card:
+        text = {"intended_use": spec.intended_use, "quality_statement": spec.quality_statement, "license": spec.license}
+        (bundle / "README.md").write_text(page.write_card(results, bundle_text=text), "utf-8")
+    for line in evaluation.summary(results):
+        out.print(line, soft_wrap=True)
+    out.print(f"{to / 'evaluation.json'}, {', '.join(str(path) for path in written)}", soft_wrap=True)
+
+
+def recalibrate(
+    bundle: BundleFolder,
+    cohort_folder: CohortFolder,
+    alpha: Annotated[
+        float, typer.Option(min=0.01, max=0.4, help="Share of truly positive patients that may be called negative, and the reverse.")
+    ] = 0.1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print, and leave the bundle as it is.")] = False,
+    device: Device = "cpu",
+    threads: Threads = 1,
+    cache: CacheFolder = None,
+    given: ConfigFile = None,
+) -> None:
+    """Fit temperature and verdicts to a site's own cohort, on which the network was not trained; the weights stay.
+
+    Writes temperature, threshold, negative_below and alpha of each finding: below negative_below a study is called negative, from
+    threshold positive, uncertain between, and of the truly positive patients at most the share alpha is called negative (class-conditional
+    conformal prediction). Refused where there are too few patients to promise that.
+    """
+    from models import recalibration, training
+    from worker import infer
+
+    spec, settings = _open(bundle, given, threads)
+    network, _ = infer.load_network(spec)
+    with _progress() as bar:
+        found = _load(bar, cohort_folder, spec, settings, cache, splits=("calibration", ""))
+    if len(found.cases) < LEAST_RECALIBRATION:
+        raise Reject(f"{len(found.cases)} studies are too few to recalibrate on: {LEAST_RECALIBRATION} are needed.")
+    logits, labels = training.predict(network.to(device), found.labeled, device=device)
+    groups = [study.group for study in found.labeled]
+    new = recalibration.recalibrate(spec, logits, labels, groups, alpha=alpha)
+    table = Table("finding", "patients +/-", "temperature", "negative below", "positive from", "uncertain", "")
+    for one in new:
+        table.add_row(
+            one.finding,
+            f"{one.positives}/{one.negatives}",
+            f"{one.temperature:.2f}",
+            f"{one.negative_below:.3f}",
+            f"{one.threshold:.3f}",
+            f"{one.uncertain:.0%}",
+            one.refused or "ok",
+        )
+    out.print(table)
+    if dry_run:
+        return
+    settled = recalibration.settle(spec, new)
+    out.print(f"{bundle / 'bundle.toml'} is written; the bundle's digest is {settled.digest[:16]}…")
+    if any(one.refused for one in new):
+        sys.exit(1)
+
+
+def predict(
+    bundle: BundleFolder,
+    cohort_folder: Annotated[
+        Path, typer.Option("--cohort", "-c", exists=True, file_okay=False, help="dicom/, hl7/ or fhir/; no labels needed.")
+    ],
+    to: Annotated[Path, typer.Option("--out", "-o", help="The CSV to write.")],
+    device: Device = "cpu",
+    threads: Threads = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Studies in one forward.")] = 16,
+    cache: CacheFolder = None,
+    given: ConfigFile = None,
+) -> None:
+    """Answer for every study of a folder: study_instance_uid, finding, probability, verdict, modalities used."""
+    from worker import infer
+
+    spec, settings = _open(bundle, given, threads)
+    model = infer.Model(bundle, device=device, threads=threads)
+    with _progress() as bar:
+        found = _load(bar, cohort_folder, spec, settings, cache, splits=("train", "test", "calibration", ""), is_labeled=False)
+        step = _steps(bar, "predicting")
+        rows: list[tuple[str, str, str, str, str]] = []
+        for start in range(0, len(found.cases), batch):
+            chosen = found.cases[start : start + batch]
+            for case, answer in zip(chosen, model.predict([infer.Prepared(c.labeled.sample) for c in chosen]), strict=True):
+                if isinstance(answer, BundleError):
+                    raise answer
+                used = "+".join(case.used)
+                rows += [(case.study_instance_uid, f.name, f"{f.probability:.6f}", f.verdict, used) for f in answer]
+            step(start + len(chosen), len(found.cases))
+    with to.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("study_instance_uid", "finding", "probability", "verdict", "modalities_used"))
+        writer.writerows(rows)
+    out.print(f"{len(found.cases)} studies, {len(rows)} answers: {to}", soft_wrap=True)
+
+
+def compress(
+    bundle: BundleFolder,
+    cohort_folder: CohortFolder,
+    to: Annotated[Path, typer.Option("--out", "-o", help="A folder for the exported networks and compression.json.")],
+    seed: Seed = 0,
+    threads: Threads = 1,
+    cache: CacheFolder = None,
+    given: ConfigFile = None,
+) -> None:
+    """Make smaller and faster forms of a bundle: an image-only student, bf16, int8, torch.export, ONNX. Prints what each costs."""
+    from models import compression, training
+    from worker import infer
+
+    spec, settings = _open(bundle, given, threads)
+    network, _ = infer.load_network(spec)
+    with _progress() as bar:
+        studies = _load(bar, cohort_folder, spec, settings, cache, splits=("train", "test", "")).labeled
+        # The student is judged on patients it did not learn from; the bundle's own network may have.
+        learned, asked = training.split_groups(studies, share=0.3, seed=seed)
+        bar.add_task("teaching an image-only student", total=None)
+        student = compression.distil(network, spec, learned, seed=seed)
+    rows = compression.compress(network, spec, asked, student=student)
+    to.mkdir(parents=True, exist_ok=True)
+    for name, export in (("network.pt2", compression.export_program), ("network.onnx", compression.export_onnx)):
+        try:
+            export(network, asked[0].sample, to / name)
+        except (ImportError, ValueError) as exc:
+            err.print(f"{name} is not written: {escape(str(exc))}", soft_wrap=True)
+    table = Table("form", "MB", "ms a study", "largest change", "mean change", "equal verdicts")
+    for row in rows:
+        table.add_row(
+            str(row["name"]),
+            f"{float(str(row['size_bytes'])) / 1e6:.2f}",
+            f"{row['median_ms']:.2f}",
+            f"{row['max_change']:.4f}",
+            f"{row['mean_change']:.4f}",
+            f"{row['same_verdicts']:.1%}",
+        )
+    out.print(table)
+    out.print(f"On {len(asked)} studies; changes are of probabilities, against float32. {to}", soft_wrap=True)
+    (to / "compression.json").write_text(json.dumps(rows, indent=1), "utf-8")
+
+
+def register(app: typer.Typer) -> None:
+    """Add these verbs to the command line."""
+    for verb in (train, evaluate, recalibrate, predict, compress):
+        app.command()(verb)
