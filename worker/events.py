@@ -28,6 +28,7 @@ NAMES: Final = frozenset(
         "job.cancelled",
         "job.rescued",
         "job.fenced",  # a late owner's verdict was turned away
+        "explanation.failed",  # the findings are reported all the same
         "spool.swept",
         "role.started",
         "role.stopped",

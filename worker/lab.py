@@ -314,4 +314,4 @@ def compress(
 def register(app: typer.Typer) -> None:
     """Add these verbs to the command line."""
     for verb in (train, evaluate, recalibrate, predict, compress):
-        app.command()(verb)
+        app.command(rich_help_panel="For the data scientist")(verb)
