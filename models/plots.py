@@ -293,29 +293,39 @@ def missing(results: Results, finding: str, *, name: str) -> str:
 
 
 def learning_curve(history: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Write a PNG of the training and validation loss of each epoch, the best epoch marked.
+    """Write a PNG of the training and validation loss of each epoch, a panel for each stage, the best epoch marked.
 
     Parameters
     ----------
     history
-        One mapping an epoch: ``epoch``, ``train_loss``, ``validation_loss`` (both per study, masked cross-entropy).
+        One mapping an epoch: ``epoch``, ``train_loss``, ``validation_loss`` (both per study, masked cross-entropy), perhaps ``stage``.
     """
+    stages: dict[str, list[Mapping[str, Any]]] = {}
+    for item in history:
+        stages.setdefault(str(item.get("stage", "")), []).append(item)
+    columns = min(2, max(1, len(stages)))
+    rows = max(1, -(-len(stages) // columns))
     with mpl.rc_context(RC):
-        figure = Figure(figsize=(6.4, 3.6), layout="constrained", facecolor="white")
+        figure = Figure(figsize=(6.4 if columns == 1 else 10, 3.4 * rows), layout="constrained", facecolor="white")
         FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
-        epochs = [item["epoch"] for item in history]
-        for key, label, color, dash in (("train_loss", "training", BLUE, "--"), ("validation_loss", "validation", VERMILION, "-")):
-            losses = [item[key] for item in history]
-            axes.plot(epochs, losses, color=color, linestyle=dash, linewidth=1.8, marker="o" if len(losses) == 1 else "")
-            if losses:
-                axes.annotate(label, (epochs[-1], losses[-1]), xytext=(5, 0), textcoords="offset points", va="center", color=color)
-        known = [item for item in history if math.isfinite(item["validation_loss"])]
-        if known:
-            best_item = min(known, key=lambda item: item["validation_loss"])
-            axes.axvline(best_item["epoch"], color=INK, linewidth=0.8, linestyle=(0, (2, 2)))
-            axes.plot(best_item["epoch"], best_item["validation_loss"], marker="o", markersize=7, color=VERMILION, markerfacecolor="white")
-            axes.set_title(f"Best: epoch {best_item['epoch']:.0f}, validation loss {number(best_item['validation_loss'])}")
-        axes.set(xlabel="Epoch", ylabel="Loss per study (cross-entropy, nats)")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        for number, (stage, items) in enumerate(stages.items(), start=1):
+            _losses(figure.add_subplot(rows, columns, number), stage, items)
         figure.savefig(path, format="png", dpi=150, metadata={"Software": None})
+
+
+def _losses(axes: Axes, stage: str, history: Sequence[Mapping[str, Any]]) -> None:
+    epochs = [item["epoch"] for item in history]
+    for key, label, color, dash in (("train_loss", "training", BLUE, "--"), ("validation_loss", "validation", VERMILION, "-")):
+        losses = [item[key] for item in history]
+        axes.plot(epochs, losses, color=color, linestyle=dash, linewidth=1.8, marker="o" if len(losses) == 1 else "")
+        axes.annotate(label, (epochs[-1], losses[-1]), xytext=(5, 0), textcoords="offset points", va="center", color=color)
+    known = [item for item in history if math.isfinite(item["validation_loss"])]
+    if known:
+        best_item = min(known, key=lambda item: item["validation_loss"])
+        axes.axvline(best_item["epoch"], color=INK, linewidth=0.8, linestyle=(0, (2, 2)))
+        axes.plot(best_item["epoch"], best_item["validation_loss"], marker="o", markersize=7, color=VERMILION, markerfacecolor="white")
+        said = f"best: epoch {best_item['epoch']:.0f}, validation loss {number(best_item['validation_loss'])}"
+        axes.set_title(f"{stage}; {said}" if stage else said.capitalize())
+    axes.set(xlabel="Epoch", ylabel="Loss per study (cross-entropy, nats)")
+    axes.margins(x=0.12)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))

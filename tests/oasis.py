@@ -4,7 +4,7 @@ usage: python -m tests.oasis FOLDER
 
 Each subject becomes one MR study of three series (axial, coronal, sagittal), one image each, an ADT and an ORU message, and a
 row of labels.csv: ``dementia`` is CDR > 0. MMSE is left out (it is nearly the label). The decimal points that the table lost are
-put back: nWBV is below 1, so 74 is 0.74 and 813 is 0.813. Study dates are made up: OASIS has none.
+put back: nWBV is below 1, so 813 is 0.813. Study dates are made up: OASIS has none.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ def _messages(row: dict[str, str]) -> str:
     drawn = STUDY.strftime("%Y%m%d060000")
     pid = f"PID|1||{row['ID']}^^^OASIS^MR||OASIS^{row['ID'].replace('_', '')}||{_birth_date(row)}|{row['M/F']}"
     head = rf"MSH|^~\&|OASIS|OASIS|SYNOPTIC|RAD|{drawn}||"
-    known = {**row, "nWBV": f"0.{row['nWBV']}"}
+    # Some rows have kept their point.
+    known = {**row, "nWBV": row["nWBV"] if "." in row["nWBV"] else f"0.{row['nWBV']}"}
     found = [(code, unit, known[column]) for column, (code, unit) in VALUES.items() if row[column]]
     results = [
         f"OBX|{number}|NM|{code}^{code}^L||{value}|{unit}^{unit}^UCUM|||||F|||{drawn}"

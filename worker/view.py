@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 
 from pydicom import dcmread
 from rich.console import Console
@@ -38,9 +39,17 @@ def show(out: Console, store: Store, study_id: int, *, with_report: bool) -> Non
     for document, findings in reports:
         out.print(f"report {document.sop_instance_uid}  version {document.input_version}  {escape(document.failure)}", soft_wrap=True)
         for one in findings:
-            out.print(f"  {one.meaning}: {one.probability:.3f} {one.verdict} (threshold {one.threshold:g})")
+            unusual = ", unlike what the network learned from" if one.is_atypical else ""
+            out.print(f"  {one.meaning}: {one.probability:.3f} {one.verdict}{unusual} (threshold {one.threshold:g})")
+            if one.shapley:
+                out.print(f"    log-odds: {_shares(one.shapley)}" + (f"; of these {_shares(one.attributions)}" if one.attributions else ""))
     if with_report and reports:
         print_report(out, bytes(reports[-1][0].data))
+
+
+def _shares(shares: Mapping[str, float]) -> str:
+    """The largest first, as in "image +2.1, values -0.4"."""
+    return ", ".join(f"{name} {share:+.2f}" for name, share in sorted(shares.items(), key=lambda item: -abs(item[1])))
 
 
 def print_report(out: Console, data: bytes) -> None:
