@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,27 +14,12 @@ from pynetdicom import AE
 from pynetdicom.pdu import A_ASSOCIATE_AC, A_ASSOCIATE_RJ
 
 from tests import peers
-from tests.receivers import Receiver, receiving
+from tests.integration.conftest import Start
+from tests.receivers import Receiver
 from tests.scu import BIG_ENDIAN, CT, DEFLATED, EXPLICIT, IMPLICIT, MR, P_DATA, VERIFICATION, command_set, encoded, pdu, pdv, slice_of
 from worker.intake.scp import Limits
 
 JPEG_2000, MPEG2 = "1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.4.100"
-
-
-Start = Callable[..., Receiver]
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    """Start receivers that stop with the test."""
-    with ExitStack() as stack:
-        yield lambda **options: stack.enter_context(receiving(tmp_path / "spool", **options))
-
-
-@pytest.fixture
-def receiver(start: Start) -> Receiver:
-    """A receiver with short deadlines."""
-    return start()
 
 
 def saved(folder: Path, *instances: Dataset) -> list[str]:

@@ -6,7 +6,6 @@ import ssl
 import struct
 import subprocess
 import time
-from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -16,24 +15,9 @@ import pytest
 from pynetdicom.pdu import A_ASSOCIATE_AC
 
 from tests import peers
-from tests.receivers import QUICK, Receiver, receiving
+from tests.integration.conftest import Start
+from tests.receivers import QUICK, Receiver
 from tests.scu import ABORT, CT, EXPLICIT, MR, P_DATA, VERIFICATION, command_set, encoded, pdu, pdv, slice_of
-
-Start = Callable[..., Receiver]
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    """Start receivers that stop with the test."""
-    with ExitStack() as stack:
-        yield lambda **options: stack.enter_context(receiving(tmp_path / "spool", **options))
-
-
-@pytest.fixture
-def receiver(start: Start) -> Receiver:
-    """A receiver with short deadlines."""
-    return start()
-
 
 # --- peers that stall ---------------------------------------------------------------------------------
 

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,28 +15,13 @@ import psutil
 import pytest
 from pynetdicom.pdu import A_ASSOCIATE_AC, A_ASSOCIATE_RJ
 
-from tests.receivers import QUICK, Receiver, receiving
+from tests.integration.conftest import Start
+from tests.receivers import QUICK, Receiver
 from tests.scu import ABORT, CT, EXPLICIT, MR, VERIFICATION, Scu, encoded, pdu, slice_of
 from worker.domain import Received
 from worker.errors import Reject, Retry
 from worker.intake.scp import StorageScp
 from worker.store.spool import Incoming, Spool
-
-Start = Callable[..., Receiver]
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    """Start receivers that stop with the test."""
-    with ExitStack() as stack:
-        yield lambda **options: stack.enter_context(receiving(tmp_path / "spool", **options))
-
-
-@pytest.fixture
-def receiver(start: Start) -> Receiver:
-    """A receiver with short deadlines."""
-    return start()
-
 
 # --- peers that vanish or repeat ----------------------------------------------------------------------
 

@@ -10,45 +10,22 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pydicom
 import pytest
-from pydicom.dataset import FileDataset
 from pydicom.uid import (
     JPEG2000Lossless,
-    JPEGBaseline8Bit,
 )
 
 from tests import factories
-from worker.decoding import CODECS, DecoderPool, Slice, decodable_transfer_syntaxes
+from tests.decoders import read, refused
+from worker.decoding import CODECS, DecoderPool, decodable_transfer_syntaxes
 from worker.errors import DecoderDied, GeometryError, PixelError, StoredFileLost
 
 ROOT = Path(__file__).parents[2]
-LOSSLESS = [uid for uid in CODECS if uid not in {JPEGBaseline8Bit, "1.2.840.10008.1.2.4.91"}]
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[DecoderPool]:
-    """Two warm children, as in service."""
-    with DecoderPool(processes=2) as made:
-        made.warm()
-        yield made
-
-
-def read(pool: DecoderPool, path: Path) -> Slice:
-    (one,) = pool.read([path], [hashlib.sha256(path.read_bytes()).hexdigest()])
-    return one
-
-
-def refused(pool: DecoderPool, ds: FileDataset, folder: Path) -> str:
-    """Return the sentence with which `ds` is refused."""
-    with pytest.raises((PixelError, GeometryError)) as caught:
-        read(pool, factories.write(ds, folder / "one.dcm"))
-    return str(caught.value)
 
 
 @pytest.mark.requirement("P18")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +19,6 @@ from worker.domain import Series, Volume
 from worker.errors import GeometryError, NoSuitableSeries, PixelError
 
 OBLIQUE = (0.8, 0.6, 0.0, 0.0, 0.0, -1.0)
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[DecoderPool]:
-    """Two warm children, as in service."""
-    with DecoderPool(processes=2) as made:
-        made.warm()
-        yield made
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import re
 import struct
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,14 +23,6 @@ from worker import volume
 from worker.decoding import DecoderPool
 from worker.domain import Series
 from worker.errors import GeometryError
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[DecoderPool]:
-    """Two warm children, as in service."""
-    with DecoderPool(processes=2) as made:
-        made.warm()
-        yield made
 
 
 def _series(files: Sequence[Path]) -> list[Series]:
