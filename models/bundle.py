@@ -125,10 +125,10 @@ class Bundle:
 
 
 def _digest_of(folder: Path) -> str:
-    """The sha256 over names and bytes of the files of a folder; '' where there is none."""
+    """The sha256 over names and bytes of the files below a folder."""
     whole = hashlib.sha256()
-    for file in sorted(folder.glob("*")) if folder.is_dir() else ():
-        whole.update(f"{file.name}\0{hashlib.sha256(file.read_bytes()).hexdigest()}\0".encode())
+    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+        whole.update(f"{file.relative_to(folder)}\0{hashlib.sha256(file.read_bytes()).hexdigest()}\0".encode())
     return whole.hexdigest()
 
 

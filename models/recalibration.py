@@ -20,7 +20,7 @@ from models.calibration import fit_temperature, triage
 
 @dataclass(frozen=True, slots=True)
 class Recalibrated:
-    """One finding's new numbers; `refused` says why its verdicts stay as they were, or is empty.
+    """One finding's new numbers; where `refused` says why there are none, they are those it had.
 
     `positives`, `negatives` are patients; `uncertain` is the share of these studies between the two thresholds.
     """
@@ -46,37 +46,21 @@ def recalibrate(bundle: Bundle, logits: Tensor, labels: Tensor, groups: Sequence
         probabilities = 1 / (1 + np.exp(-scores / temperature))
         found = triage(probabilities, truth, alpha=alpha, groups=whose)
         low = spec.threshold if spec.negative_below is None else spec.negative_below
-        threshold, negative_below = spec.threshold, low
-        if not found.refused:
+        new = (spec.temperature, spec.threshold, low, spec.alpha)
+        if found.refused:
+            # Thresholds mean something at the temperature they were chosen at only: all stay, or none.
+            probabilities = 1 / (1 + np.exp(-scores / spec.temperature))
+        else:
             # Outwards to the four places that bundle.toml keeps: the guarantee can only gain by that.
-            threshold, negative_below = math.ceil(found.threshold * 1e4) / 1e4, math.floor(found.negative_below * 1e4) / 1e4
+            new = (temperature, math.ceil(found.threshold * 1e4) / 1e4, math.floor(found.negative_below * 1e4) / 1e4, alpha)
+        uncertain = (probabilities >= new[2]) & (probabilities < new[1])
         result.append(
-            Recalibrated(
-                finding=spec.name,
-                temperature=temperature,
-                threshold=threshold,
-                negative_below=negative_below,
-                alpha=0.0 if found.refused else alpha,
-                positives=found.positives,
-                negatives=found.negatives,
-                uncertain=float(((probabilities >= negative_below) & (probabilities < threshold)).mean()),
-                refused=found.refused,
-            )
+            Recalibrated(spec.name, *new, found.positives, found.negatives, uncertain=float(uncertain.mean()), refused=found.refused)
         )
     return result
 
 
 def settle(bundle: Bundle, new: Sequence[Recalibrated]) -> Bundle:
-    """Write the new numbers into bundle.toml; the bundle has another digest then, and its reports other UIDs."""
-    return bundles.settle(
-        bundle.folder,
-        {
-            one.finding: {
-                "temperature": one.temperature,
-                "threshold": one.threshold,
-                "negative_below": one.negative_below,
-                "alpha": one.alpha,
-            }
-            for one in new
-        },
-    )
+    """Write the numbers of what was not refused into bundle.toml; the bundle has another digest then, and its reports other UIDs."""
+    keys = ("temperature", "threshold", "negative_below", "alpha")
+    return bundles.settle(bundle.folder, {one.finding: {key: getattr(one, key) for key in keys} for one in new if not one.refused})

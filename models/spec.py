@@ -222,10 +222,9 @@ def broken_rules(
         "record: plausible must be [low, high]": all(v.plausible[0] < v.plausible[1] for v in values),
         "record: plausible must be above 0 for a log transform": all(v.transform == "none" or v.plausible[0] > 0 for v in values),
         "network.width must divide by heads": network.width % network.heads == 0,
-        "network.bert must name a folder, for text bert and only for it": (network.text == "bert") == bool(network.bert),
-        "weights.file must be a plain file name": "/" not in weights.file
-        and "\\" not in weights.file
-        and weights.file not in ("", ".", ".."),
+        "network.bert must name a folder beside bundle.toml, for text bert and only for it": (network.text == "bert") == bool(network.bert)
+        and _is_plain(network.bert or "-"),
+        "weights.file must be a plain file name": _is_plain(weights.file),
         "images: at least one is needed, and one must be required": any(i.required for i in images),
         "images: names must differ": _differ(i.name for i in images),
     }
@@ -251,6 +250,10 @@ def _broken_image(image: ImageSpec, earlier: Sequence[ImageSpec]) -> list[str]:
         or (shared is not None and (shared.kind, shared.grid, shared.encoder, shared.like) == (image.kind, image.grid, image.encoder, "")),
     }
     return [rule for rule, holds in rules.items() if not holds]
+
+
+def _is_plain(name: str) -> bool:
+    return name not in ("", ".", "..") and not {"/", "\\"} & set(name)
 
 
 def _differ(names: Iterable[str]) -> bool:
