@@ -147,40 +147,6 @@ def fit_predict(
     return np.asarray(expit(sharpness * scores + logit(prevalence)), np.float64)
 
 
-def out_of_fold(
-    name: str,
-    x: FloatArray,
-    y: FloatArray,
-    groups: Sequence[Any] | NDArray[Any],
-    folds: NDArray[np.int64],
-    *,
-    seed: int,
-) -> FloatArray:
-    """Judge each study by a baseline that saw nothing of its fold: (N,) probabilities, for studies without a label too.
-
-    Parameters
-    ----------
-    name, x, y, groups
-        As for `fit_predict`; (N, F), (N,) and (N,).
-    folds
-        (N,), the index of each study's fold.
-
-    Raises
-    ------
-    ValueError
-        A group lies in two folds, or as for `fit_predict`.
-    """
-    owners = np.asarray(groups)
-    for group in np.unique(owners):
-        if len(np.unique(folds[owners == group])) > 1:
-            raise ValueError(f"Group {group!s} lies in more than one fold.")
-    result = np.full(len(y), np.nan)
-    for fold in np.unique(folds):
-        test = folds == fold
-        result[test] = fit_predict(name, x[~test], y[~test], x[test], seed=seed, groups=owners[~test])
-    return result
-
-
 def stacked(train_x: FloatArray, train_y: FloatArray, test_x: FloatArray) -> FloatArray:
     """Weigh single sources' log-odds (N, M) by a logistic regression: (T, M) → (T,) probabilities; the mean if one class is there."""
     known = ~np.isnan(train_y)

@@ -150,7 +150,9 @@ def settle(folder: Path, findings: Mapping[str, Mapping[str, float]], *, sha256:
     for index, finding in enumerate(bundle.findings):
         for key, value in findings.get(finding.name, {}).items():
             tables[index] = _with_number(tables[index], key, f"{key} = {value:.4f}")
-    file.write_text("".join((head, *tables)), "utf-8")
+    part = file.with_suffix(".part")
+    part.write_text("".join((head, *tables)), "utf-8")
+    part.replace(file)
     return Bundle.read(folder, verify=bool(sha256))
 
 

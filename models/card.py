@@ -38,7 +38,7 @@ def write_card(results: Mapping[str, Any], *, bundle_text: Mapping[str, Any]) ->
     sections = {
         "What it is": own("summary", _md(title)),
         "Intended use": own("intended_use", "Research."),
-        "What it learned from": own("learned_from", f"{_cohort_words(results)}"),
+        "What it learned from": own("learned_from", f"Not said here. It was judged on {_cohort_words(results)}"),
         "How it was judged": _judged(results),
         "Results": "\n\n".join(
             f"### {_md(name)}\n\n{_md(words.how_good(results, name))}\n\n{each(words.how_compared(results, name))}\n\n"
@@ -56,7 +56,10 @@ def write_card(results: Mapping[str, Any], *, bundle_text: Mapping[str, Any]) ->
         "License": own("license", "See LICENSE."),
     }
     body = "\n\n".join(f"## {head}\n\n{text}" for head, text in sections.items())
-    return f"# {_md(title)}\n\n**Research use. Not a medical device, not for the care of patients.**\n\n{body}\n"
+    first = "**Research use. Not a medical device, not for the care of patients.**"
+    if bundle.get("stages") == "joint":  # folds freeze the encoders, the bundle's training does not
+        first += " Its figures judge this recipe with frozen encoders, not these weights."
+    return f"# {_md(title)}\n\n{first}\n\n{body}\n"
 
 
 def _md(text: object) -> str:
@@ -84,7 +87,8 @@ def _judged(results: Results) -> str:
     return (
         f"{given(results, 'folds')} folds of whole patients, stratified, repeated {given(results, 'repeats')} times, seed "
         f"{given(results, 'seed')}, every row on the same folds, on {_cohort_words(results)} "
-        "Intervals are 95 %, from a bootstrap of patients; p values are corrected by Holm. "
+        "Intervals are 95 %, from a bootstrap of patients; claims against single modalities and late fusions are corrected by Holm for "
+        "their number, other differences are not. "
         "Plots: `evaluation.html`."
     )
 

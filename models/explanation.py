@@ -2,7 +2,6 @@
 
 ::
 
-    Tokens ─ every subset of modalities ─▶ modality_shares (M, B, L), exact Shapley values
     Tokens ─ subsets of one modality's tokens ─▶ token_shares (B, n, L), Owen values: they sum to that modality's share
     image  ─ gradient ─▶ saliency (*size) in [0, 1] ─ to_patient ─▶ array and affine, in LPS mm
 
@@ -25,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from models.fusion import FusionHead, Tokens, shapley, subset_logits, subsets
+from models.fusion import FusionHead, Tokens, shapley, subsets
 from models.network import FusionNetwork
 from models.spec import ImageSpec
 from models.transforms import Sample, _to_ras, collate
@@ -34,12 +33,6 @@ from models.transforms import Sample, _to_ras, collate
 EXACT: Final = 8
 #: Rows of one run of the head; more at once are slower on a CPU, whose cache they leave.
 _ROWS: Final = 256
-
-
-@torch.no_grad()
-def modality_shares(head: FusionHead, tokens: Tokens) -> Tensor:
-    """Exact Shapley values (M, B, L) in log-odds; they sum to the answer less the answer to nothing, what is absent has 0."""
-    return shapley(subset_logits(head, tokens))
 
 
 @torch.no_grad()

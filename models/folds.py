@@ -30,6 +30,7 @@ from torch import Tensor
 from models import baselines
 from models.bundle import Bundle
 from models.features import SMALLEST, features
+from models.fusion import FUSIONS
 from models.training import Fit, Labeled, TokenCache, cache_tokens, fit, predict, pretrain
 from models.transforms import Sample
 
@@ -41,6 +42,12 @@ Scores = dict[str, FloatArray]
 
 #: Shares of the values that are dropped to see what is left.
 DROPPED: Final = (0.3, 0.6)
+#: Rows of late fusion proper: networks that never met.
+LATE: Final = ("late mean of single networks", "late stack of single networks")
+#: Of what a floor is made: no image may be named like one, or its row would be the floor's.
+SHORTCUTS: Final = ("missingness", "view", "acquisition")
+#: The tables that baselines are given.
+TABLES: Final = ("values", "image features", "both")
 #: Facts that are no acquisition attribute.
 _NOT_ACQUISITION: Final = frozenset({"sex", "age", "view", "scanner"})
 
@@ -137,7 +144,11 @@ def one_fold(task: Task, is_outer: Sequence[bool], *, seed: int) -> Scores:
                 rest = [one for one in bundle.modalities if one != modality]
                 scores[f"without {modality}"] = expit(answer(outer, keep=rest))
             for share in DROPPED if bundle.record.values else ():
-                scores[f"{share:.0%} of the values dropped"] = expit(answer(_with_gaps(outer, share, seed)))
+                scores[_dropped(share)] = expit(answer(_with_gaps(outer, share, seed)))
+    # Of two modalities, "trained without one" is the other alone.
+    for modality in bundle.modalities if len(bundle.modalities) > 2 else ():
+        result = fit(bundle, _without(inner, modality), seed=seed, device=task.device, tokens=tokens)
+        scores[f"trained without {modality}"] = expit(_answer(result, _without(outer, modality), tokens=asked))
     if singles:
         scores |= _late(bundle, singles, inner, outer)
     return scores | _classical(task, np.array(is_outer), seed=seed)
@@ -166,19 +177,71 @@ def _late(bundle: Bundle, singles: Mapping[str, tuple[FloatArray, Fit]], inner: 
     for index in range(mean.shape[1]):
         y = first.held_labels[:, index].double().numpy()
         stack[:, index] = baselines.stacked(known[:, :, index], y, logits[:, :, index])
-    return {"late mean of single networks": expit(mean), "late stack of single networks": stack}
+    return dict(zip(LATE, (expit(mean), stack), strict=True))
 
 
 def presence(bundle: Bundle, samples: Sequence[Sample]) -> FloatArray:
     """(N, M) of 1 where a study has the modality."""
-    key = {"values": "number_mask", "history": "history_mask", "text": "words", "genes": "variants"}
-    names = [key.get(name, f"{name}_mask") for name in bundle.modalities]
-    return np.array([[float(bool((sample[name] != 0).any())) for name in names] for sample in samples])
+    return np.array([[float(_has(sample, name)) for name in bundle.modalities] for sample in samples])
+
+
+def _has(sample: Sample, modality: str) -> bool:
+    if modality == "text":  # BERT's own tokens of no word stand even in an empty text: its mask knows
+        keys = ["word_mask" if "word_mask" in sample else "words"]
+    elif modality == "genes":  # either is enough
+        keys = ["variants", "expression_mask"]
+    else:
+        keys = [{"values": "number_mask", "history": "history_mask"}.get(modality, f"{modality}_mask")]
+    return any(bool((sample[key] != 0).any()) for key in keys)
 
 
 def row_name(fusion: str) -> str:
     """How a fusion's row is headed: "single:image" is "image alone"."""
     return f"{fusion.removeprefix('single:')} alone" if fusion.startswith("single:") else fusion
+
+
+def group_of(row: str, modalities: Sequence[str]) -> str:
+    """Of which kind a row is: "fusion", "single", "late", "baseline", "floor", or "missing" for the headline with parts taken away.
+
+    Raises
+    ------
+    ValueError
+        No row is named so: it was kept by another version.
+    """
+    table, _, learner = row.partition(": ")
+    kinds = {
+        "late": row in LATE or row in ("late_mean", "late_stack"),
+        "fusion": row in FUSIONS,
+        "single": row in [f"{name} alone" for name in modalities],
+        "floor": row in [f"{name} alone" for name in SHORTCUTS],
+        "baseline": table in TABLES and learner in baselines.BASELINES,
+        "missing": row.removeprefix("trained ") in [f"without {name}" for name in modalities]
+        or row in [_dropped(share) for share in DROPPED],
+    }
+    found = next((kind for kind, holds in kinds.items() if holds), "")
+    if not found:
+        raise ValueError(f"{row!r} is no row of this table: these folds were kept by another version, remove them.")
+    return found
+
+
+def _dropped(share: float) -> str:
+    return f"{share:.0%} of the values dropped"
+
+
+def _without(studies: Sequence[Labeled], modality: str) -> list[Labeled]:
+    """The same studies, none of which has this modality."""
+    keys = {
+        "values": ["number_mask"],
+        "history": ["history_mask"],
+        "text": ["words", "word_mask"],
+        "genes": ["variants", "expression_mask"],
+    }
+    return [
+        replace(
+            s, sample={**s.sample, **{k: torch.zeros_like(s.sample[k]) for k in keys.get(modality, [f"{modality}_mask"]) if k in s.sample}}
+        )
+        for s in studies
+    ]
 
 
 def _with_gaps(studies: Sequence[Labeled], share: float, seed: int) -> list[Labeled]:
@@ -199,18 +262,23 @@ def _classical(task: Task, outer: NDArray[np.bool_], *, seed: int) -> Scores:
     truth = torch.stack([study.labels for study in task.studies]).double().numpy()
     tables: dict[str, FloatArray] = {}
     if min(first.size) >= SMALLEST:
-        tables["image features"] = np.stack([features(sample[first.name]) for sample in samples])
+        found = [features(sample[first.name]) if bool(sample[f"{first.name}_mask"]) else None for sample in samples]
+        count = next((len(one) for one in found if one is not None), 0)
+        # Zeros stand for an absent image, but their features would be of a black one.
+        tables["image features"] = np.stack([np.full(count, np.nan) if one is None else one for one in found])
     present = presence(task.bundle, samples)
     floors = {"acquisition alone": _acquisition(task.facts, exclude=_NOT_ACQUISITION), "view alone": _acquisition(task.facts, only="view")}
     if task.bundle.record.values:
         tables["values"] = baselines.value_table(samples)
-        tables |= {"both": np.hstack([tables["values"], found]) for found in [tables.get("image features")] if found is not None}
+        if "image features" in tables:
+            tables["both"] = np.hstack([tables["values"], tables["image features"]])
         present = np.hstack([present, baselines.missing_table(samples)])
     if np.ptp(present, axis=0).any():
         floors["missingness alone"] = present
     rows = {
         f"{table}: {name}": (name, x)
         for table, x in tables.items()
+        if x.shape[1]
         for name in baselines.BASELINES
         if table != "image features" or "missing" not in name
     }
@@ -221,6 +289,9 @@ def _classical(task: Task, outer: NDArray[np.bool_], *, seed: int) -> Scores:
         for index in range(truth.shape[1]):
             y = truth[:, index]
             is_known = ~outer & ~np.isnan(y)
+            if not is_known.any():  # nothing to learn from says nothing, rather than to stop what ran for hours
+                columns.append(np.full(int(outer.sum()), 0.5))
+                continue
             columns.append(baselines.fit_predict(name, x[is_known], y[is_known], x[outer], seed=seed, groups=groups[is_known]))
         scores[row] = np.stack(columns, axis=1)
     return scores

@@ -49,6 +49,9 @@ h2,h3{break-after:avoid}table{font-size:6.6pt}td small{font-size:6pt}th,td{paddi
 """
 
 
+COVERED = ("coverage_positive", "coverage_negative")  # shares of a class that are not called the other
+
+
 def write_page(results: Mapping[str, Any], folder: Path) -> list[Path]:
     """Write ``evaluation.html``, one self-contained file, into `folder` (made if need be).
 
@@ -99,7 +102,8 @@ def _plain(results: Results, finding: str) -> str:
     interval = f"{number(gain.low, signed=True)} to {number(gain.high, signed=True)}" if gain else ""
     shown = "" if words.too_few(results, finding) else words.in_short(gain, compared.p if compared else None)
     found = (results.get("triage") or {}).get(finding) or {}
-    uncertain = "–" if found.get("refused") else share(found.get("uncertain"))
+    own = found.get("shipped") or found
+    uncertain = "–" if own.get("refused") else share(own.get("uncertain"))
     patients = given(results.get("cohort"), "patients")
     tiles = (
         ("AUROC", number(head.value) if head else "–", f"{number(head.low)} to {number(head.high)}" if head else ""),
@@ -141,7 +145,9 @@ def _finding(results: Results, finding: str, order: int, ids: Sequence[str]) -> 
         caption = f"The same network with parts of the input taken away, {n}."
         parts.append(_figure("What it is worth without", plots.missing(results, finding, name=ids[3]), caption))
     if words.of(results, "subgroups", finding):
-        caption = f"At the right: studies with the finding / all studies. Gray, hollow: a class of fewer than {words.FEWEST}, no claim."
+        caption = (
+            f"At the right: studies with the finding / all studies. Gray, hollow: a class of fewer than {words.FEWEST} patients, no claim."
+        )
         parts += [_figure("Subgroups", plots.subgroups(results, finding, name=ids[4]), caption), _subgroup_table(results, finding)]
     parts += [_metric_table(results, finding), _difference_table(results, finding), "</section>\n"]
     return "\n".join(parts)
@@ -204,7 +210,8 @@ def _difference_table(results: Results, finding: str) -> str:
             said,
         ]
         body.append(_line(f"{row['a']} − {row['b']}", cells))
-    caption = f"Paired on the same bootstrap resamples of patients, {words.population(results, finding)}; p corrected by Holm."
+    caption = f"Paired on the same bootstrap resamples of patients, {words.population(results, finding)}; p of single modalities "
+    caption += "and late fusions, corrected by Holm for their number; without p, the interval alone, not corrected."
     return "<h3>Differences</h3>" + _table(caption, ("Difference", "Metric", "Value", "p (Holm)", "What it shows"), body)
 
 
@@ -219,16 +226,31 @@ def _subgroup_table(results: Results, finding: str) -> str:
 
 
 def _triage_table(results: Results, finding: str) -> str:
+    """The bundle's own thresholds, then those that a recalibration would give; wrong calls either way."""
     found = (results.get("triage") or {}).get(finding) or {}
-    if not found or found.get("refused"):
+    keys = ("threshold", "negative_below", "uncertain", "positives_called_negative", "negatives_called_positive")
+    rows: list[tuple[str, Mapping[str, Any]]] = []
+    if own := found.get("shipped"):
+        rows.append(("as shipped", own))
+    if found and not found.get("refused"):
+        wrong = {key: None if found.get(held) is None else 1 - found[held] for key, held in zip(keys[3:], COVERED, strict=True)}
+        rows.append(("after recalibrate", {**found, **wrong}))
+    if not rows:
         return ""
-    cells = [
-        f"<td>{number(found.get('alpha'))}</td><td>{number(found.get('threshold'))}</td><td>{number(found.get('negative_below'))}</td>",
-        *(f"<td>{share(found.get(key))}</td>" for key in ("uncertain", "coverage_positive", "coverage_negative")),
-        f"<td>{given(found, 'positives')} / {given(found, 'negatives')}</td>",
+    body = [
+        _line(
+            name,
+            [
+                f"<td>{number(row.get('alpha') or None)}</td>",
+                *(f"<td>{number(row.get(key))}</td>" for key in keys[:2]),
+                *(f"<td>{share(row.get(key))}</td>" for key in keys[2:]),
+            ],
+        )
+        for name, row in rows
     ]
-    heads = ("", "α", "Positive from", "Negative below", "Uncertain", "Covered, with", "Covered, without", "n with / without")
-    return _table("Class-conditional conformal verdicts.", heads, [_line("Triage", cells)])
+    heads = ("Verdicts", "α", "Positive from", "Negative below", "Uncertain", "With it, called negative", "Without it, called positive")
+    caption = f"Out of fold, {words.population(results, finding)}; each patient weighs 1. After recalibrate: class-conditional conformal."
+    return _table(caption, heads, body)
 
 
 def _how(results: Results) -> str:

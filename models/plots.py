@@ -144,8 +144,11 @@ def subgroups(results: Results, finding: str, *, name: str) -> str:
 
 
 def small_group(row: Row) -> bool:
-    """Whether a subgroup, or one class of it, is too small to claim anything of."""
-    return bool(min(row["positives"], row["studies"] - row["positives"]) < FEWEST)
+    """Whether a subgroup, or one class of it, has too few patients to claim anything of."""
+    # A class has no more patients than studies: those bound it where an older evaluation does not say.
+    studies = (row["positives"], row["studies"] - row["positives"])
+    patients = (row.get("patients_positive"), row.get("patients_negative"))
+    return bool(min(n for n in (*studies, *patients) if n is not None) < FEWEST)
 
 
 class Line:

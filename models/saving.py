@@ -7,6 +7,7 @@ the studies it learned from a new one may lie (calibration.py).
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,7 +22,8 @@ from models.table import Labeled
 from models.training import Fit, embeddings
 
 _PREFIX = "atypical."
-#: Share of typical patients that may be called atypical; with fewer than 1 / share patients, those beyond the farthest one.
+#: Share of typical patients that may be called atypical. With fewer than 499 patients the limit is the farthest one of them, and
+#: the share is larger: 1 in (patients + 1).
 ATYPICAL_SHARE = 0.002
 #: Below this the cloud of embeddings has no shape to speak of.
 LEAST_PATIENTS = 20
@@ -31,6 +33,8 @@ def save_fit(bundle: Bundle, result: Fit, studies: Sequence[Labeled] = ()) -> Bu
     """Write weights.safetensors, then its sha256 and the temperatures into bundle.toml; return the bundle as it now is.
 
     `studies` are those of the training, held-out ones too: from 20 patients on, what lies far from them all is atypical.
+    A guarantee (`alpha`) is withdrawn: it was of the old weights. Killed anywhere, it leaves the old bundle, the new one, or new
+    weights that the old sha256 refuses; the checkpoint goes last, so that training again finds the same weights.
     """
     tensors = {name: tensor.contiguous() for name, tensor in result.network.state_dict().items()}
     groups = np.array([study.group for study in studies])
@@ -40,9 +44,20 @@ def save_fit(bundle: Bundle, result: Fit, studies: Sequence[Labeled] = ()) -> Bu
         tensors |= {_PREFIX + name: torch.from_numpy(array) for name, array in (("mean", found.mean), ("precision", found.precision))}
         tensors[_PREFIX + "limit"] = torch.from_numpy(limit)
     raw = save(tensors)
-    bundle.weights_path.write_bytes(raw)
-    temperatures = {f.name: {"temperature": float(t)} for f, t in zip(bundle.findings, result.temperatures, strict=True)}
-    return settle(bundle.folder, temperatures, sha256=hashlib.sha256(raw).hexdigest())
+    part = bundle.weights_path.with_suffix(".part")
+    with part.open("wb") as stream:
+        stream.write(raw)
+        stream.flush()
+        os.fsync(stream.fileno())
+    part.replace(bundle.weights_path)
+    numbers = {f.name: {"temperature": float(t)} for f, t in zip(bundle.findings, result.temperatures, strict=True)}
+    for finding in Bundle.read(bundle.folder, verify=False).findings:  # as they are now: a training takes long
+        if finding.alpha:
+            numbers[finding.name]["alpha"] = 0.0
+    settled = settle(bundle.folder, numbers, sha256=hashlib.sha256(raw).hexdigest())
+    if result.checkpoint:
+        result.checkpoint.unlink(missing_ok=True)
+    return settled
 
 
 def load_network(bundle: Bundle) -> tuple[FusionNetwork, Atypical | None]:

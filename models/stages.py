@@ -43,7 +43,7 @@ Epoch = dict[str, int | float | str]
 
 @dataclass(frozen=True, slots=True)
 class Learned:
-    """What one stage came to: the best averaged weights and how it got there."""
+    """What one stage came to: the best averaged weights and how it got there; `best_loss` is NaN where nothing could judge them."""
 
     weights: dict[str, Tensor]
     epochs: int
@@ -53,7 +53,7 @@ class Learned:
 
 
 class Checkpoint:
-    """All that a killed run needs to go on, in ``folder/checkpoint.pt``; without a folder nothing is kept.
+    """All that a killed run needs to go on, in ``folder/checkpoint.pt``; without a folder nothing is kept and `file` is None.
 
     Parameters
     ----------
@@ -67,12 +67,12 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path | None, identity: Mapping[str, str]) -> None:
-        self._file = folder / "checkpoint.pt" if folder else None
+        self.file = folder / "checkpoint.pt" if folder else None
         self._state: dict[str, Any] = {"identity": dict(identity), "stages": {}}
-        if self._file and self._file.exists():
-            self._state = _read(self._file)
+        if self.file and self.file.exists():
+            self._state = _read(self.file)
             if other := [name for name, value in identity.items() if self._state["identity"].get(name) != value]:
-                raise ValueError(f"{self._file.name} is of a run with other {' and '.join(other)}; remove it to begin anew.")
+                raise ValueError(f"{self.file.name} is of a run with other {' and '.join(other)}; remove it to begin anew.")
 
     def stage(self, name: str) -> dict[str, Any] | None:
         """Return what was kept of a stage."""
@@ -81,19 +81,19 @@ class Checkpoint:
     def keep(self, name: str, state: dict[str, Any]) -> None:
         """Write the state of a stage beside those before it; the file is whole at every moment."""
         self._state["stages"][name] = state
-        if self._file and processes()[0] == 0:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            part = self._file.with_suffix(".part")
+        if self.file and processes()[0] == 0:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            part = self.file.with_suffix(".part")
             with part.open("wb") as stream:
                 torch.save(self._state, stream)
                 stream.flush()
                 os.fsync(stream.fileno())
-            part.replace(self._file)
+            part.replace(self.file)
 
     def remove(self) -> None:
         """Forget the run: it is done."""
-        if self._file and processes()[0] == 0:
-            self._file.unlink(missing_ok=True)
+        if self.file and processes()[0] == 0:
+            self.file.unlink(missing_ok=True)
 
 
 def learn(
@@ -101,7 +101,7 @@ def learn(
     module: nn.Module,
     *,
     loss: Callable[[Tensor, Draw], Tensor],
-    validate: Callable[[nn.Module], float],
+    validate: Callable[[nn.Module], float] | None,
     studies: int,
     config: TrainingConfig,
     epochs: int,
@@ -116,12 +116,13 @@ def learn(
     loss
         Of this process's rows (B,) of the `studies`; its gradients are averaged over the processes.
     validate
-        The held-out loss of a module with averaged weights; asked of the first process only.
+        The held-out loss of a module with averaged weights; asked of the first process only. None where nothing held out can
+        judge it: that loss is NaN, no epoch is chosen by it, all are learned and the last weights are taken.
 
     Raises
     ------
     ValueError
-        Fewer studies than processes, or no epoch had a finite held-out loss.
+        Fewer studies than processes, or no epoch had a finite loss.
     """
     rank, world = processes()
     if studies < world:
@@ -144,18 +145,18 @@ def learn(
             rate = config.learning_rate * _cosine((epoch - 1 + (step + 0.5) / len(batches)) / epochs)
             train_loss += _step(parameters, optimizer, partial(loss, rows, draw), rate=rate) / len(batches)
             average.update_parameters(module)
-        held_out = validate(average.module) if rank == 0 else 0.0
+        held_out = math.nan if validate is None else validate(average.module) if rank == 0 else 0.0
         # All processes know both numbers, and so stop together.
         both = torch.tensor([train_loss / world, held_out], dtype=torch.double, device=parameters[0].device)
         train, validation = over_all(both).tolist()
         state["history"].append({"epoch": epoch, "train_loss": train, "validation_loss": validation, "stage": name})
-        if validation < state["best_loss"]:
+        if math.isfinite(train) if validate is None else validation < state["best_loss"]:
             state |= {"best_epoch": epoch, "best_loss": validation, "best": _copy(average.module)}
         checkpoint.keep(name, state | {"parts": {part: holder.state_dict() for part, holder in parts.items()}})
         if progress and rank == 0:
             progress(epoch, epochs, validation)
     if not state["best_epoch"]:
-        raise ValueError(f"Stage {name} diverged: in {state['epoch']} epochs the held-out loss was never finite.")
+        raise ValueError(f"Stage {name} diverged: in {state['epoch']} epochs the loss was never finite.")
     return Learned(state["best"], state["epoch"], state["best_epoch"], state["best_loss"], state["history"])
 
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.bundle import Bundle
+from models.calibration import fit_temperature
 from models.fusion import Tokens
 from models.network import FusionNetwork
 from models.spec import TrainingConfig
@@ -39,7 +40,10 @@ CHUNK = 32  # studies encoded at once where nothing is learned
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """A trained network, its temperatures (L,) and how the training went; `held_…` is of the studies it did not learn from."""
+    """A trained network, its temperatures (L,) and how the training went; `held_…` is of the studies it did not learn from.
+
+    `validation_loss` is NaN where no label of those is known. `checkpoint` is all there is of the run on disk, until it is saved.
+    """
 
     network: FusionNetwork
     temperatures: Tensor
@@ -52,6 +56,7 @@ class Fit:
     held_labels: Tensor
     held_groups: tuple[str, ...]
     history: list[Epoch]
+    checkpoint: Path | None
 
 
 def fit(
@@ -76,7 +81,8 @@ def fit(
     tokens
         The same with their tokens, of these studies in this order, by `cache_tokens`.
     folder
-        Where a checkpoint is kept while the training runs; one found there of the same run is continued.
+        Where a checkpoint is kept; one found there of the same run is continued, be it a finished one. It stays until
+        `saving.save_fit` has written the result.
 
     Raises
     ------
@@ -110,7 +116,7 @@ def fit(
             "fusion" if tokens else "joint",
             network,
             loss=partial(_fusion_loss, network, learning, config, weight),
-            validate=partial(_held_out_loss, judging, weight),
+            validate=partial(_held_out_loss, judging, weight) if _is_any_known(judging.labels) else None,
             studies=len(train),
             config=config,
             epochs=epochs or (config.fusion_epochs if tokens else 0) or config.epochs,
@@ -121,7 +127,6 @@ def fit(
         network.load_state_dict(learned.weights)
         network.images.requires_grad_(True)
         logits, labels = _logits(network, judging).cpu(), judging.labels.cpu()
-    checkpoint.remove()
     return Fit(
         network=network.cpu().eval(),
         temperatures=fit_temperatures(logits, labels),
@@ -134,6 +139,7 @@ def fit(
         held_labels=labels,
         held_groups=tuple(studies[row].group for row in held_out),
         history=history + learned.history,
+        checkpoint=checkpoint.file,
     )
 
 
@@ -186,8 +192,8 @@ def cache_tokens(
 def split_groups(studies: Sequence[Labeled], *, share: float, seed: int) -> tuple[list[Labeled], list[Labeled]]:
     """Split into (train, held out), every group whole, about `share` of the groups held out, at least one.
 
-    Groups are ranked by a hash of seed and name, apart by their first label's mean: both sides hold both kinds, and which other
-    studies are there does not move a patient.
+    Groups are ranked by a hash of seed and name, apart by their first label's mean: both sides hold each kind that has two groups or
+    more, and which other studies are there moves a patient only at the cut.
     """
     groups = sorted({s.group for s in studies})
     if len(groups) < 2:
@@ -197,7 +203,7 @@ def split_groups(studies: Sequence[Labeled], *, share: float, seed: int) -> tupl
     for high in (False, True):
         kind = [g for g in groups if (mean[g] >= 0.5) == high]
         kind.sort(key=lambda g: hashlib.sha256(f"{seed}/{g}".encode()).digest())
-        held.update(kind[: round(len(kind) * share)])
+        held.update(kind[: max(round(len(kind) * share), int(len(kind) > 1))])
     held = held or {groups[0]}
     return [s for s in studies if s.group not in held], [s for s in studies if s.group in held]
 
@@ -253,21 +259,9 @@ def embeddings(network: FusionNetwork, studies: Sequence[Labeled], *, device: st
 
 
 def fit_temperatures(logits: Tensor, labels: Tensor) -> Tensor:
-    """Per finding the temperature in [0.5, 8] of least loss, doi:10.48550/arXiv.1706.04599; 1 if only one class is there.
-
-    A grid: the loss has one valley, and a percent of temperature changes nothing. The lower bound is for a held-out set that
-    happens to be told apart without an error: there the least loss is at temperature 0, certainty.
-    """
-    grid = torch.logspace(-1, 3, 161, base=2.0)
-    result = torch.ones(logits.shape[1])
-    for index in range(logits.shape[1]):
-        known = ~labels[:, index].isnan()
-        truth = labels[known, index]
-        if truth.numel() and 0 < truth.mean() < 1:
-            scaled = logits[known, index] / grid[:, None]  # (grid, N)
-            losses = functional.binary_cross_entropy_with_logits(scaled, truth.expand_as(scaled), reduction="none").mean(1)
-            result[index] = grid[losses.argmin()]
-    return result
+    """Temperatures (L,) of logits (N, L), each finding by `calibration.fit_temperature`."""
+    columns = zip(logits.double().numpy().T, labels.numpy().T, strict=True)
+    return torch.tensor([fit_temperature(*column) for column in columns])
 
 
 class _ImageAlone(nn.Module):
@@ -297,13 +291,15 @@ def _pretrain(
         network = _fresh(bundle, device)
         learning, judging = (Table(network.modalities, part, device, config=bundle.training) for part in parts)
         weight = _positive_weight(learning.labels, bundle.training.positive_weight)
-        for name, encoder in network.images.items():
-            alone = _ImageAlone(encoder, bundle.network.width, len(bundle.findings)).to(device)
+        # All heads before anything is learned: a resumed run skips epochs, and with them the random numbers that they drew.
+        width, findings = bundle.network.width, len(bundle.findings)
+        each = {name: _ImageAlone(encoder, width, findings).to(device) for name, encoder in network.images.items()}
+        for name, alone in each.items():
             learned = learn(
                 f"image:{name}",
                 alone,
                 loss=partial(_alone_loss, alone, learning, name, weight),
-                validate=partial(_held_out_alone_loss, judging, name, weight),
+                validate=partial(_held_out_alone_loss, judging, name, weight) if _is_any_known(_labels_of(name, judging)) else None,
                 studies=len(learning),
                 config=bundle.training,
                 epochs=epochs,
@@ -333,6 +329,10 @@ def _held_out_alone_loss(table: Table, name: str, weight: Tensor, alone: nn.Modu
     alone.eval()
     logits = [alone(table.image(name, rows)) for rows in torch.split(torch.arange(len(table)), CHUNK)]
     return float(masked_loss(torch.cat(logits), _labels_of(name, table), weight=weight))
+
+
+def _is_any_known(labels: Tensor) -> bool:
+    return not bool(labels.isnan().all())
 
 
 def _labels_of(name: str, table: Table) -> Tensor:
@@ -386,6 +386,9 @@ def _split(studies: Sequence[Labeled], config: TrainingConfig, seed: int) -> tup
 def _checkpoint(folder: Path | None, bundle: Bundle, studies: Sequence[Labeled], *, seed: int, arguments: tuple[object, ...]) -> Checkpoint:
     if folder is None:
         return Checkpoint(None, {})
-    learned = repr((bundle.digest, bundle.images, bundle.record, bundle.network, bundle.training))
+    # Not what save_fit writes into bundle.toml: a run killed right after that finds its own checkpoint. The files of a language
+    # model are known by the digest alone.
+    files = bundle.digest if bundle.network.bert else ""
+    learned = repr((files, [f.name for f in bundle.findings], bundle.images, bundle.record, bundle.network, bundle.training))
     names = {"data": digest_of(studies), "bundle": learned, "seed": str(seed), "arguments": repr((*arguments, processes()[1]))}
     return Checkpoint(folder, names)

@@ -39,7 +39,6 @@ from monai.transforms import (
 )
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
 from models.spec import ImageSpec, NetworkConfig, RecordRule, ValueSpec
 
@@ -166,35 +165,6 @@ def text_ids(text: str, config: NetworkConfig) -> Tensor:
         for column, piece in enumerate(pieces):
             ids[row, column] = _bucket(piece, config.buckets)
     return ids
-
-
-def augment(images: Tensor, generator: torch.Generator, *, shift: float, zoom: float, rotate_deg: float, contrast: float) -> Tensor:
-    """Move, scale, turn (in the first two axes) and re-contrast each image of a batch (B, 1, *size) a little.
-
-    `shift` is a share of the field of view, `zoom` and `contrast` shares of 1. No mirror: the heart has a side.
-    """
-    batch, dims = images.shape[0], images.dim() - 2
-
-    def draw(*shape: int) -> Tensor:
-        return torch.rand(shape, generator=generator) * 2 - 1
-
-    if shift or zoom or rotate_deg:
-        angle = draw(batch) * math.radians(rotate_deg)
-        factor = 1 + draw(batch) * zoom
-        theta = torch.eye(dims, dims + 1).repeat(batch, 1, 1)  # (B, dims, dims + 1)
-        # affine_grid counts axes from the last; the first two image axes are its last two.
-        a, b = dims - 1, dims - 2
-        theta[:, a, a], theta[:, b, b] = torch.cos(angle), torch.cos(angle)
-        theta[:, a, b], theta[:, b, a] = -torch.sin(angle), torch.sin(angle)
-        theta[:, :, :dims] *= factor[:, None, None]
-        theta[:, :, dims] = 2 * shift * draw(batch, dims)
-        grid = functional.affine_grid(theta.to(images.device), list(images.shape), align_corners=False)
-        images = functional.grid_sample(images, grid, padding_mode="border", align_corners=False)
-    if not contrast:
-        return images
-    spread = (batch,) + (1,) * (dims + 1)
-    gain, offset = 1 + contrast * draw(*spread), 0.5 * contrast * draw(*spread)
-    return ((images - 0.5) * gain.to(images.device) + 0.5 + offset.to(images.device)).clamp(0, 1)
 
 
 def _number(value: float, spec: ValueSpec) -> float:

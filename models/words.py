@@ -1,7 +1,8 @@
 """Reading an evaluation: what its numbers allow one to say, in plain sentences.
 
-Claims follow intervals: a difference is shown when its 95 % interval excludes 0, an AUROC is better than chance when its
-interval lies above 0.5, and below `FEWEST` patients nothing is claimed. No markup and no drawing here: page.py and plots.py do that.
+Claims follow intervals: a difference is shown when its 95 % interval excludes 0 and p, where there is one, does not take that
+back; an AUROC is better than chance when its interval lies above 0.5; below `FEWEST` patients, of a class too, nothing is claimed.
+No markup and no drawing here: page.py and plots.py do that.
 """
 
 from __future__ import annotations
@@ -117,11 +118,11 @@ def of(results: Results, part: str, finding: str) -> list[Row]:
 
 
 def headline(results: Results, finding: str) -> Row | None:
-    """The row a bundle is judged by: its own fusion, else "tokens", else the first one given."""
+    """The row a bundle is judged by: its own, of whatever group, else "tokens", else the first one given."""
     found = rows(results, finding)
     fused = [row for row in found if row["group"] == "fusion"]
     named = (results.get("bundle") or {}).get("fusion") or "tokens"
-    return next((row for row in fused if row["name"] == named), next(iter(fused or found), None))
+    return next((row for row in found if row["name"] == named), next(iter(fused or found), None))
 
 
 def best(found: Sequence[Row], group: str) -> Row | None:
@@ -151,11 +152,15 @@ def compare(results: Results, finding: str, other: Row, name: str = "auroc") -> 
 
 def comparisons(results: Results, finding: str) -> list[tuple[str, Comparison]]:
     """What the first screen compares with: image alone, the best single modality, late fusion, the best simple baseline."""
-    found = rows(results, finding)
-    image, single, head = image_alone(found), best(found, "single"), headline(results, finding)
-    chosen = [("", image), ("the best single modality, ", single if single is not image else None)]
-    chosen += [("the best late fusion, ", best(found, "late")), ("the best simple baseline, ", best(found, "baseline"))]
-    return [(label + str(row["name"]), compare(results, finding, row)) for label, row in chosen if row is not None and row is not head]
+    head = headline(results, finding)
+    found = [row for row in rows(results, finding) if row is not head]
+    image, own = image_alone(found), (head or {}).get("group")
+    chosen = [("", image)] if image else []
+    for group, kind in (("single", "single modality"), ("late", "late fusion"), ("baseline", "simple baseline")):
+        row = best(found, group)
+        if row is not None and row is not image:
+            chosen.append((f"the best {'other ' if own == group else ''}{kind}, ", row))
+    return [(label + str(row["name"]), compare(results, finding, row)) for label, row in chosen]
 
 
 def against_chance(auroc: Estimate, level: float = 0.5) -> str:
@@ -206,8 +211,11 @@ def counts(results: Results, finding: str) -> tuple[int | None, int | None]:
 
 
 def too_few(results: Results, finding: str) -> bool:
-    """Whether the cohort, or the finding's smaller class, holds too few to claim anything: a class has no more patients than studies."""
-    return min(n for n in ((results.get("cohort") or {}).get("patients") or 0, *counts(results, finding)) if n is not None) < FEWEST
+    """Whether the cohort, or the finding's smaller class, holds too few patients to claim anything."""
+    cohort = results.get("cohort") or {}
+    patients = [(cohort.get(key) or {}).get(finding) for key in ("patients_positive", "patients_negative")]
+    # A class has no more patients than studies: those bound it where an older evaluation does not say.
+    return min(n for n in (cohort.get("patients") or 0, *patients, *counts(results, finding)) if n is not None) < FEWEST
 
 
 def population(results: Results, finding: str) -> str:
@@ -226,7 +234,7 @@ def how_good(results: Results, finding: str) -> str:
     said = f"On {n}, the network ({head['name']}) reached an AUROC of {number(auroc.value)} for {finding}"
     said += f" (95 % interval {number(auroc.low)} to {number(auroc.high)})"
     if too_few(results, finding):
-        return f"{said}. There are fewer than {FEWEST} patients, or studies of one class: no claim is made from these figures."
+        return f"{said}. There are fewer than {FEWEST} patients, or patients of one class: no claim is made from these figures."
     right = "about half the time" if 0.495 <= auroc.value < 0.505 else f"{100 * auroc.value:.0f} times in 100"
     return f"{said}: shown one study with the finding and one without, it ranks them rightly {right}. {against_chance(auroc)}"
 
@@ -256,10 +264,27 @@ def without(results: Results, finding: str) -> str:
 
 
 def triage(results: Results, finding: str) -> str:
-    """How many are called uncertain, and whether the aim was met."""
+    """How many the bundle calls uncertain and how many it calls wrongly; then what a recalibration would give."""
     found = (results.get("triage") or {}).get(finding)
     if not found:
         return "No triage was evaluated."
+    if not (own := found.get("shipped")):
+        return _recalibrated(results, finding, found)
+    if too_few(results, finding):
+        return f"No claim is made about triage ({population(results, finding)}): too few."
+    missed, alarmed, alpha = own.get("positives_called_negative"), own.get("negatives_called_positive"), own.get("alpha") or 0
+    broken = alpha and any(x is not None and x > alpha + 1e-9 for x in (missed, alarmed))
+    aim = f"; the bundle aims at {share(alpha)} at most of each{', so do not rely on it' if broken else ''}" if alpha else ""
+    return (
+        f"Triage by the bundle's own thresholds (positive from {number(own.get('threshold'))}, negative below "
+        f"{number(own.get('negative_below'))}): {share(own.get('uncertain'))} of studies are called uncertain and left to a person, "
+        f"{share(missed)} of those with the finding are called negative, {share(alarmed)} of those without it positive{aim}. "
+        f"After recalibrate: {_recalibrated(results, finding, found).removeprefix('Triage: ')}"
+    )
+
+
+def _recalibrated(results: Results, finding: str, found: Row) -> str:
+    """What thresholds fitted to this cohort come to, and whether their aim was met."""
     n = f"n = {given(found, 'positives')} with and {given(found, 'negatives')} without the finding"
     seen = [found.get("coverage_positive"), found.get("coverage_negative")]
     if found.get("refused"):

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from worker import __version__, config, lab
-from worker.config import Config, ConfigError
+from worker.config import Config, ConfigError, config_file
 from worker.errors import WorkerError
 from worker.store.database import DatabaseUnavailable, Store
 from worker.store.spool import Spool, SpoolError
@@ -67,13 +67,6 @@ def main() -> NoReturn:
 def _fail(sentence: str, code: int) -> NoReturn:
     err.print(f"[red]{escape(sentence)}[/red]", soft_wrap=True)
     sys.exit(code)
-
-
-def config_file(given: Path | None) -> Path | None:
-    """The file that counts: the one given, else the first that exists."""
-    if given is not None:
-        return given
-    return next((path for path in (Path("synoptic.toml"), Path("/etc/synoptic/synoptic.toml")) if path.exists()), None)
 
 
 def _needed(given: Path | None) -> Path | None:

@@ -4,8 +4,8 @@
 
     dicom/**             any nesting, any file names
     hl7/*.hl7  fhir/*.json
-    labels.csv           study_instance_uid, one column a label (1, 0, empty = unknown),
-                         optional group (else patient_id, else the study's patient), optional split
+    labels.csv           study_instance_uid, one column a label (1, 0, empty = unknown), optional group (else patient_id,
+                         else the study's patient), optional split; where any row has one, an empty one is "train"
 
 There is no second way to make a tensor: files go through the spool and the parsers into a database of their own in a
 scratch folder, studies come out as `select_inputs`, `volume.load` and `infer.prepare` make them.
@@ -18,21 +18,25 @@ import hashlib
 import json
 import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
 import pydicom
 import torch
+from pydicom.multival import MultiValue
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from models.bundle import Bundle
 from models.training import Labeled
-from worker import pipeline
+from models.transforms import Sample
+from worker import __version__, pipeline
 from worker.config import Config, ConfigError
 from worker.decoding import DecoderPool
-from worker.domain import Inputs, Study
+from worker.domain import Inputs, Study, Volume
 from worker.errors import Unanalysable
 from worker.importing import files, import_files
 from worker.infer import prepare
@@ -41,8 +45,8 @@ from worker.store import studies
 from worker.store.database import Store
 from worker.store.spool import Spool
 
-#: Columns of labels.csv that are no labels.
-NOT_LABELS: Final = frozenset({"study_instance_uid", "patient_id", "study_datetime", "group", "split"})
+#: Folders of a cohort whose files are read.
+FOLDERS: Final = ("dicom", "hl7", "fhir")
 #: What a film tells of how it was made: for shortcut floors and subgroups, never an input.
 _ACQUISITION: Final = (
     "ViewPosition",
@@ -54,6 +58,7 @@ _ACQUISITION: Final = (
     "PhotometricInterpretation",
     "KVP",
 )
+_ABSENT: Final = "The study of this row is not in the folder."
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,45 +77,92 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Cohort:
-    """All studies of a folder that can be analysed, and how many cannot, by reason."""
+    """All studies of a folder that can be analysed; how many cannot, and how many files could not be read, by reason."""
 
     cases: tuple[Case, ...]
     refused: Mapping[str, int]
+    unread: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def labeled(self) -> list[Labeled]:
         """What a network learns from."""
         return [case.labeled for case in self.cases]
 
+    @property
+    def has_splits(self) -> bool:
+        """Whether labels.csv says which study is for what."""
+        return any(case.split for case in self.cases)
+
     def part(self, *splits: str) -> Cohort:
-        """Only the studies of these splits; all, if the folder has no column split."""
-        has_splits = any(case.split for case in self.cases)
-        return self if not has_splits else replace(self, cases=tuple(case for case in self.cases if case.split in splits))
+        """Only the studies of these splits; all, if no row has a split."""
+        return replace(self, cases=tuple(case for case in self.cases if case.split in splits)) if self.has_splits else self
 
 
-def read_labels(folder: Path, *, needed: Sequence[str] = ()) -> dict[str, dict[str, str]]:
-    """labels.csv by Study Instance UID.
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of labels.csv; `group` is '' where the study's patient is one."""
+
+    line: int
+    told: Mapping[str, str]
+    group: str = ""
+    split: str = ""
+
+
+def read_labels(folder: Path, *, needed: Sequence[str] = ()) -> dict[str, Row]:
+    """labels.csv by Study Instance UID. Where any row has a split, an empty one is "train": no other verb may then take the row.
 
     Raises
     ------
     ConfigError
-        The file is absent, has no column study_instance_uid or none of a `needed` label, or a label is neither 0, 1 nor empty.
+        The file is absent, has no column study_instance_uid or none of a `needed` label; a label is neither 0, 1 nor empty; a study is
+        there twice, a row is longer than the header, or a group lies in two splits.
     """
     path = folder / "labels.csv"
+    rows: dict[str, Row] = {}
+    for number, told in _lines(path, needed):
+        for name in needed:
+            if told[name] and _label(told[name]) is None:
+                raise ConfigError(f"{path}, line {number}: {name} is {told[name]!r}; a label is 1, 0 or empty.")
+        uid = told["study_instance_uid"]
+        if uid in rows:
+            raise ConfigError(f"{path}, line {number}: the study of line {rows[uid].line} again.")
+        rows[uid] = Row(number, told, told.get("group") or told.get("patient_id", ""), told.get("split", ""))
+    if any(row.split for row in rows.values()):
+        rows = {uid: replace(row, split=row.split or "train") for uid, row in rows.items()}
+    _check_splits(path, ((row.group, row) for row in rows.values() if row.group))
+    return rows
+
+
+def _lines(path: Path, needed: Sequence[str]) -> list[tuple[int, dict[str, str]]]:
+    """The rows with the numbers of their lines; what a short row lacks is empty."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file))
+            reader = csv.DictReader(file, restval="")
+            lines = [(reader.line_num, row) for row in reader]
     except FileNotFoundError as exc:
         raise ConfigError(f"A cohort needs {path}: study_instance_uid and one column a label.") from exc
-    if not rows or "study_instance_uid" not in rows[0]:
+    except (UnicodeDecodeError, csv.Error) as exc:
+        raise ConfigError(f"{path} is no CSV in UTF-8 ({type(exc).__name__}).") from exc
+    if not lines or "study_instance_uid" not in lines[0][1]:
         raise ConfigError(f"{path} has no column study_instance_uid, or no rows.")
     for name in needed:
-        if name not in rows[0]:
+        if name not in lines[0][1]:
             raise ConfigError(f"{path} has no column {name!r}, which the bundle's finding of that name is learned from.")
-        for number, row in enumerate(rows, start=2):
-            if row[name] and _label(row[name]) is None:
-                raise ConfigError(f"{path}, line {number}: {name} is {row[name]!r}; a label is 1, 0 or empty.")
-    return {row["study_instance_uid"]: row for row in rows}
+    for number, row in lines:
+        if None in row:
+            raise ConfigError(f"{path}, line {number} has more fields than the header.")
+    return [(number, {name: text.strip() for name, text in row.items()}) for number, row in lines]
+
+
+def _check_splits(path: Path, rows: Iterable[tuple[str, Row]]) -> None:
+    """Refuse a patient on both sides: what was learned from one study answers the other."""
+    first: dict[str, Row] = {}
+    for group, row in rows:
+        known = first.setdefault(group, row)
+        if known.split != row.split:
+            raise ConfigError(
+                f"{path}, line {row.line}: split is {row.split!r}, and {known.split!r} in line {known.line} of the same group or patient."
+            )
 
 
 def load(
@@ -129,61 +181,104 @@ def load(
     Raises
     ------
     ConfigError
-        There is no readable labels.csv, or no study.
+        There is no readable labels.csv, or no study; or a patient lies in two splits.
     """
     labels = read_labels(folder, needed=[f.name for f in bundle.findings]) if is_labeled else {}
-    kept = cache / f"{_key(folder, bundle)}.safetensors" if cache else None
+    kept = cache / f"{_key(folder, bundle, config)}.safetensors" if cache else None
     if kept is not None and kept.exists():
-        return _restore(kept, bundle, labels)
-    cases: list[Case] = []
-    refused: dict[str, int] = {}
-    with tempfile.TemporaryDirectory(prefix="synoptic-cohort-") as scratch, DecoderPool(processes=config.run.decoders) as pool:
+        found = _restore(kept)
+    else:
+        # What is kept serves every verb: all studies of the folder, whatever labels.csv says today.
+        found = _read(folder, bundle, config, wanted=None if kept is not None else list(labels) or None, progress=progress)
+        if kept is not None:
+            _keep(kept, found)
+    return _joined(folder, found, labels, bundle)
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What a study is without labels.csv; nothing of that file may be kept here, for it changes between two verbs."""
+
+    sample: Sample
+    patient_id: str
+    facts: Mapping[str, str | float]
+    used: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """The studies of a folder by Study Instance UID, why others are not used, and why files were not read."""
+
+    known: Mapping[str, _Known]
+    refused: Mapping[str, str]
+    unread: Mapping[str, int]
+
+
+def _joined(folder: Path, found: _Found, labels: Mapping[str, Row], bundle: Bundle) -> Cohort:
+    """What was read with what labels.csv says of it now."""
+    rows = labels or dict.fromkeys((*found.known, *found.refused), Row(0, {}))
+    refused = Counter(found.refused.get(uid, _ABSENT) for uid in rows if uid not in found.known)
+    there = [(uid, row, found.known[uid]) for uid, row in rows.items() if uid in found.known]
+    if not there:
+        raise ConfigError(f"No study of {folder} can be analysed: {'; '.join(sorted(refused)) or 'there is none'}.")
+    cases = [
+        Case(uid, Labeled(one.sample, _truth(bundle, row), row.group or one.patient_id), row.split, one.facts, one.used)
+        for uid, row, one in there
+    ]
+    # Once more: whose a study is may only be known from its images.
+    _check_splits(folder / "labels.csv", ((case.labeled.group, rows[case.study_instance_uid]) for case in cases))
+    return Cohort(tuple(cases), dict(refused), found.unread)
+
+
+def _read(folder: Path, bundle: Bundle, config: Config, *, wanted: Sequence[str] | None, progress: Callable[[int, int], None]) -> _Found:
+    """Read the `wanted` studies of a folder, or all."""
+    known: dict[str, _Known] = {}
+    refused: dict[str, str] = {}
+    run = config.run
+    pool = DecoderPool(processes=run.decoders, memory_bytes=run.decoder_memory_mb * 2**20, timeout_s=run.decoder_timeout_s)
+    with tempfile.TemporaryDirectory(prefix="synoptic-cohort-") as scratch, pool:
         root = Path(scratch)
         # Nothing here outlives the run: no low-water mark, and the studies are complete as they lie there.
         config = replace(config, site=replace(config.site, data=root, database=""))
         store = Store(f"sqlite:///{root / 'cohort.db'}")
         store.migrate()
         spool = Spool(root / "spool", low_water_bytes=0)
-        todo = list(files([folder / name for name in ("dicom", "hl7", "fhir") if (folder / name).is_dir()]))
+        todo = list(files([folder / name for name in FOLDERS if (folder / name).is_dir()]))
         done = 0
 
-        def imported() -> None:
+        def advance() -> None:
             nonlocal done
             done += 1
-            progress(done, len(todo) + len(labels))
+            progress(done, len(todo) + len(wanted or ()))
 
-        import_files(todo, config=config, store=store, spool=spool, progress=imported)
-        with store.read() as conn:
-            wanted = list(labels) or studies.uids(conn)
+        tally = import_files(todo, config=config, store=store, spool=spool, progress=advance)
+        if wanted is None:
+            with store.read() as conn:
+                wanted = studies.uids(conn)
         for uid in wanted:
             try:
-                cases.append(_case(uid, labels.get(uid, {}), store=store, root=root / "spool" / "instances", pool=pool, bundle=bundle))
+                known[uid] = _study(uid, store=store, root=root / "spool" / "instances", pool=pool, bundle=bundle)
             except Unanalysable as exc:
-                refused[str(exc)] = refused.get(str(exc), 0) + 1
-            imported()
+                refused[uid] = str(exc)
+            advance()
         store.close()
-    if not cases:
-        raise ConfigError(f"No study of {folder} can be analysed: {'; '.join(sorted(refused)) or 'there is none'}.")
-    cohort = Cohort(tuple(cases), refused)
-    if kept is not None:
-        _keep(kept, cohort)
-    return cohort
+    return _Found(known, refused, dict(tally.reasons))
 
 
-def _case(uid: str, row: Mapping[str, str], *, store: Store, root: Path, pool: DecoderPool, bundle: Bundle) -> Case:
+def _study(uid: str, *, store: Store, root: Path, pool: DecoderPool, bundle: Bundle) -> _Known:
     with store.read() as conn:
-        found = studies.find(conn, uid)
+        found = [number for number, one in studies.find(conn, uid) if one.study_instance_uid == uid]
         if not found:
-            raise Unanalysable("The study of this row is not in the folder.")
-        if found[0][1].hold:
-            raise Unanalysable(found[0][1].hold)
-        study = studies.load(conn, found[0][0], root=root)
+            raise Unanalysable(_ABSENT)
+        study = studies.load(conn, found[0], root=root)
         record = pipeline.record_of(conn, study, bundle)
+    # The daemon gives no answer to these: a network must not learn from them either.
+    if reason := pipeline.conflict(study, record):
+        raise Unanalysable(reason)
     inputs = select_inputs(study, record, bundle)
-    prepared = prepare(bundle, pipeline.load_images(bundle, inputs, pool), inputs)
-    group = row.get("group") or row.get("patient_id") or study.patient.key.patient_id
-    labeled = Labeled(prepared.tensors, _truth(bundle, row), group)
-    return Case(uid, labeled, row.get("split", ""), _facts(study, inputs), used_modalities(inputs, bundle))
+    images = pipeline.load_images(bundle, inputs, pool)
+    prepared = prepare(bundle, images, inputs)
+    return _Known(prepared.tensors, study.patient.key.patient_id, _facts(study, inputs, images), used_modalities(inputs, bundle))
 
 
 def used_modalities(inputs: Inputs, bundle: Bundle) -> tuple[str, ...]:
@@ -199,73 +294,91 @@ def used_modalities(inputs: Inputs, bundle: Bundle) -> tuple[str, ...]:
     return tuple(name for name in bundle.modalities if there.get(name))
 
 
-def _facts(study: Study, inputs: Inputs) -> dict[str, str | float]:
-    """How the study's first image was made, and the patient's sex and age: by these a result is broken down."""
-    first = next(iter(inputs.series.values())).instances[0].path
-    header = pydicom.dcmread(first, stop_before_pixels=True, specific_tags=list(_ACQUISITION))
-    said = {name: header.get(name) for name in _ACQUISITION}
-    facts: dict[str, str | float] = {
-        name: str(value).strip() if isinstance(value, str) else float(value) for name, value in said.items() if value not in (None, "")
-    }
+def _facts(study: Study, inputs: Inputs, images: Mapping[str, Volume]) -> dict[str, str | float]:
+    """How the first image that was read was made, and the patient's sex and age: by these a result is broken down."""
+    read = next(iter(images.values())).sop_instance_uids[0]
+    path = next(one.path for series in inputs.series.values() for one in series.instances if one.sop_instance_uid == read)
+    header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(_ACQUISITION))
+    facts = {name: fact for name in _ACQUISITION if (fact := _fact(header, name)) is not None}
     facts["view"] = str(facts.get("ViewPosition", "unknown"))
     facts["scanner"] = " ".join(str(facts[name]) for name in ("Manufacturer", "ManufacturerModelName") if name in facts) or "unknown"
     facts["sex"] = study.patient.sex or "unknown"
     born = study.patient.birth_date[:4]
-    if born.isdecimal():
+    if born.isdecimal() and study.study_at > studies.UNDATED:
         facts["age"] = float(study.study_at.year - int(born))
     return facts
 
 
-def _truth(bundle: Bundle, row: Mapping[str, str]) -> torch.Tensor:
-    known = [_label(row.get(finding.name, "")) for finding in bundle.findings]
+def _fact(header: pydicom.Dataset, name: str) -> str | float | None:
+    """One attribute as text or number; None where it is absent, empty or malformed, for no study is refused for it."""
+    try:
+        value = header.get(name)
+        if value is None or value == "":
+            return None
+        if isinstance(value, MultiValue):
+            return "\\".join(str(one).strip() for one in value)
+        return value.strip() if isinstance(value, str) else float(value)
+    except (ValueError, TypeError, ArithmeticError, NotImplementedError):
+        return None
+
+
+def _truth(bundle: Bundle, row: Row) -> torch.Tensor:
+    known = [_label(row.told.get(finding.name, "")) for finding in bundle.findings]
     return torch.tensor([math.nan if label is None else label for label in known])
 
 
 def _label(text: str) -> float | None:
-    return {"1": 1.0, "0": 0.0, "1.0": 1.0, "0.0": 0.0}.get(text.strip())
+    return {"1": 1.0, "0": 0.0, "1.0": 1.0, "0.0": 0.0}.get(text)
 
 
 # --- tensors kept from one run to the next
 
 
-def _key(folder: Path, bundle: Bundle) -> str:
-    """Changes with any file of the cohort and with anything of the bundle that decides on tensors."""
-    there = sorted((str(one.relative_to(folder)), one.stat().st_size, one.stat().st_mtime_ns) for one in folder.rglob("*") if one.is_file())
+def _key(folder: Path, bundle: Bundle, config: Config) -> str:
+    """Changes with any file that is read and with anything of bundle, configuration and program that decides on tensors."""
+    found = [one for name in FOLDERS for one in (folder / name).rglob("*") if one.is_file()]
+    there = sorted((str(one.relative_to(folder)), one.stat().st_size, one.stat().st_mtime_ns) for one in found)
     wanted = {"images": [asdict(i) for i in bundle.images], "record": asdict(bundle.record), "network": asdict(bundle.network)}
-    return hashlib.sha256(json.dumps([there, wanted], sort_keys=True).encode()).hexdigest()[:32]
+    records = config.records
+    reading = [config.site.timezone, config.site.issuer, dict(records.issuers), dict(records.schemes), records.encoding]
+    whole = [there, wanted, reading, __version__, _language(bundle)]
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _keep(path: Path, cohort: Cohort) -> None:
+def _language(bundle: Bundle) -> list[tuple[str, str]]:
+    """The files of the BERT folder, if there is one: its tokenizer makes the words' numbers."""
+    if not bundle.network.bert:
+        return []
+    folder = bundle.folder / bundle.network.bert
+    there = sorted(one for one in folder.rglob("*") if one.is_file())
+    return [(str(one.relative_to(folder)), hashlib.sha256(one.read_bytes()).hexdigest()) for one in there]
+
+
+def _keep(path: Path, found: _Found) -> None:
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    tensors = {f"{index}/{key}": tensor for index, case in enumerate(cohort.cases) for key, tensor in case.labeled.sample.items()}
-    about = [
-        {"uid": case.study_instance_uid, "group": case.labeled.group, "split": case.split, "facts": case.facts, "used": case.used}
-        for case in cohort.cases
-    ]
-    part = path.with_suffix(".part")
-    save_file(tensors, part, metadata={"cases": json.dumps(about), "refused": json.dumps(cohort.refused)})
-    part.chmod(0o600)
-    part.rename(path)
+    tensors = {f"{index}/{key}": tensor for index, one in enumerate(found.known.values()) for key, tensor in one.sample.items()}
+    about = [{"uid": uid, "patient_id": one.patient_id, "facts": one.facts, "used": one.used} for uid, one in found.known.items()]
+    metadata = {"cases": json.dumps(about), "refused": json.dumps(found.refused), "unread": json.dumps(found.unread)}
+    # Each process of torchrun writes its own; whichever is renamed last counts, and they say the same.
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.stem, suffix=".part", delete=False) as file:
+        part = Path(file.name)
+    try:
+        save_file(tensors, part, metadata=metadata)
+        part.chmod(0o600)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
-def _restore(path: Path, bundle: Bundle, labels: Mapping[str, Mapping[str, str]]) -> Cohort:
-    from safetensors import safe_open
-
+def _restore(path: Path) -> _Found:
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
-    tensors = load_file(path)
     samples: dict[int, dict[str, torch.Tensor]] = {}
-    for name, tensor in tensors.items():
+    for name, tensor in load_file(path).items():
         index, key = name.split("/", 1)
         samples.setdefault(int(index), {})[key] = tensor
-    cases = [
-        Case(
-            about["uid"],
-            Labeled(samples[index], _truth(bundle, labels.get(about["uid"], {})), about["group"]),
-            about["split"],
-            about["facts"],
-            tuple(about["used"]),
-        )
+    known = {
+        about["uid"]: _Known(samples[index], about["patient_id"], about["facts"], tuple(about["used"]))
         for index, about in enumerate(json.loads(metadata["cases"]))
-    ]
-    return Cohort(tuple(cases), json.loads(metadata["refused"]))
+    }
+    return _Found(known, json.loads(metadata["refused"]), json.loads(metadata["unread"]))

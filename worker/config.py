@@ -183,6 +183,13 @@ def parse_zone(text: str) -> tzinfo:
         raise ConfigError(f"[site] timezone: there is no zone {text!r}; write one like Europe/Berlin, or +01:00.") from exc
 
 
+def config_file(given: Path | None) -> Path | None:
+    """The file that counts: the one given, else the first that exists."""
+    if given is not None:
+        return given
+    return next((path for path in (Path("synoptic.toml"), Path("/etc/synoptic/synoptic.toml")) if path.exists()), None)
+
+
 def read(path: Path | None, environ: Mapping[str, str] = os.environ) -> Config:
     """Read the file (if any) and the environment.
 

@@ -93,7 +93,10 @@ class PatientRecord:
 
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """One received SOP instance: where its bytes are and what they hash to."""
+    """One received SOP instance: where its bytes are and what they hash to.
+
+    ``view`` is its View Position (PS3.3 §C.8.1.1), "" unknown.
+    """
 
     sop_instance_uid: str
     sop_class_uid: str
@@ -101,6 +104,7 @@ class Instance:
     path: Path
     sha256: str
     size_bytes: int
+    view: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,7 +286,7 @@ class Header:
     Texts are decoded (Specific Character Set), stripped of padding and control characters. Dates
     are YYYYMMDD or '', times HHMMSS.FFFFFF (or a prefix) or ''; ``timezone_offset`` is ±HHMM or ''.
     The three instance UIDs are 1-64 characters of digits and dots; the patient ID is never empty.
-    ``slice_mm`` is 0 where unknown.
+    ``slice_mm`` is 0 where unknown, ``view`` "".
     """
 
     sop_class_uid: str
@@ -302,6 +306,7 @@ class Header:
     number_of_frames: int = 1
     orientation: Orientation = ""
     slice_mm: float = 0.0
+    view: str = ""
 
 
 class Received(Enum):

@@ -2,7 +2,7 @@
 
 ::
 
-    study ──▶ each image's suitable_series ──▶ the one with most instances that serves no other image
+    study ──▶ each image's suitable_series ──▶ the one with most instances that serves no other image (but of another view)
           └─▶ age, sex, descriptions
     record ─▶ per wanted code: latest usable observation in [study − look-back, study + horizon] ─▶ value or text
           │                                              └─ none, unit unknown, implausible ─▶ missing, and why
@@ -15,7 +15,7 @@ A wrong value is worse than none: a newer result that cannot be used is never re
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import date, datetime, timedelta
 from typing import Final, Protocol
 
@@ -29,6 +29,9 @@ from worker.errors import NoSuitableSeries
 _STATUS_RANK: Final = {"C": 0, "D": 1, "W": 1, "X": 1, "F": 2}
 _USABLE: Final = frozenset({"F", "C"})
 _NO_RECORD: Final = "no patient record"
+
+#: Modalities without an image. Reports come back to us, our own among them: "any modality" is never these.
+_NO_IMAGES: Final = frozenset({"SR", "KO", "PR"})
 
 #: LOINC codes that demographics answer.
 AGE: Final = ("30525-0", "LN")
@@ -47,6 +50,11 @@ class Spec(Protocol):
     def images(self) -> Sequence[ImageSpec]: ...  # noqa: D102
     @property
     def record(self) -> RecordRule: ...  # noqa: D102
+
+
+def takes(modalities: Collection[str], modality: str) -> bool:
+    """Whether an image of these modalities may be made of a series of `modality`; none named: any that has pixels."""
+    return modality in modalities if modalities else modality not in _NO_IMAGES
 
 
 def suitable_series(study: Study, rule: ImageSpec) -> tuple[Series, ...]:
@@ -115,21 +123,29 @@ def _choose(study: Study, images: Sequence[ImageSpec]) -> dict[str, Series]:
     """The best series that is still free, for each image in turn."""
     chosen: dict[str, Series] = {}
     for image in images:
-        taken = {one.series_instance_uid for one in chosen.values()}
-        free = next((one for one in suitable_series(study, image) if one.series_instance_uid not in taken), None)
+        served = {other.name: other for other in images if other.name in chosen}
+        fitting = suitable_series(study, image)
+        free = next((one for one in fitting if _is_free(one, image, chosen, served)), None)
         if free is not None:
             chosen[image.name] = free
         elif image.required:
-            raise NoSuitableSeries(_lack(study, image, taken=taken, is_only=len(images) == 1))
+            raise NoSuitableSeries(_lack(study, image, is_only=len(images) == 1))
     if not chosen:
-        raise NoSuitableSeries(" ".join(_lack(study, image, taken=set(), is_only=len(images) == 1) for image in images))
+        raise NoSuitableSeries(" ".join(_lack(study, image, is_only=len(images) == 1) for image in images))
     return chosen
 
 
-def _lack(study: Study, image: ImageSpec, *, taken: set[str], is_only: bool) -> str:
-    fitting = [one.series_instance_uid for one in suitable_series(study, image)]
+def _is_free(series: Series, image: ImageSpec, chosen: Mapping[str, Series], served: Mapping[str, ImageSpec]) -> bool:
+    """Whether `series` serves no other image yet, or only such as take other instances of it: all of them say their view."""
+    others = [served[name] for name, one in chosen.items() if one.series_instance_uid == series.series_instance_uid]
+    is_told = all(one.view for one in series.instances)
+    return all(is_told and image.views and other.views and not {*image.views} & {*other.views} for other in others)
+
+
+def _lack(study: Study, image: ImageSpec, *, is_only: bool) -> str:
+    fitting = suitable_series(study, image)
     reasons = sorted({_misfit(one, image) for one in study.series} - {""})
-    if any(uid in taken for uid in fitting):
+    if fitting:  # and yet none is free
         reasons.append("the series that fits serves another image")
     return (
         ("" if is_only else f"Image {image.name!r}: ")
@@ -140,13 +156,16 @@ def _lack(study: Study, image: ImageSpec, *, taken: set[str], is_only: bool) -> 
 
 def _misfit(series: Series, rule: ImageSpec) -> str:
     """Why `series` does not fit, or ''. What a series does not say of itself is no reason, but for its modality and description."""
-    if rule.modalities and series.modality not in rule.modalities:
-        return f"modality {series.modality or 'unknown'} is not {' or '.join(rule.modalities)}"
+    if not takes(rule.modalities, series.modality):
+        return f"modality {series.modality or 'unknown'} is not {' or '.join(rule.modalities) or 'of images'}"
     # Body Part Examined is optional (PS3.3 §C.7.3.1): an absent one is no reason to refuse.
     if rule.body_parts and series.body_part and series.body_part.upper() not in rule.body_parts:
         return f"body part is not {' or '.join(rule.body_parts)}"
     if reason := _misnamed(series.description.casefold(), rule) or _misplaced(series, rule):
         return reason
+    # An image that does not say its view may be of any.
+    if rule.views and not any(one.view in ("", *rule.views) for one in series.instances):
+        return f"no image is of view {' or '.join(rule.views)}"
     if len(series.instances) < rule.min_instances:
         return f"{len(series.instances)} instances are fewer than {rule.min_instances}"
     return ""

@@ -41,10 +41,28 @@ CacheFolder = Annotated[
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")]
 Threads = Annotated[int, typer.Option(min=1, help="CPU threads of the network.")]
 Seed = Annotated[int, typer.Option(help="Same seed, same result (on a CPU).")]
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="For time zone, issuers and decoders; its database is not touched.")]
+# No -c here: that is the cohort.
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        envvar="SYNOPTIC_CONFIG",
+        help="The installation's TOML file, for time zone, issuers and decoders; else ./synoptic.toml, else /etc/synoptic/synoptic.toml. "
+        "Its database is not touched.",
+    ),
+]
 
-#: Fewer local studies than this cannot carry a new calibration (FUSION.md, risks).
+#: Fewer local studies with a label than this cannot carry a new calibration (FUSION.md, risks).
 LEAST_RECALIBRATION: Final = 100
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """What models/ refuses of this cohort, or of a run that was stopped, is a sentence for the user."""
+    try:
+        yield
+    except ValueError as exc:
+        raise Reject(str(exc)) from exc
 
 
 @contextmanager
@@ -71,6 +89,8 @@ def _load(
 
     found = cohort.load(folder, bundle=bundle, config=settings, cache=cache, is_labeled=is_labeled, progress=_steps(bar, "reading studies"))
     if _is_first():
+        for reason, count in sorted(found.unread.items(), key=lambda item: -item[1]):
+            err.print(f"{count} files are not read: {escape(reason)}", soft_wrap=True)
         for reason, count in sorted(found.refused.items(), key=lambda item: -item[1]):
             err.print(f"{count} studies are not used: {escape(reason)}", soft_wrap=True)
     chosen = found.part(*splits)
@@ -87,7 +107,7 @@ def _open(bundle: Path, given: Path | None, threads: int, *, verify: bool = True
 
     log.silence()
     torch.set_num_threads(threads)
-    return infer.read(bundle, verify=verify), config.read(given)
+    return infer.read(bundle, verify=verify), config.read(config.config_file(given))
 
 
 def train(
@@ -112,10 +132,12 @@ def train(
     with _progress() as bar:
         studies = _load(bar, cohort_folder, spec, settings, cache, splits=("train", "")).labeled
         step = _steps(bar, "training")
-        result = training.fit(spec, studies, seed=seed, device=device, folder=bundle, progress=lambda done, of, _loss: step(done, of))
+        with _refusing():
+            result = training.fit(spec, studies, seed=seed, device=device, folder=bundle, progress=lambda done, of, _loss: step(done, of))
     if not _is_first():
         return
-    settled = saving.save_fit(spec, result, studies)
+    with _refusing():
+        settled = saving.save_fit(spec, result, studies)
     learning_curve(result.history, bundle / "training.png")
     table = Table(show_header=False)
     facts: dict[str, object] = {
@@ -156,7 +178,7 @@ def evaluate(
     from models import evaluation, page
 
     spec, settings = _open(bundle, given, 1, verify=False)
-    with _progress() as bar:
+    with _progress() as bar, _refusing():
         found = _load(bar, cohort_folder, spec, settings, cache, splits=("train", "test", ""))
         results = evaluation.evaluate(
             spec,
@@ -207,11 +229,14 @@ def recalibrate(
     network, _ = infer.load_network(spec)
     with _progress() as bar:
         found = _load(bar, cohort_folder, spec, settings, cache, splits=("calibration", ""))
-    if len(found.cases) < LEAST_RECALIBRATION:
-        raise Reject(f"{len(found.cases)} studies are too few to recalibrate on: {LEAST_RECALIBRATION} are needed.")
-    logits, labels = training.predict(network.to(device), found.labeled, device=device)
-    groups = [study.group for study in found.labeled]
-    new = recalibration.recalibrate(spec, logits, labels, groups, alpha=alpha)
+    if not found.has_splits:
+        err.print("labels.csv has no split: these must not be patients that the network learned from.", soft_wrap=True)
+    labeled = [study for study in found.labeled if bool(study.labels.isfinite().any())]
+    if len(labeled) < LEAST_RECALIBRATION:
+        raise Reject(f"{len(labeled)} studies with a label are too few to recalibrate on: {LEAST_RECALIBRATION} are needed.")
+    with _refusing():
+        logits, labels = training.predict(network.to(device), labeled, device=device)
+        new = recalibration.recalibrate(spec, logits, labels, [study.group for study in labeled], alpha=alpha)
     table = Table("finding", "patients +/-", "temperature", "negative below", "positive from", "uncertain", "")
     for one in new:
         table.add_row(
@@ -226,7 +251,8 @@ def recalibrate(
     out.print(table)
     if dry_run:
         return
-    settled = recalibration.settle(spec, new)
+    with _refusing():
+        settled = recalibration.settle(spec, new)
     out.print(f"{bundle / 'bundle.toml'} is written; the bundle's digest is {settled.digest[:16]}…")
     if any(one.refused for one in new):
         sys.exit(1)
@@ -277,20 +303,28 @@ def compress(
     cache: CacheFolder = None,
     given: ConfigFile = None,
 ) -> None:
-    """Make smaller and faster forms of a bundle: an image-only student, bf16, int8, torch.export, ONNX. Prints what each costs."""
+    """Measure smaller forms of a bundle, and write its network for other programs.
+
+    Measured for size, speed and changed answers: the network in float32, bfloat16 and int8, and a student that sees the first image
+    alone, taught here by the network on 70 % of the patients. Written: the network in float32 as network.pt2 (torch.export) and
+    network.onnx, whose outputs are raw log-odds, before the temperatures of bundle.toml; the student as student.safetensors.
+    """
+    from safetensors.torch import save_file
+
     from models import compression, training
     from worker import infer
 
     spec, settings = _open(bundle, given, threads)
     network, _ = infer.load_network(spec)
-    with _progress() as bar:
+    with _progress() as bar, _refusing():
         studies = _load(bar, cohort_folder, spec, settings, cache, splits=("train", "test", "")).labeled
         # The student is judged on patients it did not learn from; the bundle's own network may have.
         learned, asked = training.split_groups(studies, share=0.3, seed=seed)
         bar.add_task("teaching an image-only student", total=None)
         student = compression.distil(network, spec, learned, seed=seed)
-    rows = compression.compress(network, spec, asked, student=student)
+        rows = compression.compress(network, spec, asked, student=student)
     to.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in student.state_dict().items()}, to / "student.safetensors")
     for name, export in (("network.pt2", compression.export_program), ("network.onnx", compression.export_onnx)):
         try:
             export(network, asked[0].sample, to / name)

@@ -22,10 +22,10 @@ from pathlib import Path
 from models.bundle import Bundle
 from worker import __version__, events, volume
 from worker.decoding import DecoderPool
-from worker.domain import Code, Document, Finding, Inputs, Job, Patient, PatientRecord, Study, Volume
+from worker.domain import Code, Document, Finding, Inputs, Job, PatientRecord, Study, Volume
 from worker.errors import NoSuitableSeries, PatientConflict, RecordPending, Reject, Retry, Snooze, Superseded, Unanalysable, WorkerError
 from worker.infer import Model, Place, Prepared, places
-from worker.inputs import select_inputs
+from worker.inputs import select_inputs, takes
 from worker.ops.log import places as places_of
 from worker.report.sr import Algorithm, build_report
 from worker.store import documents, queue, records, studies
@@ -105,10 +105,8 @@ def gather(line: Line, case: Case) -> Case:
         record = record_of(conn, study, model.bundle)
         earlier = documents.predecessor(conn, job.study_id, bundle=job.bundle, before_version=job.input_version)
     case = replace(case, study=study, predecessor=earlier)
-    if study.hold:
-        raise PatientConflict(study.hold)
-    if record is not None and (conflict := _conflict(study.patient, record.patient)):
-        raise PatientConflict(conflict)
+    if reason := conflict(study, record):
+        raise PatientConflict(reason)
     if not study.is_complete:
         raise Snooze("An image came after the study was complete; its series are being received.", delay_s=REOPENED_S)
     if study.version > job.input_version:
@@ -117,10 +115,8 @@ def gather(line: Line, case: Case) -> Case:
         inputs = select_inputs(study, record, model.bundle)
     except NoSuitableSeries as exc:  # no record would change that: the report need not wait for one
         return replace(case, error=exc)
-    if record is None and study.completed_at is not None:
-        left = study.completed_at + timedelta(seconds=model.bundle.record.wait_s) - line.clock()
-        if left > timedelta():
-            raise RecordPending("The patient's record has not arrived yet.", delay_s=left.total_seconds())
+    if pending := _pending(study, record, model.bundle, now=line.clock()):
+        raise pending
     return replace(case, inputs=inputs)
 
 
@@ -129,11 +125,31 @@ def record_of(conn: Connection, study: Study, bundle: Bundle) -> PatientRecord |
     return records.view(conn, study.patient.key, as_of=study.study_at + timedelta(hours=bundle.record.horizon_h))
 
 
-def _conflict(images: Patient, record: Patient) -> str:
-    """Why the record cannot be of the person on the images, though ID and issuer agree; '' if nothing speaks against it."""
-    if images.birth_date and record.birth_date and images.birth_date[:8] != record.birth_date[:8]:
+def _pending(study: Study, record: PatientRecord | None, bundle: Bundle, *, now: datetime) -> Snooze | None:
+    """What the study must wait for, if anything: its patient's record, and the end of the time whose values the bundle may use."""
+    if study.completed_at is None:
+        return None
+    record_left = study.completed_at + timedelta(seconds=bundle.record.wait_s) - now
+    if record is None and record_left > timedelta():
+        return RecordPending("The patient's record has not arrived yet.", delay_s=record_left.total_seconds())
+    # The network learned from all that was known at the horizon. A date of after the images came is a wrong one: it may not park a study.
+    left = min(study.study_at, study.completed_at) + timedelta(hours=bundle.record.horizon_h) - now
+    if bundle.record.horizon_h > 0 and left > timedelta():
+        return Snooze("Values of after the study may still come, and the bundle uses them.", delay_s=left.total_seconds())
+    return None
+
+
+def conflict(study: Study, record: PatientRecord | None) -> str:
+    """Why nobody may say whose this study is; '' if nothing speaks against it. Training leaves out what service discards.
+
+    Its images name two patients, or the record cannot be of the person on the images, though ID and issuer agree.
+    """
+    if study.hold or record is None:
+        return study.hold
+    images, told = study.patient, record.patient
+    if images.birth_date and told.birth_date and images.birth_date[:8] != told.birth_date[:8]:
         return "The birth dates of the images and of the patient's record differ."
-    if {images.sex, record.sex} == {"F", "M"}:
+    if {images.sex, told.sex} == {"F", "M"}:
         return "The sexes of the images and of the patient's record differ."
     return ""
 
@@ -197,8 +213,11 @@ def report(line: Line, case: Case) -> Case:
     bundle = model.bundle
     failure = str(case.error) if case.error is not None else ""
     # Without a chosen series all that the bundle could have taken was looked at, never a report of our own that came back.
-    modalities = {modality for image in bundle.images for modality in image.modalities}
-    looked_at = list(case.inputs.series.values()) if case.inputs else [s for s in study.series if s.modality in modalities]
+    if case.inputs:
+        # Two images may be of one series.
+        looked_at = list({s.series_instance_uid: s for s in case.inputs.series.values()}.values())
+    else:
+        looked_at = [s for s in study.series if any(takes(image.modalities, s.modality) for image in bundle.images)]
     # A volume may leave localizers out.
     loaded = {uid for place in case.places.values() for uid in place.sop_instance_uids}
     analysed = tuple(i for s in looked_at for i in s.instances if not loaded or i.sop_instance_uid in loaded)

@@ -40,7 +40,10 @@ def scheduler(config: Config, store: Store, spool: Spool) -> BackgroundScheduler
     wants = [
         assembly.Wants(
             bundle.name,
-            frozenset(modality for image in bundle.images for modality in image.modalities),
+            # One image of any modality makes the study's any, and that is what an empty set says.
+            frozenset(modality for image in bundle.images for modality in image.modalities)
+            if all(image.modalities for image in bundle.images)
+            else frozenset(),
             sum(image.min_instances for image in bundle.images if image.required),
         )
         for bundle in read_bundles(config)

@@ -13,6 +13,7 @@ from rich.table import Table
 from worker.report import tree
 from worker.store import documents, history, queue, studies
 from worker.store.database import Store
+from worker.store.schema import AnyRow
 
 
 def show(out: Console, store: Store, study_id: int, *, with_report: bool) -> None:
@@ -39,12 +40,17 @@ def show(out: Console, store: Store, study_id: int, *, with_report: bool) -> Non
     for document, findings in reports:
         out.print(f"report {document.sop_instance_uid}  version {document.input_version}  {escape(document.failure)}", soft_wrap=True)
         for one in findings:
-            unusual = ", unlike what the network learned from" if one.is_atypical else ""
-            out.print(f"  {one.meaning}: {one.probability:.3f} {one.verdict}{unusual} (threshold {one.threshold:g})")
-            if one.shapley:
-                out.print(f"    log-odds: {_shares(one.shapley)}" + (f"; of these {_shares(one.attributions)}" if one.attributions else ""))
+            _print_finding(out, one)
     if with_report and reports:
         print_report(out, bytes(reports[-1][0].data))
+
+
+def _print_finding(out: Console, one: AnyRow) -> None:
+    unusual = ", unlike what the network learned from" if one.is_atypical else ""
+    out.print(f"  {one.meaning}: {one.probability:.3f} {one.verdict}{unusual} (threshold {one.threshold:g})")
+    if one.shapley:
+        of_these = f"; of these {_shares(one.attributions)}" if one.attributions else ""
+        out.print(f"    log-odds: {_shares(one.shapley)}{of_these}")
 
 
 def _shares(shares: Mapping[str, float]) -> str:

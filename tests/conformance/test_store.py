@@ -15,6 +15,7 @@ import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
+from tests.conftest import Captured
 from worker.domain import (
     ROUTINE,
     STAT,
@@ -109,6 +110,25 @@ def test_another_revision_is_refused_in_words(store: Store) -> None:
         conn.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
     with pytest.raises(DatabaseUnavailable, match="install the newer program"):
         store.check()
+
+
+def test_each_film_keeps_its_view(store: Store) -> None:
+    for number, view in enumerate(("PA", "", "LL")):
+        add(store, replace(header(number), view=view))
+    with store.read() as conn:
+        (found,) = studies.load(conn, studies.find(conn, "2.25.1")[0][0]).series
+    assert [one.view for one in found.instances] == ["PA", "", "LL"]
+
+
+@pytest.mark.parametrize(("modality", "cause"), [("MR", "study.completed"), ("SR", "study.excluded")])
+def test_a_bundle_of_any_modality_takes_every_study_with_images_and_no_report(
+    store: Store, captured: Captured, modality: str, cause: str
+) -> None:
+    add(store, header(1, modality=modality))
+    wants = [assembly.Wants("bundle", frozenset())]
+    assert assembly.sweep(store, wants=wants, limit_s=100, now=NOW + timedelta(seconds=10)) == 1
+    assert len(captured.named(cause)) == 1
+    assert len(lease(store)) == (modality == "MR")
 
 
 @pytest.mark.requirement("R8")

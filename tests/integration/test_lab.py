@@ -9,11 +9,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
+from models import compression
 from models.bundle import Bundle
+from models.network import FusionNetwork
 from tests.oasis import write as write_oasis
 from worker.cli import app
+from worker.config import ConfigError
 from worker.demo.phantom import write_cohort
 from worker.errors import WorkerError
 
@@ -111,7 +115,53 @@ def test_an_evaluation_has_every_row_an_interval_a_page_and_goes_on_where_it_sto
 
 def test_too_few_studies_are_no_ground_for_new_verdicts(bundle: Path, cohort: Path, cache: Path) -> None:
     done = refused("recalibrate", "--bundle", bundle, "--cohort", cohort, "--cache", cache)
-    assert "24 studies are too few to recalibrate on: 100 are needed." in done
+    assert "24 studies with a label are too few to recalibrate on: 100 are needed." in done
+
+
+def test_studies_without_a_label_do_not_count_and_a_site_without_splits_is_warned(
+    bundle: Path, cohort: Path, cache: Path, tmp_path: Path
+) -> None:
+    lines = (cohort / "labels.csv").read_text("utf-8").splitlines()
+    unknown = [",".join((*line.split(",")[:3], "", "")) for line in lines[6:]]
+    folder = relabeled(cohort, tmp_path / "bare", lines[:6] + unknown)
+    done = CliRunner().invoke(app, ["recalibrate", "--bundle", str(bundle), "--cohort", str(folder), "--cache", str(cache)])
+    assert "5 studies with a label are too few" in str(done.exception)
+    assert "must not be patients that the network learned from" in done.output
+    split = [f"{line},{'split' if number == 0 else 'calibration'}" for number, line in enumerate(lines)]
+    folder = relabeled(cohort, tmp_path / "split", split)
+    done = CliRunner().invoke(app, ["recalibrate", "--bundle", str(bundle), "--cohort", str(folder), "--cache", str(cache)])
+    assert "24 studies with a label are too few" in str(done.exception)
+    assert "must not be" not in done.output
+
+
+def relabeled(cohort: Path, folder: Path, lines: list[str]) -> Path:
+    """The same studies, under other labels."""
+    folder.mkdir()
+    for name in ("dicom", "hl7"):
+        (folder / name).symlink_to(cohort / name)
+    (folder / "labels.csv").write_text("\n".join(lines) + "\n", "utf-8")
+    return folder
+
+
+def test_what_the_models_refuse_is_a_sentence(bundle: Path, cohort: Path, cache: Path, tmp_path: Path) -> None:
+    words = ("evaluate", "--bundle", bundle, "--cohort", cohort, "--cache", cache, "--out", tmp_path)
+    assert "'alchemy' is no fusion" in refused(*words, "--fusions", "alchemy")
+    copied = shutil.copytree(bundle, tmp_path / "copied")
+    lines = [line.split(",") for line in (cohort / "labels.csv").read_text("utf-8").splitlines()]
+    one = relabeled(cohort, tmp_path / "one", [",".join((*line[:2], "g" if n else line[2], *line[3:])) for n, line in enumerate(lines)])
+    assert "at least 2 are needed" in refused("train", "--bundle", copied, "--cohort", one, "--cache", cache)
+
+
+def test_the_installed_configuration_counts_as_with_every_other_verb(
+    bundle: Path, cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["predict", "--bundle", str(bundle), "--cohort", str(cohort), "--out", str(tmp_path / "p.csv")]
+    (tmp_path / "synoptic.toml").write_text('[site]\ntimezone = "Nowhere/Here"\n')
+    (tmp_path / "other.toml").write_text('[site]\ntimezone = "Nowhere/Else"\n')
+    monkeypatch.chdir(tmp_path)
+    assert "Nowhere/Here" in str(CliRunner().invoke(app, words).exception)
+    assert "Nowhere/Else" in str(CliRunner().invoke(app, words, env={"SYNOPTIC_CONFIG": str(tmp_path / "other.toml")}).exception)
+    assert "Nowhere/Else" in str(CliRunner().invoke(app, [*words, "--config", "other.toml"]).exception)
 
 
 def test_a_smaller_form_is_compared_with_the_whole(bundle: Path, cohort: Path, cache: Path, tmp_path: Path) -> None:
@@ -122,6 +172,8 @@ def test_a_smaller_form_is_compared_with_the_whole(bundle: Path, cohort: Path, c
     assert rows["float32"]["max_change"] == 0
     assert rows["int8"]["size_bytes"] < 0.5 * rows["float32"]["size_bytes"]
     assert (tmp_path / "network.onnx").stat().st_size > 10_000
+    student = FusionNetwork(compression.image_only(Bundle.read(bundle)))
+    student.load_state_dict(load_file(tmp_path / "student.safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -146,7 +198,7 @@ def test_labels_that_cannot_be_read_are_refused_with_file_and_line(bundle: Path,
 def refused(*words: object) -> str:
     """A command that fails: the sentence of its error, which the program prints."""
     found = CliRunner().invoke(app, [str(word) for word in words]).exception
-    assert isinstance(found, WorkerError)
+    assert isinstance(found, WorkerError | ConfigError)
     return str(found)
 
 

@@ -13,6 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
+from pydicom.uid import generate_uid
 
 from tests.scu import CT, EXPLICIT, IMPLICIT, encoded, slice_of, with_raw
 from worker.domain import Header
@@ -98,6 +99,20 @@ def test_values_that_are_not_what_they_should_be_read_as_unknown() -> None:
         "",
         1,
     )
+
+
+@pytest.mark.parametrize(
+    ("raw", "view"),
+    [(b"PA", "PA"), (b"ll", "LL"), (b" AP ", "AP"), (b"", ""), (b"AP\\PA ", ""), (b"?", ""), (b"A" * 18, ""), (b"\xb2 ", "")],
+)
+def test_the_view_of_a_film_is_known_if_it_is_one(raw: bytes, view: str) -> None:
+    assert read_header(with_raw(slice_of(), {0x00185101: raw}), EXPLICIT).view == view
+
+
+def test_films_of_one_series_keep_their_own_views() -> None:
+    uid = generate_uid()
+    films = (slice_of(SeriesInstanceUID=uid, ViewPosition=view) for view in ("PA", "LL", ""))
+    assert [header_of(film).view for film in films] == ["PA", "LL", ""]
 
 
 @pytest.mark.parametrize("is_implicit", [False, True])
@@ -285,6 +300,7 @@ def test_real_files_read_as_pydicom_reads_them(shared: Path) -> None:
         assert header.series_description == str(ds.get("SeriesDescription") or "").strip()
         assert header.slice_mm == float(ds.get("SpacingBetweenSlices") or ds.get("SliceThickness") or 0)
         assert header.orientation == plane_of(ds)
+        assert header.view == str(ds.get("ViewPosition") or "").strip()
     assert compared > 300
 
 

@@ -409,6 +409,40 @@ def test_a_study_without_any_image_is_refused_even_if_none_is_required() -> None
         chosen(study(series(modality="MR")), THICK, replace(THIN, required=False))
 
 
+FRONTAL = replace(IMAGE, name="frontal", kind="radiograph", views=("AP", "PA"), size=(8, 8), min_instances=1)
+LATERAL = replace(FRONTAL, name="lateral", views=("LL",), required=False)
+
+
+def films(uid: str, *views: str) -> Series:
+    return series(uid, instances=tuple(Instance(f"{uid}.{n}", "1.2", "1.2.1", Path("x"), "", 1, view) for n, view in enumerate(views)))
+
+
+def test_a_film_of_another_view_is_not_taken_though_its_series_has_more() -> None:
+    found = study(films("1.1", "LL", "LL"), films("1.2", "PA"))
+    assert chosen(found, FRONTAL, LATERAL) == {"frontal": "1.2", "lateral": "1.1"}
+    with pytest.raises(NoSuitableSeries, match="no image is of view AP or PA"):
+        chosen(study(films("1.1", "LL")), FRONTAL)
+
+
+def test_a_film_that_does_not_say_its_view_may_be_of_any_but_serves_one_image_only() -> None:
+    assert chosen(study(films("1.1", "")), FRONTAL, LATERAL) == {"frontal": "1.1"}
+    # Of these two the reader might take the first for both.
+    assert chosen(study(films("1.1", "", "LL")), FRONTAL, LATERAL) == {"frontal": "1.1"}
+
+
+def test_images_of_disjoint_views_share_a_series_and_others_do_not() -> None:
+    assert chosen(study(films("1.1", "PA", "LL")), FRONTAL, LATERAL) == {"frontal": "1.1", "lateral": "1.1"}
+    assert chosen(study(films("1.1", "PA", "AP")), FRONTAL, replace(LATERAL, views=("AP",))) == {"frontal": "1.1"}
+    assert chosen(study(films("1.1", "PA", "LL")), FRONTAL, replace(LATERAL, views=())) == {"frontal": "1.1"}
+
+
+def test_any_modality_is_every_one_with_images() -> None:
+    anything = replace(IMAGE, modalities=())
+    assert chosen(study(series("1.1", modality="SR", count=9), series("1.2", modality="MR")), anything) == {"image": "1.2"}
+    with pytest.raises(NoSuitableSeries, match="modality SR is not of images"):
+        chosen(study(series(modality="SR")), anything)
+
+
 kinds = st.builds(
     series,
     st.sampled_from([f"1.{n}" for n in range(6)]),

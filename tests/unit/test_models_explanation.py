@@ -18,8 +18,8 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from models.bundle import Bundle
-from models.explanation import EXACT, modality_shares, saliency, to_patient, token_shares
-from models.fusion import FusionHead, Tokens, make_head
+from models.explanation import EXACT, saliency, to_patient, token_shares
+from models.fusion import FusionHead, Tokens, make_head, shapley, subset_logits
 from models.network import FusionNetwork
 from models.spec import ImageSpec
 from models.transforms import Sample, collate, radiograph_tensor, text_ids, value_tensors, volume_tensor
@@ -72,7 +72,7 @@ def test_the_shares_of_tokens_sum_to_the_share_of_their_modality(modality: str) 
     """Text has more tokens than every subset can be tried of: the sum holds for sampled orders, too."""
     net, tokens = network(), some_tokens(3, 4, EXACT + 3)
     each = token_shares(net, tokens, modality, orders=2)
-    whole = modality_shares(net.head, tokens)[NAMES.index(modality)]
+    whole = shapley(subset_logits(net.head, tokens))[NAMES.index(modality)]
     assert each.shape == (2, tokens[modality][0].shape[1], 2)
     assert each.abs().max() > 0.01
     torch.testing.assert_close(each.sum(1), whole, atol=1e-4, rtol=0)

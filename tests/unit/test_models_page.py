@@ -15,7 +15,7 @@ from PIL import Image
 
 from models import words
 from models.page import write_card, write_page
-from models.plots import learning_curve
+from models.plots import learning_curve, small_group
 
 # (name, group, AUROC of the first finding, of the second): the rows a real evaluation has.
 ROWS: tuple[tuple[str, str, tuple[float, float]], ...] = (
@@ -437,6 +437,88 @@ def test_triage_says_whether_its_aim_was_met(found: dict[str, Any], says: str) -
     said = words.triage(results, "in_icu")
     assert says in said
     assert ("fewer than aimed at" in said) is (found.get("coverage_positive") == 0.87)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "missed", "says"),
+    [(0.1, 0.04, "the bundle aims at 10 % at most of each."), (0.1, 0.13, "so do not rely on it"), (0.0, 0.13, "")],
+)
+def test_triage_is_first_that_of_the_bundle_as_shipped(alpha: float, missed: float, says: str, tmp_path: Path) -> None:
+    own = {"alpha": alpha, "threshold": 0.72, "negative_below": 0.21, "uncertain": 0.44}
+    results = small()
+    results["triage"]["in_icu"]["shipped"] = own | {"positives_called_negative": missed, "negatives_called_positive": 0.06}
+    said = words.triage(results, "in_icu")
+    shipped, fitted = said.split(" After recalibrate: ")
+    assert "positive from 0.720, negative below 0.210" in shipped
+    assert f"44 % of studies are called uncertain and left to a person, {100 * missed:.0f} % of those with the finding" in shipped
+    assert "6 % of those without it positive" in shipped
+    assert says in shipped
+    assert ("aims" in shipped) is (alpha > 0)
+    assert ("do not rely" in shipped) is (alpha > 0 and missed > alpha)
+    assert "37 % of studies are called uncertain" in fitted
+    text = Reader(re.sub("</?t[dhr]", " \\g<0>", page(results, tmp_path))).text
+    assert "called uncertain 44 %" in text, "the first screen shows the bundle as it stands"
+    assert f"as shipped {f'{alpha:.3f}' if alpha else '–'} 0.720 0.210 44 % {100 * missed:.0f} % 6 %" in text
+    assert "after recalibrate 0.100 0.610 0.340 37 % 8 % 9 %" in text
+    card = write_card(results, bundle_text={})
+    assert "44 % of studies are called uncertain" in card
+    assert "After recalibrate: " in card
+    results["cohort"]["patients"] = 19
+    assert words.triage(results, "in_icu").startswith("No claim is made about triage (188 studies of 19 patients")
+
+
+def test_a_bundle_without_a_guarantee_still_says_what_its_own_thresholds_do() -> None:
+    results = sample()
+    own = {"alpha": 0.0, "threshold": 0.5, "negative_below": 0.5, "uncertain": 0.0}
+    results["triage"]["deceased"]["shipped"] = own | {"positives_called_negative": 0.3, "negatives_called_positive": None}
+    said = words.triage(results, "deceased")
+    assert "0 % of studies are called uncertain" in said
+    assert "– of those without it positive" in said
+    assert "After recalibrate: No triage is offered" in said
+
+
+@pytest.mark.parametrize("name", ["late_mean", "image alone", "tokens", "concatenation"])
+def test_the_network_is_the_row_of_the_bundles_own_fusion_whatever_its_kind(name: str, tmp_path: Path) -> None:
+    results = sample()
+    results["bundle"]["fusion"] = name
+    found = words.headline(results, "in_icu")
+    assert found is not None
+    assert found["name"] == name
+    assert f"the network ({name}) reached" in Reader(page(results, tmp_path)).text
+    compared = [label for label, _ in words.comparisons(results, "in_icu")]
+    assert name not in [label.split(", ")[-1] for label in compared], "it is not compared with itself"
+    assert ("the best other late fusion, late_stack" in compared) is (name == "late_mean")
+    assert ("the best late fusion, late_mean" in compared) is (name != "late_mean")
+    assert ("the best other single modality, values alone" in compared) is (name == "image alone")
+
+
+@pytest.mark.parametrize(("positive", "negative", "few"), [(20, 34, False), (19, 40, True), (40, 19, True)])
+def test_a_class_is_counted_in_patients_not_in_studies(positive: int, negative: int, few: bool) -> None:
+    results = sample()
+    results["cohort"] |= {"patients_positive": {"in_icu": positive}, "patients_negative": {"in_icu": negative}}
+    assert words.too_few(results, "in_icu") is few
+    assert ("no claim is made" in words.how_good(results, "in_icu")) is few
+    row = {"positives": 83, "studies": 188, "patients_positive": positive, "patients_negative": negative}
+    assert small_group(row) is few
+    assert not small_group({"positives": 83, "studies": 188})
+    assert small_group({"positives": 83, "studies": 102})
+
+
+def test_the_card_tells_what_was_judged_from_what_was_learned_from() -> None:
+    results = sample()
+    card = write_card(results, bundle_text={})
+    assert "Not said here. It was judged on 188 studies of 54 patients" in card
+    own = write_card(results, bundle_text={"learned_from": "The training part of the archive."})
+    assert own.split("## What it learned from")[1].split("##")[0].strip() == "The training part of the archive."
+    assert "188 studies of 54 patients" in own.split("## How it was judged")[1].split("##")[0]
+
+
+@pytest.mark.parametrize(("stages", "says"), [("joint", True), ("frozen", False), (None, False)])
+def test_the_card_of_a_bundle_trained_jointly_says_at_once_that_other_weights_were_judged(stages: str | None, says: bool) -> None:
+    results = sample()
+    results["bundle"]["stages"] = stages
+    first = write_card(results, bundle_text={}).split("\n\n")[1]
+    assert ("this recipe with frozen encoders, not these weights" in first) is says
 
 
 def test_abstention_is_claimed_only_where_it_lowers_the_error() -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
-from torch import Tensor
+from torch import Tensor, nn
 
-from models.bundle import Bundle
+from models import saving
+from models.bundle import Bundle, InvalidBundleError, settle
 from models.network import FusionNetwork
 from models.saving import save_fit
+from models.stages import Checkpoint, Learned, learn
 from models.table import digest
 from models.training import (
     Fit,
@@ -62,6 +65,36 @@ def frozen(bundle: Bundle) -> Bundle:
 
 def with_training(bundle: Bundle, **changes: object) -> Bundle:
     return dataclasses.replace(bundle, training=dataclasses.replace(bundle.training, **changes))  # type: ignore[arg-type]
+
+
+#: A second image, of an encoder of its own; nobody must have it.
+SECOND = """
+[[images]]
+name = "second"
+kind = "volume"
+modalities = ["CT"]
+size = [12, 10, 8]
+spacing_mm = [2, 2, 3]
+window_hu = [-1000, 400]
+grid = 2
+channels = [4, 8]
+required = false
+
+[record]"""
+
+
+@pytest.fixture
+def two_images(tmp_path: Path) -> Bundle:
+    folder = small_bundle.write(tmp_path / "two", small_bundle.TOML.replace("\n[record]", SECOND, 1))
+    return with_training(Bundle.read(folder, verify=False), stages="frozen", fusion_epochs=2, epochs=2)
+
+
+def with_second(studies: list[Labeled], *, absent: Sequence[str] = ()) -> list[Labeled]:
+    """Their image upside down as the second one, for all but the groups `absent`."""
+    return [
+        dataclasses.replace(s, sample=s.sample | {"second": s.sample["image"].flip(1), "second_mask": torch.tensor(s.group not in absent)})
+        for s in studies
+    ]
 
 
 def weights(result: Fit) -> str:
@@ -218,7 +251,122 @@ def test_a_run_cut_off_after_any_epoch_goes_on_to_the_same_bits(bundle: Bundle, 
     assert calls == len(whole.history), "each epoch was learned once"
     assert weights(resumed) == weights(whole)
     assert resumed.history == whole.history
-    assert not list(folder.iterdir()), "a run that is done leaves nothing to resume"
+
+
+def test_a_run_cut_off_between_two_images_goes_on_to_the_same_bits(two_images: Bundle, tmp_path: Path) -> None:
+    """The second image's head is drawn at random: it must not matter how many numbers the first one's epochs drew."""
+    studies = with_second(small_bundle.studies(two_images, 16))
+    whole = fit(two_images, studies, seed=4)
+    assert [row["stage"] for row in whole.history] == ["image:image"] * 2 + ["image:second"] * 2 + ["fusion"] * 2
+
+    def cut(epoch: int, _epochs: int, _loss: float) -> None:
+        if epoch == 2:
+            raise PowerCut
+
+    with pytest.raises(PowerCut):
+        fit(two_images, studies, seed=4, folder=tmp_path / "run", progress=cut)
+    resumed = fit(two_images, studies, seed=4, folder=tmp_path / "run")
+    assert weights(resumed) == weights(whole)
+    assert resumed.history == whole.history
+
+
+def test_an_image_that_nobody_held_out_has_is_learned_to_the_last_epoch(two_images: Bundle) -> None:
+    """A loss of nothing is undefined, not 0: that would make the first epoch the best."""
+    studies = small_bundle.studies(two_images, 16)
+    impatient = with_training(two_images, epochs=4, patience=1)
+    _, held_out = split_groups(sorted(studies, key=lambda s: s.group), share=0.2, seed=4)
+    result = fit(impatient, with_second(studies, absent=[s.group for s in held_out]), seed=4)
+    losses = [float(row["validation_loss"]) for row in result.history if row["stage"] == "image:second"]
+    assert len(losses) == 4
+    assert all(map(math.isnan, losses))
+    assert all(math.isfinite(row["validation_loss"]) for row in result.history if row["stage"] != "image:second")  # type: ignore[arg-type]
+    assert math.isfinite(result.validation_loss)
+
+
+def test_where_no_held_out_label_is_known_all_epochs_are_learned(bundle: Bundle) -> None:
+    # All of them healthy: the split then is by name alone, and does not change with what is known.
+    studies = [dataclasses.replace(s, labels=torch.tensor([0.0, s.labels[0]])) for s in small_bundle.studies(bundle, 24)]
+    _, held_out = split_groups(studies, share=0.2, seed=0)
+    unknown = {s.group for s in held_out}
+    studies = [dataclasses.replace(s, labels=s.labels * torch.nan) if s.group in unknown else s for s in studies]
+    result = fit(with_training(bundle, patience=1), studies, seed=0)
+    assert set(result.held_groups) == unknown
+    assert math.isnan(result.validation_loss)
+    assert (result.epochs, result.best_epoch) == (3, 3)
+    assert result.temperatures.tolist() == [1, 1]
+
+
+def stage(bundle: Bundle, validate: Callable[[nn.Module], float] | None, *, loss: float = 1.0) -> Learned:
+    """Three epochs of a line of one weight."""
+    torch.manual_seed(0)
+    line = nn.Linear(1, 1)
+    return learn(
+        "line",
+        line,
+        loss=lambda rows, _draw: line(torch.ones(len(rows), 1)).sum() * loss,
+        validate=validate,
+        studies=8,
+        config=dataclasses.replace(bundle.training, patience=1),
+        epochs=3,
+        seed=0,
+        checkpoint=Checkpoint(None, {}),
+        progress=None,
+    )
+
+
+def test_without_a_judge_the_last_averaged_weights_are_taken_and_a_diverged_run_is_still_refused(bundle: Bundle) -> None:
+    better = iter((3.0, 2.0, 1.0))
+    last, unjudged, first = (stage(bundle, judge) for judge in (lambda _: next(better), None, lambda _: 1.0))
+    assert digest(unjudged.weights) == digest(last.weights) != digest(first.weights)
+    assert (unjudged.epochs, unjudged.best_epoch, first.best_epoch) == (3, 3, 1)
+    with pytest.raises(ValueError, match="never finite"):
+        stage(bundle, None, loss=math.nan)
+
+
+def test_a_run_killed_while_it_is_saved_leaves_no_wrong_bundle_and_is_not_learned_again(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_: object, **__: object) -> None:
+        raise PowerCut
+
+    def settle_and_die(folder: Path, findings: Mapping[str, Mapping[str, float]], *, sha256: str) -> None:
+        settle(folder, findings, sha256=sha256)
+        raise PowerCut
+
+    def again() -> Fit:
+        return fit(Bundle.read(bundle.folder, verify=False), studies, seed=0, folder=tmp_path / "run", progress=die)
+
+    studies = small_bundle.studies(bundle, 12)
+    before = save_fit(bundle, fit(bundle, studies, seed=1, epochs=1))
+    done = fit(before, studies, seed=0, folder=tmp_path / "run")
+    for module, name, fault in ((os, "fsync", die), (saving, "settle", die), (saving, "settle", settle_and_die)):
+        found = again()
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, fault)
+            with pytest.raises(PowerCut):
+                save_fit(before, found)
+        assert (tmp_path / "run" / "checkpoint.pt").exists()
+        if name == "fsync":
+            assert Bundle.read(bundle.folder) == before
+        elif fault is die:
+            with pytest.raises(InvalidBundleError, match="sha256"):
+                Bundle.read(bundle.folder)
+        else:
+            assert Bundle.read(bundle.folder).weights.sha256 != before.weights.sha256
+    resumed = again()
+    assert weights(resumed) == weights(done)
+    assert resumed.history == done.history
+    settled = save_fit(before, resumed)
+    assert all(torch.equal(settled.tensors()[name], tensor) for name, tensor in done.network.state_dict().items())
+    assert not list((tmp_path / "run").iterdir())
+    assert sorted(file.name for file in bundle.folder.iterdir()) == ["bundle.toml", "weights.safetensors"]
+
+
+def test_new_weights_carry_no_guarantee_of_the_old_ones(bundle: Bundle) -> None:
+    settle(bundle.folder, {"ill": {"alpha": 0.1}})
+    settled = save_fit(bundle, fit(bundle, small_bundle.studies(bundle, 12), seed=0, epochs=1))
+    assert [f.alpha for f in settled.findings] == [0, 0]
+    assert (bundle.folder / "bundle.toml").read_text("utf-8").count("alpha") == 1, "a finding that never had one gets no line"
 
 
 def test_a_checkpoint_of_another_run_is_refused_and_says_of_what(bundle: Bundle, tmp_path: Path) -> None:
@@ -310,6 +458,16 @@ def test_no_patient_is_on_both_sides_of_a_split(drawn: list[tuple[int, bool]], s
     assert len(train) + len(held_out) == len(studies)
     assert train
     assert held_out
+
+
+@pytest.mark.parametrize(("positives", "negatives", "expected"), [(2, 30, (1, 6)), (2, 2, (1, 1)), (1, 10, (0, 2)), (10, 10, (2, 2))])
+def test_of_each_kind_of_patient_at_least_one_is_held_out_where_there_are_two(
+    positives: int, negatives: int, expected: tuple[int, int]
+) -> None:
+    kinds = [1.0] * positives + [0.0] * negatives
+    _, held_out = split_groups([Labeled({}, torch.tensor([kind]), f"p{i}") for i, kind in enumerate(kinds)], share=0.2, seed=0)
+    found = [s.labels.item() for s in held_out]
+    assert (found.count(1.0), found.count(0.0)) == expected
 
 
 def test_one_patient_alone_cannot_be_split() -> None:

@@ -19,6 +19,7 @@ from datetime import datetime, timedelta
 
 from worker import events
 from worker.domain import ROUTINE
+from worker.inputs import takes
 from worker.store import history, queue, studies
 from worker.store.database import Store
 from worker.store.studies import Pending
@@ -26,7 +27,7 @@ from worker.store.studies import Pending
 
 @dataclass(frozen=True, slots=True)
 class Wants:
-    """What a bundle needs before it can run."""
+    """What a bundle needs before it can run; without `modalities`, of any that has images."""
 
     bundle: str
     modalities: frozenset[str]
@@ -34,11 +35,11 @@ class Wants:
 
     def takes(self, pending: Pending) -> bool:
         """Whether the study has anything for this bundle."""
-        return any(modality in self.modalities for modality in pending.modalities)
+        return any(takes(self.modalities, modality) for modality in pending.modalities)
 
     def is_met(self, pending: Pending) -> bool:
         """Whether it has enough."""
-        return sum(count for modality, count in pending.modalities.items() if modality in self.modalities) >= self.min_instances
+        return sum(count for modality, count in pending.modalities.items() if takes(self.modalities, modality)) >= self.min_instances
 
 
 @dataclass(frozen=True, slots=True)

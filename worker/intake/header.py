@@ -43,12 +43,12 @@ _STUDY_DATE, _STUDY_TIME, _ACCESSION, _MODALITY = 0x00080020, 0x00080030, 0x0008
 _TIMEZONE, _STUDY_DESCRIPTION, _SERIES_DESCRIPTION = 0x00080201, 0x00081030, 0x0008103E
 _NAME, _PATIENT_ID, _ISSUER, _BIRTH_DATE, _SEX = 0x00100010, 0x00100020, 0x00100021, 0x00100030, 0x00100040
 _BODY_PART, _STUDY, _SERIES, _FRAMES = 0x00180015, 0x0020000D, 0x0020000E, 0x00280008
-_THICKNESS, _SPACING, _ORIENTATION = 0x00180050, 0x00180088, 0x00200037
+_THICKNESS, _SPACING, _VIEW, _ORIENTATION = 0x00180050, 0x00180088, 0x00185101, 0x00200037
 _WANTED: Final = frozenset(
     {
         _CHARSET, _CLASS, _INSTANCE, _STUDY_DATE, _STUDY_TIME, _ACCESSION, _MODALITY, _TIMEZONE, _STUDY_DESCRIPTION,
         _SERIES_DESCRIPTION, _NAME, _PATIENT_ID, _ISSUER, _BIRTH_DATE, _SEX, _BODY_PART, _STUDY, _SERIES, _FRAMES,
-        _THICKNESS, _SPACING, _ORIENTATION,
+        _THICKNESS, _SPACING, _VIEW, _ORIENTATION,
     }
 )  # fmt: skip
 
@@ -56,6 +56,7 @@ _WANTED: Final = frozenset(
 _UID: Final = re.compile(r"[0-9]+(\.[0-9]+)*")
 _DATE: Final = re.compile(r"[0-9]{8}")
 _TIME: Final = re.compile(r"[0-9]{2}([0-9]{2}([0-9]{2}(\.[0-9]{1,6})?)?)?")
+_CODE_STRING: Final = re.compile(r"[A-Z0-9_ ]{1,16}")
 _OFFSET: Final = re.compile(r"[+-][0-9]{4}")
 _CONTROLS: Final = re.compile("[\x00-\x1f\x7f]")
 
@@ -133,6 +134,7 @@ def _of_series(items: tuple[tuple[int, bytes], ...], transfer_syntax_uid: str) -
         number_of_frames=int(frames) if re.fullmatch("[0-9]{1,9}", frames) and int(frames) > 0 else 1,
         orientation=_orientation(values.get(_ORIENTATION, b"")),
         slice_mm=_length_mm(values.get(_SPACING, b"")) or _length_mm(values.get(_THICKNESS, b"")),
+        view=view if _CODE_STRING.fullmatch(view := text(_VIEW).upper()) else "",
     )
 
 

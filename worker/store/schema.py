@@ -199,6 +199,7 @@ instance = sa.Table(
     sa.Column("path", sa.Text, nullable=False),
     sa.Column("sha256", sa.Text, nullable=False),
     sa.Column("size_bytes", sa.BigInteger, nullable=False),
+    _text("view"),
     sa.Column("received_at", UtcDateTime, nullable=False),
     sa.Index("ix_instance_series_id", "series_id"),
     sa.Index("ix_instance_path", "path"),

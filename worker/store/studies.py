@@ -102,6 +102,7 @@ def add_instance(
             "path": str(path),
             "sha256": sha256,
             "size_bytes": size_bytes,
+            "view": header.view,
             "received_at": now,
         },
     )
@@ -257,6 +258,7 @@ def _series(conn: Connection, study_id: int, root: Path = Path()) -> Iterable[Se
             instance.c.path,
             instance.c.sha256,
             instance.c.size_bytes,
+            instance.c.view,
         )
         .join(instance, instance.c.series_id == series.c.id)
         .where(series.c.study_id == study_id)
@@ -267,7 +269,8 @@ def _series(conn: Connection, study_id: int, root: Path = Path()) -> Iterable[Se
         groups.setdefault(row.series_instance_uid, []).append(row)
     for uid, members in groups.items():
         instances = tuple(
-            Instance(r.sop_instance_uid, r.sop_class_uid, r.transfer_syntax_uid, root / r.path, r.sha256, r.size_bytes) for r in members
+            Instance(r.sop_instance_uid, r.sop_class_uid, r.transfer_syntax_uid, root / r.path, r.sha256, r.size_bytes, r.view)
+            for r in members
         )
         one = members[0]
         yield Series(uid, one.modality, one.body_part, one.description, instances, one.orientation, one.slice_mm)
