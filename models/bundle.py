@@ -57,6 +57,10 @@ class Bundle:
     weights: WeightsFile
     folder: Path
     digest: str
+    #: For the card alone.
+    learned_from: str = ""
+    limits: tuple[str, ...] = ()
+    citation: str = ""
 
     @classmethod
     def read(cls, folder: Path, *, verify: bool = True) -> Self:

@@ -22,7 +22,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
@@ -333,9 +333,11 @@ def _digest(task: Task, folds: int) -> str:
     Not with the facts: kept folds hold the floors of the facts they were made with. Nor with the version of this package or of any
     library, so that an update does not throw hours away. Where the facts changed, or how networks are trained, give a new folder.
     """
-    recipe = asdict(replace(task.bundle, digest="", weights=replace(task.bundle.weights, sha256=""), folder=Path()))
-    recipe.pop("folder")
-    whole = hashlib.sha256(json.dumps([recipe, task.fusions, task.seed, folds, task.device], sort_keys=True, default=str).encode())
+    bundle = task.bundle
+    # Not the title, nor what training and recalibration write: thresholds and temperature change no fold's networks.
+    recipe = [*map(asdict, bundle.images), asdict(bundle.record), asdict(bundle.network), asdict(bundle.training)]
+    names = [finding.name for finding in bundle.findings]
+    whole = hashlib.sha256(json.dumps([recipe, names, task.fusions, task.seed, folds, task.device], sort_keys=True).encode())
     for study in task.studies:
         whole.update(study.group.encode())
         for key in sorted(study.sample):

@@ -197,7 +197,8 @@ def evaluate(
     (to / "evaluation.json").write_text(json.dumps(results, indent=1), "utf-8")
     written = page.write_page(results, to)
     if card:
-        text = {"intended_use": spec.intended_use, "quality_statement": spec.quality_statement, "license": spec.license}
+        told = ("intended_use", "quality_statement", "learned_from", "limits", "citation", "license", "authors")
+        text = {key: list(said) if isinstance(said := getattr(spec, key), tuple) else said for key in told if getattr(spec, key)}
         (bundle / "README.md").write_text(page.write_card(results, bundle_text=text), "utf-8")
     for line in evaluation.summary(results):
         out.print(line, soft_wrap=True)
