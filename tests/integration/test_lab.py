@@ -44,7 +44,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bundle(tmp_path_factory: pytest.TempPathFactory, cohort: Path, cache: Path) -> Path:
     """The phantom bundle's recipe, two epochs of it, trained by the command."""
     folder = tmp_path_factory.mktemp("bundles") / "quick"
-    shutil.copytree(ROOT / "models" / "bundles" / "phantom", folder)
+    shutil.copytree(ROOT / "models" / "bundles" / "phantom", folder, ignore=shutil.ignore_patterns("checkpoint.pt"))
     text = (folder / "bundle.toml").read_text("utf-8")
     text = text.replace("epochs = 24", 'epochs = 2\nstages = "frozen"').replace("size = [32, 24, 22]", "size = [18, 16, 16]")
     (folder / "bundle.toml").write_text(text.replace("spacing_mm = [9.0, 9.0, 9.0]", "spacing_mm = [16, 14, 13]"), "utf-8")
@@ -84,6 +84,7 @@ def test_every_study_is_predicted_with_verdict_and_modalities_and_without_labels
     assert all(0 < float(row["probability"]) < 1 and row["verdict"] in {"positive", "negative", "uncertain"} for row in rows)
 
 
+@pytest.mark.timeout(900)  # three trainings and 150 baselines
 def test_an_evaluation_has_every_row_an_interval_a_page_and_goes_on_where_it_stopped(
     bundle: Path, cohort: Path, cache: Path, tmp_path: Path
 ) -> None:
@@ -164,6 +165,7 @@ def test_the_installed_configuration_counts_as_with_every_other_verb(
     assert "Nowhere/Else" in str(CliRunner().invoke(app, [*words, "--config", "other.toml"]).exception)
 
 
+@pytest.mark.timeout(600)
 def test_a_smaller_form_is_compared_with_the_whole(bundle: Path, cohort: Path, cache: Path, tmp_path: Path) -> None:
     done = run("compress", "--bundle", bundle, "--cohort", cohort, "--cache", cache, "--out", tmp_path)
     assert done.exit_code == 0, done.output

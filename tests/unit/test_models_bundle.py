@@ -22,7 +22,7 @@ def temperatures(ill: float, rare: float) -> dict[str, dict[str, float]]:
 SHIPPED = Path(__file__).parents[2] / "models" / "bundles"
 
 
-@pytest.mark.parametrize("name", ["phantom", "cxr-severity"])
+@pytest.mark.parametrize("name", ["phantom", "cxr-severity", "brain-dementia"])
 def test_a_shipped_bundle_is_whole_and_its_weights_hash_to_what_it_says(name: str) -> None:
     bundle = Bundle.read(SHIPPED / name)
     assert bundle.name == name

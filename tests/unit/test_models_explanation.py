@@ -21,6 +21,7 @@ from models.bundle import Bundle
 from models.explanation import EXACT, saliency, to_patient, token_shares
 from models.fusion import FusionHead, Tokens, make_head, shapley, subset_logits
 from models.network import FusionNetwork
+from models.saving import load_network
 from models.spec import ImageSpec
 from models.transforms import Sample, collate, radiograph_tensor, text_ids, value_tensors, volume_tensor
 from worker.demo.phantom import COLUMNS, INTERCEPT_HU, ROWS, SLICES, SPACING_MM, _thorax
@@ -194,8 +195,7 @@ def nodule(seed: int) -> tuple[Sample, NDArray[np.float64], float]:
 def shipped() -> FusionNetwork:
     bundle = Bundle.read(PHANTOM)
     torch.manual_seed(0)
-    net = FusionNetwork(bundle)
-    net.load_state_dict(bundle.tensors())
+    net, _ = load_network(bundle)
     return net.eval()
 
 
