@@ -21,6 +21,7 @@ S subsets. References: label queries, doi:10.48550/arXiv.2403.06197 (DrFuse); ma
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -47,7 +48,7 @@ class Shape:
     hidden: int = 0
 
 
-class FusionHead(nn.Module):
+class FusionHead(nn.Module, ABC):
     """Everything after the encoders: cheap enough to be run once per subset of modalities.
 
     `modalities` are the columns of `keep`; of them the head looks at those `used`, any other has a Shapley share of exactly 0.
@@ -63,9 +64,9 @@ class FusionHead(nn.Module):
         """Fuse what is present, and of that only what `keep` (B, M) allows → logits (B, L)."""
         return self.answer(self.embed(tokens, keep))  # type: ignore[no-any-return]
 
+    @abstractmethod
     def embed(self, tokens: Tokens, keep: Tensor | None = None) -> Tensor:
         """(B, E): what the last linear layer sees, to measure how far a study is from those learned from."""
-        raise NotImplementedError
 
     def seen(self, tokens: Tokens, keep: Tensor | None) -> list[tuple[Tensor, Tensor]]:
         """Tokens (B, n, d) and mask (B, n) of each modality used, with 0 wherever the mask is False."""

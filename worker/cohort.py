@@ -318,7 +318,7 @@ def _fact(header: pydicom.Dataset, name: str) -> str | float | None:
         if isinstance(value, MultiValue):
             return "\\".join(str(one).strip() for one in value)
         return value.strip() if isinstance(value, str) else float(value)
-    except (ValueError, TypeError, ArithmeticError, NotImplementedError):
+    except (ValueError, TypeError, ArithmeticError, RuntimeError):
         return None
 
 

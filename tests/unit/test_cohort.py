@@ -19,7 +19,6 @@ from pydicom.uid import UID
 from models.bundle import Bundle
 from models.spec import RecordRule
 from tests.scu import EXPLICIT, slice_of
-from tests.unit import small_bundle
 from worker import cohort, pipeline
 from worker.config import Config, ConfigError, Records, Run, Site
 from worker.demo.phantom import write_cohort
@@ -44,11 +43,6 @@ def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def folder(phantoms: Path, tmp_path: Path) -> Path:
     return shutil.copytree(phantoms, tmp_path / "cohort")
-
-
-@pytest.fixture
-def bundle(tmp_path: Path) -> Bundle:
-    return Bundle.read(small_bundle.write(tmp_path / "small"), verify=False)
 
 
 def uids(folder: Path) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import permutations, product
 from math import factorial
 from pathlib import Path
@@ -28,15 +27,6 @@ from worker.demo.phantom import COLUMNS, INTERCEPT_HU, ROWS, SLICES, SPACING_MM,
 
 PHANTOM = Path(__file__).parents[2] / "models" / "bundles" / "phantom"
 NAMES = ("image", "values", "text")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Networks as small as these are slower on several."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class OnlyHead(nn.Module):

@@ -183,8 +183,11 @@ def test_that_share_is_exactly_nothing_though_no_two_runs_of_the_head_agree_to_t
 
     class Restless(FusionHead):
         def forward(self, tokens: Tokens, keep: Tensor | None = None) -> Tensor:
-            assert keep is not None
-            return torch.randn(len(keep), 2) + sum(mask.sum(1, keepdim=True) for _, mask in tokens.values())
+            return self.embed(tokens, keep)
+
+        def embed(self, tokens: Tokens, keep: Tensor | None = None) -> Tensor:
+            batch = len(next(iter(tokens.values()))[0])
+            return torch.randn(batch, 2) + sum(mask.sum(1, keepdim=True) for _, mask in tokens.values())
 
     shares = shapley(subset_logits(Restless(MODALITIES, only="values"), make_tokens()))
     assert torch.equal(

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
 from models.bundle import Bundle
 from models.recalibration import recalibrate, settle
-from tests.unit import small_bundle
 
 N = 400
-
-
-@pytest.fixture
-def bundle(tmp_path: Path) -> Bundle:
-    return Bundle.read(small_bundle.write(tmp_path), verify=False)
 
 
 def site(seed: int) -> tuple[torch.Tensor, torch.Tensor, list[str]]:

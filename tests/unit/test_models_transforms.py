@@ -15,16 +15,10 @@ import torch
 from models.bundle import Bundle
 from models.spec import Code, ImageSpec, NetworkConfig, RecordRule, TextSpec
 from models.transforms import PIECES, gene_tensors, history_tensors, radiograph_tensor, text_ids, value_tensors, volume_tensor
-from tests.unit import small_bundle
 
 ROOT = Path(__file__).parents[2]
 FILM = ImageSpec("image", "radiograph", ("CR",), (32, 32))
 NETWORK = NetworkConfig(width=8, heads=1, layers=1)
-
-
-@pytest.fixture
-def bundle(tmp_path: Path) -> Bundle:
-    return Bundle.read(small_bundle.write(tmp_path), verify=False)
 
 
 def stored(order: tuple[int, ...], flips: tuple[bool, ...]) -> tuple[np.ndarray, np.ndarray]:
