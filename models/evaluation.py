@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from models import metrics, words
 from models.bundle import Bundle
 from models.calibration import Coverage, Triage, covered, triage
-from models.folds import SHORTCUTS, Facts, FloatArray, Scores, Task, all_folds, assign_folds, group_of, presence, row_name
+from models.folds import JOINTLY, SHORTCUTS, Facts, FloatArray, Scores, Task, all_folds, assign_folds, group_of, presence, row_name
 from models.fusion import FUSIONS, parameters
 from models.network import FusionNetwork
 from models.spec import FindingSpec
@@ -81,6 +81,8 @@ def evaluate(
         for name in scores:
             group_of(name, bundle.modalities)  # a strange row is refused now, not after the last fold
         found[key] = scores
+        if set(scores) != set(found[next(iter(found))]):
+            raise ValueError("The folds kept here have different rows, some kept by another version: remove them or give a new folder.")
         progress(len(found), len(todo))
     pooled = {name: np.full((repeats, len(studies), len(bundle.findings)), np.nan) for name in found[todo[0]]}
     for (repeat, fold), scores in found.items():
@@ -121,6 +123,7 @@ def _judged(task: Task, pooled: Mapping[str, FloatArray], fold_of: Sequence[Mapp
     headline = row_name(bundle.network.fusion)
     kinds = {name: group_of(name, bundle.modalities) for name in pooled}
     sizes = {row_name(name): _size(bundle, name) for name in task.fusions}
+    sizes[headline + JOINTLY] = sizes[headline]
     for index, spec in enumerate(bundle.findings):
         y = labels[:, index]
         for name, scores in pooled.items():
@@ -292,14 +295,15 @@ def _notes(bundle: Bundle) -> list[str]:
         "Out of fold by patient: no network, temperature or early stop saw a patient that it is judged on. "
         "Nothing was tuned on the outer folds.",
         "Intervals resample patients; they hold the chance of having met these patients, not that of having trained these networks.",
-        "All fusions and single modalities stand on the same frozen image encoders, each learned on the inner patients of its fold.",
+        "All fusions and single modalities stand on the same frozen image encoders, each learned on the inner patients of its fold; "
+        "one row learns them together with the fusion.",
         f"Accuracy, precision, recall, F1 and specificity are at the bundle's positive threshold ({thresholds}).",
         "Floors are shortcuts: what a row must beat to have learned something of the disease.",
         "p values are of single modalities and late fusions, corrected by Holm for their number; other differences have their interval "
         "alone, not corrected for how many there are.",
         "Verdicts are judged twice: by the bundle's own thresholds, and by those that a recalibration would give.",
         *(
-            ["The bundle trains encoders and fusion together; what is judged is this recipe with frozen encoders, not these weights."]
+            [f"The bundle trains encoders and fusion together, as in the row{JOINTLY.removeprefix(',')}; the headline has frozen encoders."]
             if bundle.training.stages == "joint"
             else []
         ),

@@ -4,6 +4,7 @@
 
     inner ─ pretrain ─▶ image encoders ─ cache_tokens ─▶ tokens ─┬─ each fusion and single modality: record encoders + head
                                                                  └─ the headline again: modalities removed, values dropped
+    inner ─ the headline with its image encoders, learned jointly
     inner ─ values, image features, both ─▶ baselines          inner ─ what is missing, view, acquisition ─▶ floors
 
 Shapes: L findings. Not here: how folds make a table (evaluation.py).
@@ -44,6 +45,8 @@ Scores = dict[str, FloatArray]
 DROPPED: Final = (0.3, 0.6)
 #: Rows of late fusion proper: networks that never met.
 LATE: Final = ("late mean of single networks", "late stack of single networks")
+#: Ends the row of a fusion that learned its image encoders with itself, not before.
+JOINTLY: Final = ", learned jointly"
 #: Of what a floor is made: no image may be named like one, or its row would be the floor's.
 SHORTCUTS: Final = ("missingness", "view", "acquisition")
 #: The tables that baselines are given.
@@ -145,6 +148,9 @@ def one_fold(task: Task, is_outer: Sequence[bool], *, seed: int) -> Scores:
                 scores[f"without {modality}"] = expit(answer(outer, keep=rest))
             for share in DROPPED if bundle.record.values else ():
                 scores[_dropped(share)] = expit(answer(_with_gaps(outer, share, seed)))
+    whole = replace(bundle, training=replace(bundle.training, stages="joint"))
+    jointly = fit(whole, inner, seed=seed, device=task.device)
+    scores[row_name(bundle.network.fusion) + JOINTLY] = expit(_answer(jointly, outer))
     # Of two modalities, "trained without one" is the other alone.
     for modality in bundle.modalities if len(bundle.modalities) > 2 else ():
         result = fit(bundle, _without(inner, modality), seed=seed, device=task.device, tokens=tokens)
@@ -154,7 +160,7 @@ def one_fold(task: Task, is_outer: Sequence[bool], *, seed: int) -> Scores:
     return scores | _classical(task, np.array(is_outer), seed=seed)
 
 
-def _answer(result: Fit, studies: Sequence[Labeled], *, tokens: TokenCache, keep: Sequence[str] | None = None) -> FloatArray:
+def _answer(result: Fit, studies: Sequence[Labeled], *, tokens: TokenCache | None = None, keep: Sequence[str] | None = None) -> FloatArray:
     """Calibrated log-odds (N, L)."""
     logits, _ = predict(result.network, studies, keep=keep, tokens=tokens)
     return (logits / result.temperatures).double().numpy()
@@ -209,6 +215,7 @@ def group_of(row: str, modalities: Sequence[str]) -> str:
         No row is named so: it was kept by another version.
     """
     table, _, learner = row.partition(": ")
+    row = row.removesuffix(JOINTLY)
     kinds = {
         "late": row in LATE or row in ("late_mean", "late_stack"),
         "fusion": row in FUSIONS,

@@ -21,6 +21,7 @@ from tests.unit import small_bundle
 #: The rows of an evaluation that was kept by the version before this one.
 KEPT = {
     "tokens": "fusion",
+    "tokens, learned jointly": "fusion",
     "concat": "fusion",
     "lstm": "fusion",
     "late_mean": "late",
@@ -285,3 +286,13 @@ def test_kept_folds_are_read_and_strange_ones_refused_at_once(bundle: Bundle, tm
         evaluation.evaluate(
             bundle, given.studies, given.facts, folds=2, repeats=1, seed=0, folder=tmp_path, fusions=("tokens",)
         )  # the same fusions as of `given`
+
+
+def test_folds_kept_with_other_rows_are_refused(bundle: Bundle, tmp_path: Path) -> None:
+    given = task(bundle, fusions=("tokens", "single:image", "single:values", "single:text"))
+    kept = tmp_path / "folds" / evaluation._digest(given, 2)
+    kept.mkdir(parents=True)
+    for fold, names in enumerate((("tokens",), ("tokens", "image alone"))):
+        np.savez_compressed(kept / f"0-{fold}.npz", allow_pickle=False, **{name: np.zeros((12, 2)) for name in names})
+    with pytest.raises(ValueError, match="different rows"):
+        evaluation.evaluate(bundle, given.studies, given.facts, folds=2, repeats=1, seed=0, folder=tmp_path, fusions=("tokens",))
