@@ -83,12 +83,19 @@ class Bundle:
         weights_sha256 = str(data.get("weights", {}).get("sha256", ""))
         digest = hashlib.sha256(raw + b"\0" + weights_sha256.encode()).hexdigest()
         where = f"{folder.name}/bundle.toml"
-        if language := str(data.get("network", {}).get("bert", "")):
-            digest = hashlib.sha256(f"{digest}\0{_digest_of(folder / language)}".encode()).hexdigest()
+        language = str(data.get("network", {}).get("bert", ""))
+        bert_sha256 = _digest_of(folder / language) if language else ""
+        if language:
+            digest = hashlib.sha256(f"{digest}\0{bert_sha256}".encode()).hexdigest()
         bundle = _table(cls, {**identity, **data}, where, given={"folder": folder, "digest": digest})
         _check(bundle, where)
         if verify:
             bundle._verify()
+            if bert_sha256 != bundle.weights.bert_sha256:
+                told = bundle.weights.bert_sha256 or "nothing"
+                raise InvalidBundleError(
+                    f"{language} of bundle {bundle.name} has sha256 {bert_sha256}, bundle.toml says {told} (bert_sha256)."
+                )
         return bundle
 
     @property
@@ -148,6 +155,10 @@ def settle(folder: Path, findings: Mapping[str, Mapping[str, float]], *, sha256:
         text, count = re.subn(r'(?m)^sha256 = "[^"]*"', f'sha256 = "{sha256}"', text)
         if count != 1:
             raise InvalidBundleError(f"{folder.name}/bundle.toml must hold one line 'sha256 = \"…\"', found {count}.")
+        if bundle.network.bert:
+            text = re.sub(r"(?m)^bert_sha256 = .*\n", "", text)
+            line = f'bert_sha256 = "{_digest_of(folder / bundle.network.bert)}"'
+            text = re.sub(r'(?m)^(sha256 = "[^"]*")$', rf"\1\n{line}", text)
     head, *tables = re.split(r"(?m)^(?=\[\[findings\]\])", text)
     if len(tables) != len(bundle.findings):
         raise InvalidBundleError(f"{folder.name}/bundle.toml must write each finding as its own [[findings]] table.")

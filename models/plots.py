@@ -318,7 +318,10 @@ def learning_curve(history: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 def _losses(axes: Axes, stage: str, history: Sequence[Mapping[str, Any]]) -> None:
     epochs = [item["epoch"] for item in history]
-    for key, label, color, dash in (("train_loss", "training", BLUE, "--"), ("validation_loss", "validation", VERMILION, "-")):
+    for key, label, color, dash in (
+        ("train_loss", "training" if stage.startswith("image:") else "training,\nall heads", BLUE, "--"),
+        ("validation_loss", "validation", VERMILION, "-"),
+    ):
         losses = [item[key] for item in history]
         axes.plot(epochs, losses, color=color, linestyle=dash, linewidth=1.8, marker="o" if len(losses) == 1 else "")
         axes.annotate(label, (epochs[-1], losses[-1]), xytext=(5, 0), textcoords="offset points", va="center", color=color)

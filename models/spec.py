@@ -191,10 +191,11 @@ class TrainingConfig:
 
 @dataclass(frozen=True, slots=True)
 class WeightsFile:
-    """Where the tensors are, and what they must hash to."""
+    """Where the tensors are, and what they must hash to; `bert_sha256` is of the folder that `network.bert` names."""
 
     file: str
     sha256: str
+    bert_sha256: str = ""
 
 
 def broken_rules(

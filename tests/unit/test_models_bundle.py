@@ -144,3 +144,17 @@ def test_the_digest_changes_with_the_files_of_a_language_model(tmp_path: Path) -
         (folder / "bert" / "vocab.txt").write_text(words, "utf-8")
         digests.add(Bundle.read(folder, verify=False).digest)
     assert len(digests) == 2
+
+
+def test_another_language_model_than_that_of_the_training_is_refused(tmp_path: Path) -> None:
+    folder = small_bundle.write(tmp_path, small_bundle.TOML.replace("width = 16", 'width = 16\ntext = "bert"\nbert = "bert"'))
+    (folder / "bert").mkdir()
+    (folder / "bert" / "vocab.txt").write_text("[PAD]", "utf-8")
+    raw = b"weights"
+    (folder / "weights.safetensors").write_bytes(raw)
+    for _ in range(2):  # trained again, the line is not written twice
+        bundle = settle(folder, {}, sha256=hashlib.sha256(raw).hexdigest())
+    assert Bundle.read(folder).weights.bert_sha256 == bundle.weights.bert_sha256 != ""
+    (folder / "bert" / "vocab.txt").write_text("[PAD]\nfever", "utf-8")
+    with pytest.raises(InvalidBundleError, match=r"bert of bundle small has sha256 .*bert_sha256"):
+        Bundle.read(folder)
