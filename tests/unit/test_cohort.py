@@ -285,6 +285,9 @@ def test_facts_are_those_of_the_film_that_was_read_and_survive_odd_values(tmp_pa
 ENDS = """
 import os, signal, sys
 from worker.scratch import scratch
+# As a terminal starts a program: what runs the tests may have told it to ignore these.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 with scratch() as folder:
     (folder / "film").touch()
     print(folder.name, flush=True)

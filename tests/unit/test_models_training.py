@@ -421,7 +421,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_says_of_what(bundle: Bundle,
     studies = small_bundle.studies(bundle, 8)
     with pytest.raises(PowerCut):
         fit(bundle, studies, seed=1, folder=tmp_path, progress=cut)
-    with pytest.raises(ValueError, match=r"other data; remove it"):
+    with pytest.raises(ValueError, match=r"with other data: bundle.toml"):
         fit(bundle, studies[::-1], seed=1, folder=tmp_path)
     with pytest.raises(ValueError, match=r"other bundle; remove it"):
         fit(with_training(bundle, dropout=0.2), studies, seed=1, folder=tmp_path)
