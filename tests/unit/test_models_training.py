@@ -421,13 +421,13 @@ def test_a_checkpoint_of_another_run_is_refused_and_says_of_what(bundle: Bundle,
     studies = small_bundle.studies(bundle, 8)
     with pytest.raises(PowerCut):
         fit(bundle, studies, seed=1, folder=tmp_path, progress=cut)
-    with pytest.raises(ValueError, match=r"with other data: bundle.toml"):
+    with pytest.raises(ValueError, match=r"with other data: bundle"):
         fit(bundle, studies[::-1], seed=1, folder=tmp_path)
-    with pytest.raises(ValueError, match=r"other bundle; remove it"):
+    with pytest.raises(ValueError, match=r"with other bundle: bundle"):
         fit(with_training(bundle, dropout=0.2), studies, seed=1, folder=tmp_path)
-    with pytest.raises(ValueError, match=r"other seed; remove it"):
+    with pytest.raises(ValueError, match=r"with other seed: bundle"):
         fit(bundle, studies, seed=2, folder=tmp_path)
-    with pytest.raises(ValueError, match=r"other arguments; remove it"):
+    with pytest.raises(ValueError, match=r"with other arguments: bundle"):
         fit(bundle, studies, seed=1, epochs=2, folder=tmp_path)
     (tmp_path / "checkpoint.pt").write_bytes(b"half a file")
     with pytest.raises(ValueError, match=r"no checkpoint that can be read"):
