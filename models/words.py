@@ -304,7 +304,9 @@ def how_compared(results: Results, finding: str) -> list[str]:
 
 def without(results: Results, finding: str) -> str:
     """Which modality it leans on most, in a sentence; empty where nothing was taken away."""
-    known = [(m, row) for row in of(results, "missing", finding) if (m := metric(row, "auroc"))]
+    # A network that was trained without it is another network.
+    taken = [row for row in of(results, "missing", finding) if not str(row["name"]).startswith("trained ")]
+    known = [(m, row) for row in taken if (m := metric(row, "auroc"))]
     if not known or too_few(results, finding):
         return ""
     least, row = min(known, key=lambda item: item[0].value)

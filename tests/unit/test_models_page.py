@@ -682,3 +682,14 @@ def test_a_short_or_broken_history_still_makes_a_picture(losses: list[float], tm
     history = [{"epoch": float(e), "train_loss": loss, "validation_loss": loss} for e, loss in enumerate(losses, 1)]
     learning_curve(history, tmp_path / "curve.png")
     assert image(tmp_path / "curve.png").shape[0] > 300
+
+
+def test_what_a_network_leans_on_is_said_of_this_network_and_not_of_one_trained_without() -> None:
+    results = small()
+    finding = results["rows"][0]["finding"]
+    found = [row for row in results["missing"] if row["finding"] == finding]
+    least = min(found, key=lambda row: row["metrics"]["auroc"][0])
+    trained = {**least, "name": "trained without image", "metrics": {**least["metrics"], "auroc": [0.01, 0.0, 0.02]}}
+    said = words.without({**results, "missing": [*results["missing"], trained]}, finding)
+    assert said == words.without(results, finding)
+    assert least["name"] in said
