@@ -11,6 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
+#: How much a study needs of its record: what is there, what is worth waiting for, what it is not analysed without.
+Need = Literal["optional", "wanted", "required"]
+
 #: Keys of a sample that are no image (transforms.py), and the modalities of the record.
 RESERVED: Final = frozenset({"values", "history", "text", "genes", "numbers", "signs", "number", "ages", "words", "context"})
 _NAME: Final = re.compile(r"[a-z][a-z0-9_]*")
@@ -60,8 +63,9 @@ class ImageSpec:
 class ValueSpec:
     """One laboratory value the network can use.
 
-    `conversions` maps a foreign unit to the factor that turns it into `unit` (UCUM). Outside
-    `plausible` (in `unit`) a value is taken as missing.
+    `conversions` maps a foreign unit to the factor that turns it into `unit` (UCUM); units of the same kind are converted anyway.
+    Outside `plausible` (in `unit`) a value is taken as missing. `need`: a study waits for what is "wanted" as long as the record's
+    `wait_s`; without what is "required" it is not analysed even then, and the report says so.
     """
 
     name: str
@@ -71,6 +75,7 @@ class ValueSpec:
     synonyms: tuple[Code, ...] = ()
     conversions: Mapping[str, float] = field(default_factory=dict)
     transform: Literal["none", "log"] = "none"
+    need: Need = "optional"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +92,15 @@ class TextSpec:
     kind: Literal["note", "variants", "expression"] = "note"
     genes: tuple[str, ...] = ()
     attribute: Literal["", "StudyDescription", "SeriesDescription"] = ""
+    need: Need = "optional"
 
 
 @dataclass(frozen=True, slots=True)
 class RecordRule:
     """What the network wants of the patient's record, how far back and how long after the study, and how long a study waits for it.
 
-    `values` are the latest of each, `histories` all of each in their own look-back, oldest first.
+    `values` are the latest of each, `histories` all of each in their own look-back, oldest first. `pull`: the site's FHIR server is
+    asked anew just before.
     """
 
     wait_s: float
@@ -103,6 +110,7 @@ class RecordRule:
     values: tuple[ValueSpec, ...] = ()
     histories: tuple[ValueSpec, ...] = ()
     texts: tuple[TextSpec, ...] = ()
+    pull: bool = False
 
     @property
     def notes(self) -> tuple[TextSpec, ...]:

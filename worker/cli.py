@@ -150,8 +150,8 @@ def migrate(given: ConfigFile = None) -> None:
 @app.command()
 def status(given: ConfigFile = None, as_json: Annotated[bool, typer.Option("--json", help="For a monitoring system.")] = False) -> None:
     """How many studies, jobs, reports and messages are where, and how much disk is left."""
-    from worker.roles import clock
-    from worker.store import queue, records
+    from worker.record_feeds import clock
+    from worker.store import feeds, queue
     from worker.store import studies as rows
 
     settings, store = _open(given)
@@ -161,7 +161,7 @@ def status(given: ConfigFile = None, as_json: Annotated[bool, typer.Option("--js
             "studies": rows.counts(conn),
             "jobs": {f"{kind} {state}": count for (kind, state), count in sorted(queue.counts(conn).items())},
             "waiting_because": queue.waiting(conn),
-            "messages": records.message_counts(conn),
+            "messages": feeds.counts(conn),
             "oldest_due_job_s": queue.oldest_due_s(conn, now=clock()),
         }
     spool = Spool(settings.spool, low_water_bytes=settings.receive.low_water_mb * 2**20)
@@ -234,7 +234,7 @@ def retry(
     study: StudyArg, given: ConfigFile = None, stat: Annotated[bool, typer.Option("--stat", help="Before everything else.")] = False
 ) -> None:
     """Put a study's failed, cancelled or waiting jobs back to the front of their wait."""
-    from worker.roles import clock
+    from worker.record_feeds import clock
     from worker.store import queue
 
     _, store = _open(given)
@@ -249,7 +249,7 @@ def retry(
 @app.command()
 def cancel(study: StudyArg, given: ConfigFile = None) -> None:
     """Cancel a study's unfinished jobs. What was delivered stays delivered."""
-    from worker.roles import clock
+    from worker.record_feeds import clock
     from worker.store import queue
 
     _, store = _open(given)

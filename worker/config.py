@@ -81,8 +81,25 @@ class Assembly:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PatientIds:
+    """How patient IDs are compared: exactly, unless this says otherwise. A change counts for what comes after it."""
+
+    strip_leading_zeros: bool = False
+    upper_case: bool = False
+    narrow_digits: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CodeMapping:
+    """One code of the site's own and the code that bundles ask for."""
+
+    local: tuple[str, ...]
+    standard: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Records:
-    """The HL7 v2 listener and how identifiers are read."""
+    """The HL7 v2 listener, how identifiers are read, and what follows from a change."""
 
     enabled: bool = True
     host: str = "127.0.0.1"
@@ -91,7 +108,46 @@ class Records:
     encoding: str = "utf-8"
     issuers: Mapping[str, str] = field(default_factory=dict)
     schemes: Mapping[str, str] = field(default_factory=dict)
+    mappings: tuple[CodeMapping, ...] = ()
+    patient_ids: PatientIds = field(default_factory=PatientIds)
+    must_agree: tuple[str, ...] = ("birth_date", "sex", "name")
     max_message_mb: int = 8
+    tls_certificate: str = ""
+    tls_key: str = ""
+    tls_client_ca: str = ""
+    silent_after_s: float = 0.0
+    reissue: bool = True
+    reissue_within_h: float = 720.0
+    keep_raw_days: int = 30
+    keep_values_days: int = 0
+    keep_texts_days: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FhirServer:
+    """A FHIR R4 server that is asked for a patient's record just before a study is analysed. The secret belongs in the environment."""
+
+    url: str = ""
+    issuer_system: str = ""
+    token_url: str = ""
+    client_id: str = ""
+    client_secret: str = ""
+    key_file: str = ""
+    scope: str = "system/*.read"
+    ca: str = ""
+    timeout_s: float = 10.0
+    fresh_s: float = 300.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """A view or query of the site's data warehouse, read again and again from where it ended."""
+
+    name: str
+    database: str
+    query: str
+    mapping: Path
+    every_s: float = 300.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,6 +205,8 @@ class Config:
     senders: tuple[Sender, ...] = ()
     assembly: Assembly = field(default_factory=Assembly)
     records: Records = field(default_factory=Records)
+    fhir: FhirServer = field(default_factory=FhirServer)
+    tables: tuple[Table, ...] = ()
     run: Run = field(default_factory=Run)
     destinations: tuple[Destination, ...] = ()
     deliver: Deliver = field(default_factory=Deliver)
@@ -212,7 +270,8 @@ def read(path: Path | None, environ: Mapping[str, str] = os.environ) -> Config:
     base = path.resolve().parent if path else Path.cwd()
     site = dataclasses.replace(config.site, data=base / config.site.data)
     run = dataclasses.replace(config.run, bundles=tuple(base / folder for folder in config.run.bundles))
-    config = dataclasses.replace(config, site=site, run=run)
+    tables = tuple(dataclasses.replace(table, mapping=base / table.mapping) for table in config.tables)
+    config = dataclasses.replace(config, site=site, run=run, tables=tables)
     _check(config)
     return config
 
@@ -312,8 +371,19 @@ def _check(config: Config) -> None:
         raise ConfigError("destinations: two have the same name.")
     if config.receive.processes < 1 or config.run.processes < 1:
         raise ConfigError("receive.processes and run.processes are at least 1.")
+    _check_records(config)
     _check_numbers(config)
     parse_zone(config.site.timezone)
+
+
+def _check_records(config: Config) -> None:
+    if strange := sorted(set(config.records.must_agree) - {"birth_date", "sex", "name"}):
+        raise ConfigError(f"records.must_agree: {strange[0]!r} is none of birth_date, sex, name.")
+    for one in config.records.mappings:
+        if len(one.local) != 2 or len(one.standard) != 3:
+            raise ConfigError("records.mappings: local is [code, scheme], standard is [code, scheme, meaning].")
+    if config.fhir.url and not config.fhir.issuer_system:
+        raise ConfigError("fhir.issuer_system must name the Identifier.system under which the FHIR server keeps patient IDs.")
 
 
 def _check_numbers(config: Config) -> None:

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from worker import events, roles, sweeps
+from worker import events, record_feeds, roles, sweeps
 from worker.config import Config, ConfigError
 from worker.store.database import DatabaseUnavailable, Store
 from worker.store.spool import Spool
@@ -182,7 +182,7 @@ def _front(config: Config, config_file: Path | None, store: Store, supervisor: S
         for _ in range(config.receive.processes)
     ]
     if config.records.enabled:
-        server = roles.records_listener(config, store)
+        server = record_feeds.records_listener(config, store)
         server.start()
         closers.append(server.stop)
     scheduler = sweeps.scheduler(config, store, spool)

@@ -15,7 +15,7 @@ from typing import Final
 from pydicom.filereader import dcmread
 from pydicom.uid import UID
 
-from worker import roles
+from worker import record_feeds, roles
 from worker.config import Config
 from worker.decoding import decodable_transfer_syntaxes
 from worker.domain import Received
@@ -122,9 +122,9 @@ def _import_hl7(path: Path, tally: Tally, *, config: Config, store: Store) -> No
     for raw in mllp.split_messages(path.read_bytes()):
         try:
             message = hl7.parse(raw, zone=config.zone, issuers=settings.issuers, schemes=settings.schemes, encoding=settings.encoding)
-            is_new = roles.apply_message(store, message, raw)
+            is_new = record_feeds.apply_message(config, store, message, raw)
         except RecordError as exc:
-            roles.keep_refused(store, str(exc), raw)
+            record_feeds.keep_refused(store, str(exc), raw)
             tally.refuse(str(exc))
             continue
         tally.counts["message applied" if is_new and message.update else "message ignored" if is_new else "message repeated"] += 1
@@ -134,6 +134,6 @@ def _import_fhir(path: Path, tally: Tally, *, config: Config, store: Store) -> N
     settings = config.records
     for update in fhir.parse(path.read_bytes(), zone=config.zone, issuers=settings.issuers, schemes=settings.schemes):
         with store.begin() as conn:
-            added = records.apply(conn, update, now=roles.clock())
+            added = records.apply(conn, record_feeds.localized(config, update), now=record_feeds.clock())
         tally.counts["patient updated"] += 1
         tally.counts["fact added"] += added

@@ -3,7 +3,6 @@
 ::
 
     receive   StorageScp → spool → studies.add_instance          (n processes, one listening socket)
-    records   MLLP listener → records.apply                      (a thread of the supervisor)
     run       lease → pipeline.process, a heartbeat beside it    (the only one that loads torch)
     deliver   lease → deliver.send, one thread a destination
 
@@ -13,14 +12,12 @@ Imports are late on purpose: a role loads only what it needs, the receiver never
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import socket
 import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone, tzinfo
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -31,7 +28,8 @@ from worker import events
 from worker.config import Config, ConfigError, Destination, Receive
 from worker.domain import Header, Job, Received
 from worker.errors import BundleError
-from worker.store import queue, records, studies
+from worker.record_feeds import clock, identified
+from worker.store import queue, studies
 from worker.store.database import Connection, DatabaseUnavailable, Store
 from worker.store.group import GroupCommit
 from worker.store.spool import Spool, Stored
@@ -39,18 +37,11 @@ from worker.store.spool import Spool, Stored
 if TYPE_CHECKING:
     from models.bundle import Bundle
     from worker.deliver.cstore import Peer
-    from worker.intake.hl7 import ParsedMessage
-    from worker.intake.mllp import MllpServer
     from worker.intake.negotiation import Peer as Sender
 
 
 #: Seconds that transfers under way have to finish after SIGTERM.
 RECEIVE_GRACE_S: Final = 10.0
-
-
-def clock() -> datetime:
-    """The time, aware."""
-    return datetime.now(UTC)
 
 
 def owner() -> str:
@@ -102,17 +93,11 @@ def _offset(text: str) -> tzinfo | None:
     return timezone(-delta if text[0] == "-" else delta)
 
 
-def with_issuer(header: Header, issuer: str) -> Header:
-    """The same header; a patient without an issuer becomes one of `issuer`'s."""
-    key = header.patient.key
-    return header if key.issuer else replace(header, patient=replace(header.patient, key=replace(key, issuer=issuer)))
-
-
 def add_instance(conn: Connection, config: Config, header: Header, stored: Stored, *, calling_ae: str, address: str) -> Received:
     """Commit 1: the row of a file that is durable already."""
     return studies.add_instance(
         conn,
-        with_issuer(header, config.site.issuer),
+        identified(header, config),
         # Below the spool, not absolute: a spool that was moved or restored elsewhere is still ours.
         path=Path(stored.path.parent.name) / stored.path.name,
         sha256=stored.sha256,
@@ -184,53 +169,6 @@ def receive(config: Config, store: Store, listener: socket.socket, stop: threadi
     started("receive", port=scp.address[1])
     stop.wait()
     scp.stop(RECEIVE_GRACE_S)
-
-
-# --- records
-
-
-def apply_message(store: Store, message: ParsedMessage, raw: bytes) -> bool:
-    """Commit 3: one HL7 message, remembered and applied in one transaction; False for a repetition."""
-    result = "applied" if message.update else "ignored"
-    with store.begin() as conn:
-        is_new = records.note_message(
-            conn,
-            sender=message.sender,
-            control_id=message.control_id,
-            sent_at=str(message.sent_at or ""),
-            trigger=message.trigger,
-            result=result,
-            digest=hashlib.sha256(raw).hexdigest(),
-            raw=None if message.update else raw,
-            now=clock(),
-        )
-        if is_new and message.update:
-            records.apply(conn, message.update, now=clock())
-    return is_new
-
-
-def keep_refused(store: Store, reason: str, raw: bytes) -> None:
-    """Keep what could not be understood, for a person to read."""
-    with store.begin() as conn:
-        records.note_message(conn, sender="", control_id="", sent_at="", trigger="", result="refused", reason=reason, raw=raw, now=clock())
-
-
-def records_listener(config: Config, store: Store) -> MllpServer:
-    """The HL7 v2 listener, not started yet."""
-    from worker.intake.mllp import MllpServer
-
-    settings = config.records
-    return MllpServer(
-        (settings.host, settings.port),
-        apply=lambda message, raw: apply_message(store, message, raw),
-        reject=lambda reason, raw: keep_refused(store, reason, raw),
-        zone=config.zone,
-        issuers=settings.issuers,
-        schemes=settings.schemes,
-        encoding=settings.encoding,
-        allowed_addresses=settings.addresses,
-        max_message_bytes=settings.max_message_mb * 2**20,
-    )
 
 
 # --- run

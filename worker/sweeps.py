@@ -15,7 +15,8 @@ from worker import events
 from worker.config import Config
 from worker.errors import WorkerError
 from worker.ops.log import places
-from worker.roles import clock, read_bundles
+from worker.record_feeds import clock
+from worker.roles import read_bundles
 from worker.store import queue, studies
 from worker.store.database import Store
 from worker.store.spool import Spool

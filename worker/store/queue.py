@@ -23,7 +23,7 @@ from typing import Final
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from worker.domain import STAT, Job, JobKind, Lease
+from worker.domain import STAT, Job, JobKind, Lease, PatientKey
 from worker.errors import WorkerError
 from worker.store import history
 from worker.store.schema import AnyRow, job, study
@@ -230,14 +230,23 @@ def rescue(conn: Connection, *, now: datetime) -> list[int]:
     return [row.id for row in rows]
 
 
-def wake(conn: Connection, *, issuer: str, patient_id: str, now: datetime) -> None:
+def wake(conn: Connection, *, keys: Iterable[PatientKey], now: datetime) -> None:
     """The record of a patient changed: snoozed jobs of the patient's studies are due at once."""
-    studies = sa.select(study.c.id).where(study.c.issuer == issuer, study.c.patient_id == patient_id)
-    conn.execute(
-        sa.update(job)
-        .where(job.c.kind == "infer", job.c.state == "available", job.c.is_snoozed, job.c.study_id.in_(studies))
-        .values(not_before=now)
-    )
+    snoozed = sa.update(job).where(job.c.kind == "infer", job.c.state == "available", job.c.is_snoozed)
+    for key in keys:
+        conn.execute(snoozed.where(job.c.study_id.in_(_studies_of(key))).values(not_before=now))
+
+
+def prioritize_order(conn: Connection, *, keys: Iterable[PatientKey], accession_number: str, priority: int) -> None:
+    """An order says how urgent its study is: unfinished jobs move forward, never back."""
+    for key in keys:
+        ordered = _studies_of(key).where(study.c.accession_number == accession_number)
+        due = sa.update(job).where(job.c.state == "available", job.c.priority > priority, job.c.study_id.in_(ordered))
+        conn.execute(due.values(priority=priority))
+
+
+def _studies_of(key: PatientKey) -> sa.Select[tuple[int]]:
+    return sa.select(study.c.id).where(study.c.issuer == key.issuer, study.c.patient_id == key.patient_id)
 
 
 def operator_retry(conn: Connection, study_id: int, *, now: datetime) -> int:
