@@ -211,6 +211,7 @@ def broken_rules(
 ) -> list[str]:
     """What a bundle says that cannot be, each as "key: the rule"; types are right already."""
     values = (*record.values, *record.histories)
+    asked = (*values, *record.texts)
     rules = {
         "findings: at least one is needed": bool(findings),
         "findings: names must differ": _differ(f.name for f in findings),
@@ -219,6 +220,13 @@ def broken_rules(
         "record.texts: names must differ": _differ(t.name for t in record.texts),
         "record.history_h must be above 0 where there are histories": not record.histories or record.history_h > 0,
         "record.horizon_h must not be negative": record.horizon_h >= 0,
+        "record.wait_s must not be negative": record.wait_s >= 0,
+        "record.wait_s must be above 0 where something is wanted: wanted is what a study waits for": record.wait_s > 0
+        or all(one.need != "wanted" for one in asked),
+        "record.texts: need belongs to the record, a text of the images does not come later": all(
+            t.need == "optional" or not t.attribute for t in record.texts
+        ),
+        "record: conversions must be above 0": all(times > 0 for v in values for times in v.conversions.values()),
         "record.texts: genes belong to kind expression, and it needs some": all(
             (t.kind == "expression") == bool(t.genes) for t in record.texts
         ),

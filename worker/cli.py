@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from worker import __version__, config, lab
+from worker import __version__, config, lab, record_cli
 from worker.config import Config, ConfigError, config_file
 from worker.errors import WorkerError
 from worker.store.database import DatabaseUnavailable, Store
@@ -311,6 +311,7 @@ def doctor(given: ConfigFile = None) -> None:
 
 
 lab.register(app)
+record_cli.register(app, _open)
 
 
 @app.command()

@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file
 from models.bundle import Bundle
 from models.training import Labeled
 from models.transforms import Sample
-from worker import __version__, pipeline
+from worker import __version__, joining, pipeline
 from worker.config import Config, ConfigError
 from worker.decoding import DecoderPool
 from worker.domain import Inputs, Study, Volume
@@ -257,7 +257,9 @@ def _read(folder: Path, bundle: Bundle, config: Config, *, wanted: Sequence[str]
                 wanted = studies.uids(conn)
         for uid in wanted:
             try:
-                known[uid] = _study(uid, store=store, root=root / "spool" / "instances", pool=pool, bundle=bundle)
+                known[uid] = _study(
+                    uid, store=store, root=root / "spool" / "instances", pool=pool, bundle=bundle, must_agree=config.records.must_agree
+                )
             except Unanalysable as exc:
                 refused[uid] = str(exc)
             advance()
@@ -265,7 +267,7 @@ def _read(folder: Path, bundle: Bundle, config: Config, *, wanted: Sequence[str]
     return _Found(known, refused, dict(tally.reasons))
 
 
-def _study(uid: str, *, store: Store, root: Path, pool: DecoderPool, bundle: Bundle) -> _Known:
+def _study(uid: str, *, store: Store, root: Path, pool: DecoderPool, bundle: Bundle, must_agree: Sequence[str]) -> _Known:
     with store.read() as conn:
         found = [number for number, one in studies.find(conn, uid) if one.study_instance_uid == uid]
         if not found:
@@ -273,9 +275,11 @@ def _study(uid: str, *, store: Store, root: Path, pool: DecoderPool, bundle: Bun
         study = studies.load(conn, found[0], root=root)
         record = pipeline.record_of(conn, study, bundle)
     # The daemon gives no answer to these: a network must not learn from them either.
-    if reason := pipeline.conflict(study, record):
+    if reason := joining.conflict(study, record, must_agree=must_agree):
         raise Unanalysable(reason)
     inputs = select_inputs(study, record, bundle)
+    if reason := joining.incomplete(inputs, bundle.record):
+        raise Unanalysable(reason)
     images = pipeline.load_images(bundle, inputs, pool)
     prepared = prepare(bundle, images, inputs)
     return _Known(prepared.tensors, study.patient.key.patient_id, _facts(study, inputs, images), used_modalities(inputs, bundle))

@@ -19,6 +19,7 @@
         ├── RecordError            a message or resource that cannot be understood
         └── Unanalysable           the images cannot be analysed: a report says so
             ├── NoSuitableSeries
+            ├── RecordIncomplete   what the bundle requires of the record did not come in time
             ├── GeometryError
             └── PixelError
 
@@ -98,6 +99,10 @@ class Unanalysable(Reject):
 
 class NoSuitableSeries(Unanalysable):
     """No series of the study fits the bundle's rule."""
+
+
+class RecordIncomplete(Unanalysable):
+    """What the bundle requires of the patient's record did not come in its waiting time."""
 
 
 class GeometryError(Unanalysable):

@@ -11,19 +11,30 @@ branch of the error tree it sits on (errors.py). `Unanalysable` is not the end: 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
+from typing import Final
 
 from models.bundle import Bundle
-from worker import __version__, events, volume
+from worker import __version__, events, joining, volume
 from worker.decoding import DecoderPool
-from worker.domain import Code, Document, Finding, Inputs, Job, PatientRecord, Study, Volume
-from worker.errors import NoSuitableSeries, PatientConflict, RecordPending, Reject, Retry, Snooze, Superseded, Unanalysable, WorkerError
+from worker.domain import Code, Document, Finding, Inputs, Job, PatientKey, PatientRecord, Study, Volume
+from worker.errors import (
+    NoSuitableSeries,
+    PatientConflict,
+    RecordIncomplete,
+    RecordPending,
+    Reject,
+    Retry,
+    Snooze,
+    Superseded,
+    Unanalysable,
+    WorkerError,
+)
+from worker.fingerprint import digest, record_digest
 from worker.infer import Model, Place, Prepared, places
 from worker.inputs import select_inputs, takes
 from worker.ops.log import places as places_of
@@ -32,7 +43,7 @@ from worker.store import documents, queue, records, studies
 from worker.store.database import Connection, Store
 
 #: How soon to look again at a study that was opened again by a late image.
-REOPENED_S = 1.0
+REOPENED_S: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +58,10 @@ class Line:
     clock: Callable[[], datetime]
     #: Below which the instances' files lie.
     instances: Path = Path()
+    #: What images and record may not contradict each other in.
+    must_agree: tuple[str, ...] = joining.MUST_AGREE
+    #: Brings a patient's record from where it is kept; raises Retry where that is away.
+    pull: Callable[[PatientKey], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +78,8 @@ class Case:
     findings: tuple[Finding, ...] = ()
     report: Document | None = None
     input_sha256: str = ""
+    #: Of the record's patient: who else they were known to be when we looked.
+    stamp: str = ""
     error: Exception | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
 
@@ -102,10 +119,13 @@ def gather(line: Line, case: Case) -> Case:
     job, model = case.job, line.models[case.job.bundle]
     with line.store.read() as conn:
         study = studies.load(conn, job.study_id, root=line.instances)
+        doubt = joining.ambiguous(study, records.issuers_of(conn, study.patient.key.patient_id))
+    trouble = _pulled(line, study, model.bundle)
+    with line.store.read() as conn:
         record = record_of(conn, study, model.bundle)
         earlier = documents.predecessor(conn, job.study_id, bundle=job.bundle, before_version=job.input_version)
-    case = replace(case, study=study, predecessor=earlier)
-    if reason := conflict(study, record):
+    case = replace(case, study=study, predecessor=earlier, stamp=record.stamp if record else "")
+    if reason := doubt or joining.conflict(study, record, must_agree=line.must_agree):
         raise PatientConflict(reason)
     if not study.is_complete:
         raise Snooze("An image came after the study was complete; its series are being received.", delay_s=REOPENED_S)
@@ -115,9 +135,11 @@ def gather(line: Line, case: Case) -> Case:
         inputs = select_inputs(study, record, model.bundle)
     except NoSuitableSeries as exc:  # no record would change that: the report need not wait for one
         return replace(case, error=exc)
-    if pending := _pending(study, record, model.bundle, now=line.clock()):
+    if pending := joining.pending(study, record, inputs, model.bundle.record, now=line.clock(), trouble=trouble):
         raise pending
-    return replace(case, inputs=inputs)
+    case = replace(case, inputs=inputs)
+    reason = joining.incomplete(inputs, model.bundle.record)
+    return replace(case, error=RecordIncomplete(reason)) if reason else case
 
 
 def record_of(conn: Connection, study: Study, bundle: Bundle) -> PatientRecord | None:
@@ -125,32 +147,14 @@ def record_of(conn: Connection, study: Study, bundle: Bundle) -> PatientRecord |
     return records.view(conn, study.patient.key, as_of=study.study_at + timedelta(hours=bundle.record.horizon_h))
 
 
-def _pending(study: Study, record: PatientRecord | None, bundle: Bundle, *, now: datetime) -> Snooze | None:
-    """What the study must wait for, if anything: its patient's record, and the end of the time whose values the bundle may use."""
-    if study.completed_at is None:
-        return None
-    record_left = study.completed_at + timedelta(seconds=bundle.record.wait_s) - now
-    if record is None and record_left > timedelta():
-        return RecordPending("The patient's record has not arrived yet.", delay_s=record_left.total_seconds())
-    # The network learned from all that was known at the horizon. A date of after the images came is a wrong one: it may not park a study.
-    left = min(study.study_at, study.completed_at) + timedelta(hours=bundle.record.horizon_h) - now
-    if bundle.record.horizon_h > 0 and left > timedelta():
-        return Snooze("Values of after the study may still come, and the bundle uses them.", delay_s=left.total_seconds())
-    return None
-
-
-def conflict(study: Study, record: PatientRecord | None) -> str:
-    """Why nobody may say whose this study is; '' if nothing speaks against it. Training leaves out what service discards.
-
-    Its images name two patients, or the record cannot be of the person on the images, though ID and issuer agree.
-    """
-    if study.hold or record is None:
-        return study.hold
-    images, told = study.patient, record.patient
-    if images.birth_date and told.birth_date and images.birth_date[:8] != told.birth_date[:8]:
-        return "The birth dates of the images and of the patient's record differ."
-    if {images.sex, told.sex} == {"F", "M"}:
-        return "The sexes of the images and of the patient's record differ."
+def _pulled(line: Line, study: Study, bundle: Bundle) -> str:
+    """Ask the site's FHIR server for the patient, if the bundle wants that; why it could not be asked, '' if it was."""
+    if not bundle.record.pull or line.pull is None or not study.patient.key.issuer:
+        return ""
+    try:
+        line.pull(study.patient.key)
+    except Retry as exc:  # a server that is away costs the waiting time, not the study
+        return str(exc)
     return ""
 
 
@@ -248,26 +252,6 @@ def report(line: Line, case: Case) -> Case:
     return replace(case, report=document, input_sha256=input_sha256)
 
 
-def digest(bundle: str, inputs: Inputs | None, instances: Sequence[tuple[str, str]], failure: str) -> str:
-    """Hash all that an answer and its report rest on, so that the same input gives the same object."""
-    facts: dict[str, object] = {"bundle": bundle, "instances": sorted(instances), "failure": failure}
-    if inputs:
-        facts["found"] = inputs.record_found
-        facts["lacking"] = sorted((code.scheme, code.value) for code in inputs.missing)
-        facts["values"] = sorted(
-            (v.code.scheme, v.code.value, v.comparator, v.value, v.unit, v.at.isoformat(), v.source) for v in inputs.values
-        )
-        facts["histories"] = sorted(
-            (h.code.scheme, h.code.value, p.comparator, p.value, p.unit, p.at.isoformat(), p.source)
-            for h in inputs.histories
-            for p in h.points
-        )
-        facts["texts"] = sorted(
-            (t.code.scheme, t.code.value, hashlib.sha256(t.text.encode()).hexdigest(), t.at.isoformat(), t.source) for t in inputs.texts
-        )
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
 def settle(line: Line, case: Case) -> Case:
     """Give the verdict in one transaction (commit 4): report, findings, deliveries and the job, or none of them."""
     started = time.perf_counter()
@@ -305,12 +289,14 @@ def _settle(line: Line, case: Case, facts: dict[str, object]) -> str:
 
 
 def _last_look(conn: Connection, case: Case) -> Exception | None:
-    """What happened to the study while we worked outweighs what came of the work."""
+    """What happened to the study and its patient while we worked outweighs what came of the work."""
     hold, version = studies.standing(conn, case.job.study_id)
     if hold:
         return PatientConflict(hold)
     if version > case.job.input_version:
         return Superseded(f"Version {version} of the study is queued.")
+    if case.study is not None and case.inputs is not None and records.stamp_of(conn, case.study.patient.key) != case.stamp:
+        return Snooze("The patient was merged with another, or parted, while the study was analysed.", delay_s=0.0)
     return case.error
 
 
@@ -319,7 +305,14 @@ def _file(conn: Connection, line: Line, case: Case, *, failure: str, now: dateti
     assert case.report is not None  # noqa: S101  asked by the caller
     job = case.job
     document_id = documents.add(
-        conn, job, report=case.report, findings=case.findings, input_sha256=case.input_sha256, failure=failure, now=now
+        conn,
+        job,
+        report=case.report,
+        findings=case.findings,
+        input_sha256=case.input_sha256,
+        record_sha256=record_digest(case.inputs),
+        failure=failure,
+        now=now,
     )
     for destination in line.destinations:
         queue.enqueue_deliver(

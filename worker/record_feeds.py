@@ -16,6 +16,7 @@ from worker.config import Config
 from worker.domain import Code, Header, Merge, Observation, PatientKey, RecordUpdate
 from worker.store import feeds, records
 from worker.store.database import Store
+from worker.tls import server_context
 
 if TYPE_CHECKING:
     from worker.intake.hl7 import ParsedMessage
@@ -106,4 +107,5 @@ def records_listener(config: Config, store: Store) -> MllpServer:
         encoding=settings.encoding,
         allowed_addresses=settings.addresses,
         max_message_bytes=settings.max_message_mb * 2**20,
+        ssl_context=server_context(settings, section="records"),
     )

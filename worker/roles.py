@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +24,7 @@ from typing import TYPE_CHECKING, Final
 import psutil
 
 from worker import events
-from worker.config import Config, ConfigError, Destination, Receive
+from worker.config import Config, Destination
 from worker.domain import Header, Job, Received
 from worker.errors import BundleError
 from worker.record_feeds import clock, identified
@@ -33,6 +32,7 @@ from worker.store import queue, studies
 from worker.store.database import Connection, DatabaseUnavailable, Store
 from worker.store.group import GroupCommit
 from worker.store.spool import Spool, Stored
+from worker.tls import server_context
 
 if TYPE_CHECKING:
     from models.bundle import Bundle
@@ -110,28 +110,6 @@ def add_instance(conn: Connection, config: Config, header: Header, stored: Store
     )
 
 
-def tls_context(settings: Receive) -> ssl.SSLContext | None:
-    """The receiver's TLS, PS3.15 §B.12 (BCP 195): 1.2 or better, senders' certificates asked for if an authority is given.
-
-    Raises
-    ------
-    ConfigError
-        A file is missing or is not what it should be.
-    """
-    if not settings.tls_certificate:
-        return None
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    try:
-        context.load_cert_chain(settings.tls_certificate, settings.tls_key or None)
-        if settings.tls_client_ca:
-            context.load_verify_locations(settings.tls_client_ca)
-            context.verify_mode = ssl.CERT_REQUIRED
-    except OSError as exc:  # ssl.SSLError is one
-        raise ConfigError(f"[receive] tls_certificate, tls_key or tls_client_ca cannot be used: {exc.strerror or exc}.") from exc
-    return context
-
-
 def receive(config: Config, store: Store, listener: socket.socket, stop: threading.Event) -> None:
     """Serve C-ECHO and C-STORE on a listening socket until told to stop; transfers under way are finished."""
     from worker.decoding import decodable_transfer_syntaxes
@@ -164,7 +142,9 @@ def receive(config: Config, store: Store, listener: socket.socket, stop: threadi
     def sink(header: Header, stored: Stored, sender: Sender) -> Received:
         return commit((header, stored, sender))
 
-    scp = StorageScp(listener, policy=policy, spool=spool, sink=sink, limits=limits, ssl_context=tls_context(config.receive))
+    scp = StorageScp(
+        listener, policy=policy, spool=spool, sink=sink, limits=limits, ssl_context=server_context(config.receive, section="receive")
+    )
     scp.start()
     started("receive", port=scp.address[1])
     stop.wait()
@@ -194,6 +174,7 @@ def run(config: Config, store: Store, stop: threading.Event) -> None:
             zone=config.zone,
             clock=clock,
             instances=config.spool / "instances",
+            must_agree=config.records.must_agree,
         )
         started("run", bundles={model.name: model.digest[:12] for model in loaded})
         _work(

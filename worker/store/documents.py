@@ -17,7 +17,15 @@ from worker.store.studies import insert_or_ignore
 
 
 def add(
-    conn: Connection, one: Job, *, report: Document, findings: Sequence[Finding], input_sha256: str, failure: str, now: datetime
+    conn: Connection,
+    one: Job,
+    *,
+    report: Document,
+    findings: Sequence[Finding],
+    input_sha256: str,
+    failure: str,
+    now: datetime,
+    record_sha256: str = "",
 ) -> int:
     """Store a report and its findings; returns the document's row.
 
@@ -34,6 +42,7 @@ def add(
             "bundle": one.bundle,
             "input_version": one.input_version,
             "input_sha256": input_sha256,
+            "record_sha256": record_sha256,
             "predecessor_uid": report.predecessor_uid,
             "failure": failure,
             "sha256": hashlib.sha256(report.data).hexdigest(),
@@ -78,6 +87,16 @@ def predecessor(conn: Connection, study_id: int, *, bundle: str, before_version:
         .limit(1)
     ).first()
     return None if row is None else _document(row)
+
+
+def record_digests(conn: Connection, study_id: int, *, input_version: int) -> dict[str, str]:
+    """Bundle → what its report on this version of the study was made from of the patient's record."""
+    rows = conn.execute(
+        sa.select(document.c.bundle, document.c.record_sha256)
+        .where(document.c.study_id == study_id, document.c.input_version == input_version)
+        .order_by(document.c.id)
+    )
+    return dict(rows.tuples().all())
 
 
 def of_study(conn: Connection, study_id: int) -> list[tuple[AnyRow, list[AnyRow]]]:

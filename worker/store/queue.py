@@ -273,6 +273,12 @@ def operator_cancel(conn: Connection, study_id: int, *, now: datetime) -> int:
     return changed
 
 
+def of_version(conn: Connection, study_id: int, *, input_version: int) -> list[AnyRow]:
+    """The analyses of one input version of a study: bundle, state, priority."""
+    wanted = sa.select(job.c.bundle, job.c.state, job.c.priority)
+    return list(conn.execute(wanted.where(job.c.kind == "infer", job.c.study_id == study_id, job.c.input_version == input_version)))
+
+
 def prioritize(conn: Connection, study_id: int, *, priority: int = STAT) -> None:
     """Move a study's unfinished jobs forward in the queue."""
     conn.execute(sa.update(job).where(job.c.study_id == study_id, job.c.state == "available").values(priority=priority))

@@ -20,14 +20,15 @@ from typing import Final
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from worker.domain import ROUTINE, Code, Observation, Patient, PatientKey, PatientRecord, RecordUpdate
+from worker.domain import ROUTINE, Code, Observation, Order, Patient, PatientKey, PatientRecord, RecordUpdate
 from worker.store import queue
 from worker.store.schema import AnyRow, demographics, imaging_order, merge, observation, patient, study
 from worker.store.studies import insert_or_ignore
 
 #: HL7 table 0085: what a result's status supersedes.
 _RANK: Final = {"F": 1, "C": 2, "D": 2, "W": 2, "X": 2}
-_WITHDRAWN: Final = frozenset("DWX")
+#: Statuses that take back what was said under the same key.
+WITHDRAWN: Final = frozenset("DWX")
 #: How far clocks may differ before a time of after its own message is a wrong one.
 CLOCKS: Final = timedelta(hours=24)
 
@@ -41,53 +42,51 @@ def apply(conn: Connection, update: RecordUpdate, *, now: datetime, message_id: 
     Returns
     -------
     int
-        The number of facts added; facts already there (same key, same content) are not added again.
+        The number of facts added; what was said before, in the same words and at the same time, is not added again.
     """
-    patient_pk = _patient(conn, update.patient.key)
     said = {"source": update.source, "received_at": now, "message_id": message_id}
+    patient_pk = _patient(conn, update.patient.key, said)
     changed = 0
     if update.has_demographics:
         changed += _add_demographics(conn, patient_pk, update, said)
+    named = {patient_pk}
     for one in update.merges:
-        survivor, retired = _patient(conn, one.survivor), _patient(conn, one.retired)
-        if survivor != retired and not _is_merged(conn, survivor, retired):
+        survivor, retired = _patient(conn, one.survivor, said), _patient(conn, one.retired, said)
+        named |= {survivor, retired}
+        if survivor != retired and not _is_merged(conn, survivor, retired, said_at=update.at):
             conn.execute(sa.insert(merge).values(survivor_pk=survivor, retired_pk=retired, **said))
             changed += 1
-    for order in update.orders:
-        facts = {
-            "accession_number": order.accession_number,
-            "placer": order.placer,
-            "filler": order.filler,
-            "priority": order.priority,
-            "is_cancelled": order.is_cancelled,
-        }
-        conn.execute(sa.insert(imaging_order).values(patient_pk=patient_pk, **facts, **said))
+    urgent = {order.accession_number for order in update.orders if _add_order(conn, patient_pk, order, said)} - {""}
     added = sum(_add_fact(conn, patient_pk, fact, update, said) for fact in update.observations)
-    keys = _keys(conn, _group(conn, patient_pk))
+    keys = _keys(conn, list(dict.fromkeys(pk for one in sorted(named) for pk in person_of(conn, one))))
     queue.wake(conn, keys=keys, now=now)
     if changed or added:
-        _mark(conn, keys, now=now)
-    for order in update.orders:
-        if order.accession_number and not order.is_cancelled:
-            queue.prioritize_order(conn, keys=keys, accession_number=order.accession_number, priority=order.priority)
+        mark_changed(conn, keys, now=now)
+    for accession_number in sorted(urgent):
+        priority = priority_of(conn, update.patient.key, accession_number)
+        queue.prioritize_order(conn, keys=keys, accession_number=accession_number, priority=priority)
     return added
 
 
-def _patient(conn: Connection, key: PatientKey) -> int:
+def _patient(conn: Connection, key: PatientKey, said: dict[str, object]) -> int:
     added = insert_or_ignore(conn, patient, {"issuer": key.issuer, "patient_id": key.patient_id})
-    return added if added is not None else int(conn.execute(_ROW, {"issuer": key.issuer, "patient_id": key.patient_id}).scalar_one())
+    if added is None:
+        return int(conn.execute(_ROW, {"issuer": key.issuer, "patient_id": key.patient_id}).scalar_one())
+    # An empty first line says nothing of the patient but since when there is one: `view` asks it with `known_at`.
+    conn.execute(sa.insert(demographics).values(patient_pk=added, at=said["received_at"], **said))
+    return added
 
 
 _ROW: Final = sa.select(patient.c.id).where(patient.c.issuer == sa.bindparam("issuer"), patient.c.patient_id == sa.bindparam("patient_id"))
 
 
 def _add_demographics(conn: Connection, patient_pk: int, update: RecordUpdate, said: dict[str, object]) -> bool:
-    """Add a line to the history; False where the very same was said before at the same time."""
+    """Add a line to the history; False where the very same was said before at the same time, or both times without one."""
     told = {"name": update.patient.name, "birth_date": update.patient.birth_date, "sex": update.patient.sex}
     if not any(told.values()):
         return False
     same = sa.select(demographics.c.id).where(demographics.c.patient_pk == patient_pk)
-    for name, value in (*told.items(), ("at", update.at or said["received_at"])):
+    for name, value in (*told.items(), ("at", update.at or demographics.c.received_at)):
         same = same.where(demographics.c[name] == value)
     if conn.execute(same.limit(1)).first():
         return False
@@ -95,57 +94,70 @@ def _add_demographics(conn: Connection, patient_pk: int, update: RecordUpdate, s
     return True
 
 
-def _add_fact(conn: Connection, patient_pk: int, fact: Observation, update: RecordUpdate, said: dict[str, object]) -> bool:
-    if _is_known(conn, patient_pk, fact):  # also when something newer stands: a replayed day undoes nothing
+def _add_order(conn: Connection, patient_pk: int, order: Order, said: dict[str, object]) -> bool:
+    """Add what is said of an order; False where the very same was said before: a replayed day gives back nothing that was cancelled."""
+    facts = {
+        "patient_pk": patient_pk,
+        "accession_number": order.accession_number,
+        "placer": order.placer,
+        "filler": order.filler,
+        "priority": order.priority,
+        "is_cancelled": order.is_cancelled,
+    }
+    same = sa.select(imaging_order.c.id).where(*(imaging_order.c[name] == value for name, value in facts.items()))
+    if conn.execute(same.limit(1)).first():
         return False
-    coded = fact.coded or Code("", "", "")
-    conn.execute(
-        sa.insert(observation).values(
-            {
-                **said,
-                "patient_pk": patient_pk,
-                "code": fact.code.value,
-                "scheme": fact.code.scheme,
-                "meaning": fact.code.meaning,
-                "at": fact.at,
-                "value": fact.value,
-                "comparator": fact.comparator,
-                "unit": fact.unit,
-                "text": fact.text,
-                "status": fact.status,
-                "key": fact.key,
-                "source": fact.source or update.source,
-                "kind": fact.kind,
-                "high": fact.high,
-                "coded_value": coded.value,
-                "coded_scheme": coded.scheme,
-                "coded_meaning": coded.meaning,
-                "said_at": update.at,
-            }
-        )
-    )
+    conn.execute(sa.insert(imaging_order).values(**facts, **said))
     return True
 
 
-def _is_known(conn: Connection, patient_pk: int, fact: Observation) -> bool:
-    """Whether the very same was said before under the same key."""
-    if not fact.key:
+#: What of a fact's row was said; the rest is of whom, by whom and when it came.
+_ENVELOPE: Final = frozenset({"id", "patient_pk", "source", "meaning", "coded_meaning", "received_at", "message_id"})
+_WORDS: Final = tuple(column for column in observation.c if column.name not in _ENVELOPE)
+_SAID: Final = sa.select(*_WORDS).where(
+    observation.c.patient_pk == sa.bindparam("patient_pk"), observation.c.at == sa.bindparam("at"), observation.c.key == sa.bindparam("key")
+)
+
+
+def _add_fact(conn: Connection, patient_pk: int, fact: Observation, update: RecordUpdate, said: dict[str, object]) -> bool:
+    coded = fact.coded or Code("", "", "")
+    row = {
+        **said,
+        "patient_pk": patient_pk,
+        "code": fact.code.value,
+        "scheme": fact.code.scheme,
+        "meaning": fact.code.meaning,
+        "at": fact.at,
+        "value": fact.value,
+        "comparator": fact.comparator,
+        "unit": fact.unit,
+        "text": fact.text,
+        "status": fact.status,
+        "key": fact.key,
+        "source": fact.source or update.source,
+        "kind": fact.kind,
+        "high": fact.high,
+        "coded_value": coded.value,
+        "coded_scheme": coded.scheme,
+        "coded_meaning": coded.meaning,
+        "said_at": update.at,
+    }
+    if _is_known(conn, patient_pk, row):  # also when something newer stands: a replayed day undoes nothing
         return False
-    facts = observation.c
-    said = conn.execute(
-        sa.select(facts.value, facts.high, facts.comparator, facts.unit, facts.text, facts.status, facts.coded_value).where(
-            facts.patient_pk == patient_pk,
-            facts.at == fact.at,
-            facts.key == fact.key,
-            facts.code == fact.code.value,
-            facts.scheme == fact.code.scheme,
-        )
-    )
-    coded = fact.coded.value if fact.coded else ""
-    return (fact.value, fact.high, fact.comparator, fact.unit, fact.text, fact.status, coded) in {tuple(row) for row in said}
+    conn.execute(sa.insert(observation).values(row))
+    return True
 
 
-def _mark(conn: Connection, keys: Iterable[PatientKey], *, now: datetime) -> None:
+def _is_known(conn: Connection, patient_pk: int, row: dict[str, object]) -> bool:
+    """Whether the very same was said before at the same time, or both times without one: then it is a repetition.
+
+    The same value said again later is news: it may stand in place of another said meanwhile.
+    """
+    words = tuple(row[column.name] for column in _WORDS)
+    return words in {tuple(said) for said in conn.execute(_SAID, {"patient_pk": patient_pk, "at": row["at"], "key": row["key"]})}
+
+
+def mark_changed(conn: Connection, keys: Iterable[PatientKey], *, now: datetime) -> None:
     """What is complete may have been answered from a record that was another one."""
     for key in keys:
         conn.execute(
@@ -158,8 +170,11 @@ def _mark(conn: Connection, keys: Iterable[PatientKey], *, now: datetime) -> Non
 # --- who is who
 
 
-def _is_merged(conn: Connection, survivor: int, retired: int) -> bool:
-    wanted = sa.select(merge.c.id).where(merge.c.survivor_pk == survivor, merge.c.retired_pk == retired, merge.c.undone_at.is_(None))
+def _is_merged(conn: Connection, survivor: int, retired: int, *, said_at: datetime | None) -> bool:
+    """Whether a merge stands, or was undone after it was said: feeds repeat themselves, and must not undo what a person did."""
+    stands = merge.c.undone_at.is_(None)
+    is_older = sa.true() if said_at is None else merge.c.undone_at >= said_at
+    wanted = sa.select(merge.c.id).where(merge.c.survivor_pk == survivor, merge.c.retired_pk == retired, sa.or_(stands, is_older))
     return conn.execute(wanted.limit(1)).first() is not None
 
 
@@ -187,17 +202,13 @@ def _chain(conn: Connection, patient_pk: int, known_at: datetime | None = None) 
     return [found[number] for number in sorted(found)]
 
 
-def _group(conn: Connection, patient_pk: int, known_at: datetime | None = None) -> list[int]:
-    """All rows of one person, whoever survived first."""
+def person_of(conn: Connection, patient_pk: int, known_at: datetime | None = None) -> list[int]:
+    """All rows of one person, the surviving first: the last named as survivor that no merge retires, in whatever order they came."""
     rows = _chain(conn, patient_pk, known_at)
-    survivor = rows[-1].survivor_pk if rows else patient_pk
-    # The last merge names who survives, unless that one had been retired by an earlier message that came in order.
-    seen = {survivor}
-    while (
-        after := next((r.survivor_pk for r in reversed(rows) if r.retired_pk == survivor and r.survivor_pk not in seen), None)
-    ) is not None:
-        survivor = after
-        seen.add(survivor)
+    retired = {row.retired_pk for row in rows}
+    survivors = [row.survivor_pk for row in reversed(rows)] or [patient_pk]
+    # Two merges may say the opposite: then the last counts.
+    survivor = next((pk for pk in survivors if pk not in retired), survivors[0])
     everyone = {pk for row in rows for pk in (row.survivor_pk, row.retired_pk)} | {patient_pk}
     return [survivor, *sorted(everyone - {survivor})]
 
@@ -210,7 +221,7 @@ def _keys(conn: Connection, patients: Sequence[int]) -> tuple[PatientKey, ...]:
 def keys_of(conn: Connection, key: PatientKey) -> tuple[PatientKey, ...]:
     """All keys of one person, the surviving first; just `key` where no feed knows it."""
     found = _find(conn, key)
-    return (key,) if found is None else _keys(conn, _group(conn, found))
+    return (key,) if found is None else _keys(conn, person_of(conn, found))
 
 
 def merges_of(conn: Connection, key: PatientKey) -> list[tuple[int, PatientKey, PatientKey, datetime, str]]:
@@ -228,9 +239,9 @@ def unmerge(conn: Connection, number: int, *, reason: str, now: datetime) -> boo
     row = conn.execute(sa.select(merge).where(merge.c.id == number, merge.c.undone_at.is_(None))).first()
     if row is None:
         return False
-    keys = _keys(conn, _group(conn, row.survivor_pk))
+    keys = _keys(conn, person_of(conn, row.survivor_pk))
     conn.execute(sa.update(merge).where(merge.c.id == number).values(undone_at=now, undone_because=reason))
-    _mark(conn, keys, now=now)
+    mark_changed(conn, keys, now=now)
     queue.wake(conn, keys=keys, now=now)
     return True
 
@@ -252,36 +263,49 @@ def view(conn: Connection, key: PatientKey, *, as_of: datetime, known_at: dateti
 
     Of several facts under one key a correction or withdrawal stands before a final, a final before a preliminary, then the later
     said, then the later received: feeds are replayed and connections are parallel.
-    None if no feed has ever named the patient.
+    None if no feed has ever named the patient, or none had at `known_at`.
     """
     found = _find(conn, key) if key.issuer and key.patient_id else None
     if found is None:
         return None
-    chain = _group(conn, found, known_at)
+    chain = person_of(conn, found, known_at)
     told = sa.select(demographics).where(demographics.c.patient_pk.in_(chain))
     wanted = sa.select(observation).where(observation.c.patient_pk.in_(chain))
     if known_at is not None:
         told, wanted = told.where(demographics.c.received_at <= known_at), wanted.where(observation.c.received_at <= known_at)
+    lines = conn.execute(told.order_by(demographics.c.at, demographics.c.id)).all()
+    facts = conn.execute(wanted.order_by(observation.c.id)).all()
+    if known_at is not None and not any(row.patient_pk == found for row in (*lines, *facts)):
+        return None
     best: dict[object, AnyRow] = {}
-    for fact in conn.execute(wanted.order_by(observation.c.id)):
+    for fact in facts:
         # Across merged keys too: a result that is corrected after the merge comes under the survivor.
         known = best.get(fact.key or fact.id)
         if known is None or _stands(fact) >= _stands(known):
             best[fact.key or fact.id] = fact
     # A withdrawn panel withdraws its components, whose keys begin with its own.
-    gone = tuple(f"{fact.key}/" for fact in best.values() if fact.key and fact.status in _WITHDRAWN)
+    gone = tuple(f"{fact.key}/" for fact in best.values() if fact.key and fact.status in WITHDRAWN)
     standing = [fact for fact in best.values() if not (gone and fact.key.startswith(gone))]
     # The time counts only now: what was moved past `as_of`, or withdrawn after it, must not stand as it was before.
     unusable = [fact for fact in standing if fact.at > fact.received_at + CLOCKS]
-    stamp = hashlib.sha256(repr(sorted(chain)).encode()).hexdigest()[:16]
     return PatientRecord(
-        patient=_demographics(key, conn.execute(told.order_by(demographics.c.at, demographics.c.id)).all(), chain),
+        patient=_demographics(key, lines, chain),
         as_of=as_of,
         observations=tuple(_observation(fact) for fact in standing if fact.at <= min(as_of, fact.received_at + CLOCKS)),
         keys=_keys(conn, chain),
         unusable=tuple(_observation(fact) for fact in unusable),
-        stamp=stamp,
+        stamp=_stamp(chain),
     )
+
+
+def _stamp(chain: Sequence[int]) -> str:
+    return hashlib.sha256(repr(list(chain)).encode()).hexdigest()[:16]
+
+
+def stamp_of(conn: Connection, key: PatientKey) -> str:
+    """What `view` would give as its stamp now; '' where no feed knows the patient."""
+    found = _find(conn, key) if key.issuer else None
+    return "" if found is None else _stamp(person_of(conn, found))
 
 
 def _stands(fact: AnyRow) -> tuple[int, datetime, int]:
@@ -322,11 +346,16 @@ def is_known(conn: Connection, key: PatientKey) -> bool:
 
 
 def priority_of(conn: Connection, key: PatientKey, accession_number: str) -> int:
-    """How urgent the orders of a study say it is; ROUTINE where there is none that stands."""
+    """How urgent the orders of a study say it is; ROUTINE where there is none that stands. A cancelled order stays so."""
     keys = keys_of(conn, key) if accession_number else ()
     rows = [pk for pk in (_find(conn, one) for one in keys) if pk is not None]
     wanted = sa.select(imaging_order.c.placer, imaging_order.c.filler, imaging_order.c.priority, imaging_order.c.is_cancelled).where(
         imaging_order.c.patient_pk.in_(rows), imaging_order.c.accession_number == accession_number
     )
-    last = {(row.placer, row.filler): row for row in conn.execute(wanted.order_by(imaging_order.c.id))}
-    return min((row.priority for row in last.values() if not row.is_cancelled), default=ROUTINE)
+    last: dict[tuple[str, str], int] = {}
+    cancelled = set()
+    for row in conn.execute(wanted.order_by(imaging_order.c.id)):
+        last[row.placer, row.filler] = row.priority
+        if row.is_cancelled:
+            cancelled.add((row.placer, row.filler))
+    return min((priority for order, priority in last.items() if order not in cancelled), default=ROUTINE)
