@@ -211,7 +211,7 @@ def broken_rules(
 ) -> list[str]:
     """What a bundle says that cannot be, each as "key: the rule"; types are right already."""
     values = (*record.values, *record.histories)
-    asked = (*values, *record.texts)
+    asked: tuple[ValueSpec | TextSpec, ...] = (*values, *record.texts)
     rules = {
         "findings: at least one is needed": bool(findings),
         "findings: names must differ": _differ(f.name for f in findings),

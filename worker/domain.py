@@ -62,7 +62,8 @@ class Observation:
     ``status`` is HL7 table 0085: F final, C corrected, P preliminary, D deleted, W wrong, X cannot be obtained.
     ``key`` names the fact within its source: a later fact with the same key supersedes it.
     ``kind`` says how to read the value: of a "range" `value` to `high`, of a "ratio" `value` : `high`, of a "coded" one `coded`
-    with its words in `text`. ``received_at`` and ``message_id`` (row of the source message) are known of what comes out of the store.
+    with its words in `text`. ``received_at``, ``message_id`` and ``message`` (row and control ID of the source message) are known of
+    what comes out of the store.
     """
 
     code: Code
@@ -79,6 +80,7 @@ class Observation:
     coded: Code | None = None
     received_at: datetime | None = field(default=None, compare=False)
     message_id: int | None = field(default=None, compare=False)
+    message: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +201,10 @@ class Volume:
 
 @dataclass(frozen=True, slots=True)
 class UsedValue:
-    """A value the network was given, and where it came from; `age_h` is hours before the study, negative after it."""
+    """A value the network was given, and where it came from: who said it, in which message (its control ID, which the sender knows too).
+
+    `age_h` is hours before the study, negative after it.
+    """
 
     name: str
     code: Code
@@ -209,6 +214,7 @@ class UsedValue:
     at: datetime
     source: str
     age_h: float = 0.0
+    message: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +235,7 @@ class UsedText:
     text: str
     at: datetime
     source: str
+    message: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,11 +15,11 @@ from worker.domain import Inputs
 def digest(bundle: str, inputs: Inputs | None, instances: Sequence[tuple[str, str]], failure: str) -> str:
     """Hash all that an answer and its report rest on; `instances` are SOP Instance UIDs with their sha256."""
     facts: dict[str, object] = {"bundle": bundle, "instances": sorted(instances), "failure": failure}
-    return _sha256(facts | _of_record(inputs))
+    return _sha256(facts | _of_record(inputs) | _messages(inputs))
 
 
 def record_digest(inputs: Inputs | None) -> str:
-    """Hash the record's part of it; '' where there are no inputs."""
+    """Hash the record's part of it; '' where there are no inputs. Saying the same again in another message changes nothing."""
     return _sha256(_of_record(inputs)) if inputs else ""
 
 
@@ -39,6 +39,14 @@ def _of_record(inputs: Inputs | None) -> dict[str, object]:
             (t.code.scheme, t.code.value, hashlib.sha256(t.text.encode()).hexdigest(), t.at.isoformat(), t.source) for t in inputs.texts
         ),
     }
+
+
+def _messages(inputs: Inputs | None) -> dict[str, object]:
+    """The report names them, so they are of its input."""
+    if inputs is None:
+        return {}
+    points = (*inputs.values, *(point for history in inputs.histories for point in history.points))
+    return {"messages": sorted([(p.source, p.message) for p in points] + [(t.source, t.message) for t in inputs.texts])}
 
 
 def _sha256(facts: dict[str, object]) -> str:

@@ -34,7 +34,7 @@ _WITH_INITIALS: Final = frozenset({"LATIN", "CYRILLIC", "GREEK", "ARMENIAN", "GE
 #: Scripts that put family and given name together, with nothing between.
 _UNSPACED: Final = frozenset({"CJK", "HANGUL", "KATAKANA"})
 
-# Words below are as `_words` leaves them.
+# Words below are as `_parts` leaves them, particles and placeholders without the digraphs too.
 _PARTICLES: Final = frozenset(
     "a af al av bin bint da das de del della den der di do dos du e el i ibn la las le les los of san st t te ten ter thi van vom von y "  # noqa: SIM905  a hundred quotes say no more
     "zu zum zur".split()
@@ -148,13 +148,13 @@ def _script(word: str) -> str:
 
 def _words(text: str, ids: Collection[str] = ()) -> list[str]:
     """The words of a name that say something of it, folded: no titles, placeholders, numbers or identifiers."""
-    parts = _parts(text)
+    parts = [part for part in _parts(text) if part not in _TITLES]
     if "".join(parts) in ids:
         return []
     # A system that numbers its namesakes writes Miller2; 024E7871 is no name.
     found = (re.fullmatch(r"\d{0,2}(\D{3,})\d{0,2}|(\D+)", part) for part in parts if part not in ids)
     words = (_DIGRAPHS.sub("", one[1] or one[2]) for one in found if one)
-    return [word for word in words if word not in _TITLES and word not in _PLACEHOLDERS and not {*word} <= _ONLY_X]
+    return [word for word in words if word not in _PLACEHOLDERS and not {*word} <= _ONLY_X]
 
 
 def _identifiers(patient_id: str) -> frozenset[str]:

@@ -6,8 +6,9 @@ A file that cannot be taken is counted with its reason and the next one goes on.
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -18,11 +19,11 @@ from pydicom.uid import UID
 from worker import record_feeds, roles
 from worker.config import Config
 from worker.decoding import decodable_transfer_syntaxes
-from worker.domain import Received
+from worker.domain import Received, RecordUpdate
 from worker.errors import RecordError, Reject
 from worker.intake import fhir, hl7, mllp
 from worker.intake.header import read_header
-from worker.store import records
+from worker.store import feeds, records
 from worker.store.database import Store
 from worker.store.spool import Spool
 
@@ -58,7 +59,14 @@ def import_files(
 ) -> Tally:
     """Take each file by what it holds: DICOM, HL7 v2 or FHIR JSON."""
     tally = Tally()
-    for path in paths:
+    several = list(paths)
+    exports = [path for path in several if path.suffix == ".ndjson"]
+    if exports:  # together: a subject may be in another file than what is said of it
+        _import_ndjson(exports, tally, config=config, store=store)
+    for path in several:
+        if path.suffix == ".ndjson":
+            progress()
+            continue
         try:
             _import(path, tally, config=config, store=store, spool=spool)
         except Reject as exc:
@@ -132,8 +140,31 @@ def _import_hl7(path: Path, tally: Tally, *, config: Config, store: Store) -> No
 
 def _import_fhir(path: Path, tally: Tally, *, config: Config, store: Store) -> None:
     settings = config.records
-    for update in fhir.parse(path.read_bytes(), zone=config.zone, issuers=settings.issuers, schemes=settings.schemes):
-        with store.begin() as conn:
-            added = records.apply(conn, record_feeds.localized(config, update), now=record_feeds.clock())
-        tally.counts["patient updated"] += 1
-        tally.counts["fact added"] += added
+    raw = path.read_bytes()
+    updates = fhir.parse(raw, zone=config.zone, issuers=settings.issuers, schemes=settings.schemes)
+    _apply_fhir(updates, raw, tally, config=config, store=store)
+
+
+def _import_ndjson(paths: Sequence[Path], tally: Tally, *, config: Config, store: Store) -> None:
+    settings = config.records
+    raws = [path.read_bytes() for path in paths]
+    updates, errors = fhir.parse_ndjson(raws, zone=config.zone, issuers=settings.issuers, schemes=settings.schemes)
+    for sentence in errors:
+        tally.refuse(sentence)
+    _apply_fhir(updates, b"".join(raws), tally, config=config, store=store)
+
+
+def _apply_fhir(updates: Iterable[RecordUpdate], raw: bytes, tally: Tally, *, config: Config, store: Store) -> None:
+    """All of a file in one transaction, with the row that says where it came from; a file that is known adds nothing."""
+    now, digest = record_feeds.clock(), hashlib.sha256(raw).hexdigest()
+    with store.begin() as conn:
+        number = feeds.note_message(
+            conn, sender="FHIR import", control_id="", sent_at="", trigger="Bundle", result="applied", digest=digest, now=now
+        )
+        if number is None:
+            tally.counts["bundle repeated"] += 1
+            return
+        for update in updates:
+            added = records.apply(conn, record_feeds.localized(config, update), now=now, message_id=number)
+            tally.counts["patient updated"] += 1
+            tally.counts["fact added"] += added

@@ -345,6 +345,7 @@ def _used(one: Observation, window: _Window, wanted: ValueSpec) -> UsedValue | s
         at=one.at,
         source=one.source,
         age_h=(window.study.study_at - one.at).total_seconds() / 3600,
+        message=one.message,
     )
 
 
@@ -357,7 +358,7 @@ def _text(window: _Window, wanted: TextSpec) -> UsedText | str:
     latest = min(written, key=lambda one: _latest(one, wanted))
     if id(latest) in window.ahead:
         return _AHEAD
-    return UsedText(name=wanted.name, code=_code(wanted.code), text=latest.text, at=latest.at, source=latest.source)
+    return UsedText(name=wanted.name, code=_code(wanted.code), text=latest.text, at=latest.at, source=latest.source, message=latest.message)
 
 
 # --- demographics --------------------------------------------------------------------------------

@@ -25,6 +25,8 @@ from worker.domain import Code, Document, Finding, Inputs, Job, PatientKey, Pati
 from worker.errors import (
     NoSuitableSeries,
     PatientConflict,
+    PeerRefused,
+    RecordError,
     RecordIncomplete,
     RecordPending,
     Reject,
@@ -153,8 +155,10 @@ def _pulled(line: Line, study: Study, bundle: Bundle) -> str:
         return ""
     try:
         line.pull(study.patient.key)
-    except Retry as exc:  # a server that is away costs the waiting time, not the study
+    except (Retry, PeerRefused) as exc:  # a server that is away costs the waiting time, not the study
         return str(exc)
+    except RecordError as exc:  # two patients have this identifier
+        raise PatientConflict(str(exc)) from exc
     return ""
 
 

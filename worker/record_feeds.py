@@ -69,6 +69,7 @@ def comparable(config: Config, patient_id: str) -> str:
 def apply_message(config: Config, store: Store, message: ParsedMessage, raw: bytes) -> bool:
     """Commit 3: one HL7 message, remembered and applied in one transaction; False for a repetition."""
     result = "applied" if message.update else "ignored"
+    unread = f"{message.skipped} of its observations could not be read." if message.skipped else ""
     with store.begin() as conn:
         number = feeds.note_message(
             conn,
@@ -78,7 +79,9 @@ def apply_message(config: Config, store: Store, message: ParsedMessage, raw: byt
             trigger=message.trigger,
             result=result,
             digest=hashlib.sha256(raw).hexdigest(),
-            raw=None if message.update else raw,
+            reason=" ".join(filter(None, (message.note, unread))),
+            # What nothing was made of, in whole or in part, is kept for a person.
+            raw=None if message.update and not unread else raw,
             now=clock(),
         )
         if number is not None and message.update:

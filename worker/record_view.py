@@ -254,7 +254,7 @@ def _print_facts(out: Console, found: Sequence[Mapping[str, Any]], zone: tzinfo,
     if not found:
         return
     is_unusable = "because" in found[0]
-    table = _table(title, "time", "fact", "value", *(("because",) if is_unusable else ("status", "age", "received")), "No.")
+    table = _table(title, "time", "fact", "value", *(("because",) if is_unusable else ("status", "age", "received")), "from")
     for one in found:
         state = (one["because"],) if is_unusable else (_status(one), span(one["age_s"]), _after(one))
         table.add_row(_time(one["at"], zone), _coded(one["code"]), value_words(one), *map(_plain, state), _from(one))
@@ -343,7 +343,7 @@ def value_words(one: Mapping[str, Any]) -> str:
 def span(seconds: float) -> str:
     """A duration as one says it: "12 s", "5 min", "6.5 h", "12 d", "3.1 a"."""
     size, sign = abs(seconds), "-" if seconds < 0 else ""
-    for unit, length, until in (("s", 1, 120), ("min", 60, 7200), ("h", 3600, 172800), ("d", 86400, 5184000)):
+    for unit, length, until in (("s", 1, 120), ("min", 60, 7200), ("h", 3600, 172800), ("d", 86400, 63072000)):
         if size < until:
             return f"{sign}{size / length:.0f} {unit}" if unit != "h" else f"{sign}{size / length:.1f} {unit}"
     return f"{sign}{size / 86400 / 365.25:.1f} a"

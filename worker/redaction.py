@@ -79,11 +79,11 @@ _TIME: Final = (
 
 #: UCUM's and the ward's units; of one letter only after up to three digits, since "1984 m" is a man.
 _BASE: Final = (
-    r"(?:mm\s?Hg|cm\s?H2O|[kmMcdµμnpfGT]?(?:mol|[oO]sm|Eq|IU|IE|U|Gy|Sv|Bq|Pa|Hz|kat|cal|bar|Da|W|J|V|g|L|l|m)|°\s?[CF]|°|%|‰|HU|HE|bpm|min|ms|sec"
+    r"(?:mm\s?\[?Hg\]?|cm\s?H2O|[kmMcdµμunpfGT]?(?:mol|[oO]sm|Eq|IU|IE|U|Gy|Sv|Bq|Pa|Hz|kat|cal|bar|Da|W|J|V|g|L|l|m)|°\s?[CF]|°|%|‰|HU|HE|bpm|min|ms|sec"
     r"|Torr|ppm|ppb|mval|Gpt|Tpt|Ch|Fr|cps|cells?|copies|days?|hours?|minutes?|Tagen?|Tage|Stunden?|Minuten?|[sdh])"
 )
 _UNIT: Final = (
-    rf"(?:\s?[x×*]\s?10\s?\^?\s?\d{{1,2}})?(?:\s?{_BASE}(?:[²³]|\^?[23](?!\d))?(?![^\W_])(?:\s?[/·]\s?(?:1[.,]73\s?)?{_BASE}"
+    rf"(?:\s?[x×*]\s?10\s?[\^*]?\s?\d{{1,2}}|\s10[\^*]\d{{1,2}})?(?:\s?{_BASE}(?:[²³]|\^?[23](?!\d))?(?![^\W_])(?:\s?[/·]\s?(?:1[.,]73\s?)?{_BASE}"
     rf"(?:[²³]|\^?[23](?!\d))?(?![^\W_])){{0,3}}|\s?/\s?{_BASE}(?:[²³]|\^?[23](?!\d))?(?![^\W_]))"
 )
 _SINGLE: Final = re.compile(r"\d{4,}\s?[mlLsdhVWJ](?![^\W_/])")

@@ -157,6 +157,7 @@ def receive(config: Config, store: Store, listener: socket.socket, stop: threadi
 def run(config: Config, store: Store, stop: threading.Event) -> None:
     """Lease and process until told to stop; what is in hand is finished first."""
     from worker.decoding import DecoderPool
+    from worker.fhir_feed import Puller
     from worker.infer import Model
     from worker.pipeline import Line, process
 
@@ -175,6 +176,7 @@ def run(config: Config, store: Store, stop: threading.Event) -> None:
             clock=clock,
             instances=config.spool / "instances",
             must_agree=config.records.must_agree,
+            pull=Puller(config, store) if config.fhir.url else None,
         )
         started("run", bundles={model.name: model.digest[:12] for model in loaded})
         _work(

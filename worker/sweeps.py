@@ -11,13 +11,14 @@ from datetime import UTC, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from worker import events, reissue
-from worker.config import Config
+from worker import events, reissue, tables_feed
+from worker.config import Config, Table
 from worker.errors import WorkerError
 from worker.ops.log import places
 from worker.record_feeds import clock
 from worker.roles import read_bundles
-from worker.store import erasure, queue, studies
+from worker.silence import Silence
+from worker.store import erasure, feeds, queue, studies
 from worker.store.database import Store
 from worker.store.spool import Spool
 
@@ -32,6 +33,7 @@ SPOOL_SWEEP_S: Final = 1800.0
 #: A corrected value waits this long for the report that uses it; several that come together make one.
 RENEW_S: Final = 5.0
 EXPIRE_S: Final = 3600.0
+LISTEN_S: Final = 60.0
 #: A file without a row is a crash's after this long; rows follow files within seconds.
 ORPHAN_AGE: Final = timedelta(minutes=15)
 
@@ -105,7 +107,21 @@ def _of_records(config: Config, store: Store, bundles: Sequence[Bundle]) -> list
         if any(gone.values()):
             events.emit("record.expired", **gone)
 
-    return [(renew, RENEW_S), (expire, EXPIRE_S)]
+    silence = Silence(after_s=settings.silent_after_s)
+
+    def listen() -> None:
+        with store.read() as conn:
+            heard = feeds.feeds(conn)
+        silence.look(heard, now=clock())
+
+    def reader(table: Table) -> Callable[[], None]:
+        def read() -> None:
+            tables_feed.read_view(table, config=config, store=store)
+
+        return read
+
+    views = [(reader(table), table.every_s) for table in config.tables]
+    return [(renew, RENEW_S), (expire, EXPIRE_S), (listen, LISTEN_S), *views]
 
 
 def _spared(sweep: Callable[[], None]) -> Callable[[], None]:

@@ -226,6 +226,7 @@ def test_an_import_that_was_cut_off_goes_on_where_it_ended(
 
 @pytest.mark.requirement("F13")
 @pytest.mark.parametrize("store", ["sqlite"], indirect=True)
+@pytest.mark.slow
 def test_many_rows_are_taken_and_taken_again(store: Store, take: Import, drop: Callable[..., Path]) -> None:
     path = drop(*(f"{n},P{n // 20},,2020-05-06 10:{n % 60:02},F,{n}" for n in range(20_000)))
     seen: list[int] = []
@@ -244,7 +245,7 @@ def test_a_real_table_is_taken_whole(config: Config, store: Store, tmp_path: Pat
         '[[values]]\ncolumn = "died"\ncode = ["DIED", "L", "died"]\n',
         "utf-8",
     )
-    tally = import_tables([shared / "cxr-severity" / "labels.csv"], path, config=config, store=store)
+    tally = import_tables([shared / "data" / "cxr-severity" / "labels.csv"], path, config=config, store=store)
     assert tally.reasons == {}
     assert tally.counts == {"row read": 188, "fact read": 376, "fact added": 376}
 

@@ -92,6 +92,13 @@ def test_of_two_versions_of_a_patient_the_later_counts() -> None:
         assert update.at.isoformat() == "2000-01-01T00:00:00+00:00"
 
 
+def test_a_link_that_cannot_be_understood_costs_its_patient_alone() -> None:
+    broken = OTHER | {"link": [{"type": "replaces", "other": {"identifier": {"value": SENTINEL}}}]}
+    updates, errors = read(lines(broken, person(), observation()))
+    assert [len(one.observations) for one in updates] == [1]
+    assert errors == ["Line 1: Patient.identifier has neither a system nor an assigner."]
+
+
 def test_too_many_bytes_are_refused_before_they_are_read() -> None:
     with pytest.raises(RecordError, match="limit"):
         parse_ndjson([b"x" * 600, b"x" * 600], zone=CET, issuers={}, max_bytes=1000)

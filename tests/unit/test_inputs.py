@@ -19,11 +19,18 @@ from models.spec import ImageSpec, RecordRule, TextSpec, ValueSpec
 from worker.domain import Code, Instance, Observation, Patient, PatientKey, PatientRecord, Series, Study, UsedValue
 from worker.errors import NoSuitableSeries
 from worker.inputs import Spec, lacking, select_inputs, suitable_series
+from worker.units import factor
 
 STUDY_AT = datetime(2026, 3, 4, 12, tzinfo=UTC)
 CRP, CRP_OTHER, NOTE = Code("1988-5", "LN", "CRP"), Code("CRP", "L", "CRP, local"), Code("34109-9", "LN", "Note")
 AGE, SEX = Code("30525-0", "LN", "Age"), Code("46098-0", "LN", "Sex")
 PATIENT = Patient(PatientKey("TEST", "T-1"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _loaded() -> None:
+    """The tables are read at the first question: 0.4 s, longer than Hypothesis gives one example."""
+    factor("mg/dL", "g/L")
 
 
 def wanted_code(code: Code) -> bundle_spec.Code:

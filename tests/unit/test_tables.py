@@ -461,5 +461,5 @@ def test_a_large_file_takes_the_memory_of_a_small_one(mapping: Callable[..., Tab
         assert sum(read) == path.stat().st_size
         return found
 
-    small = peak(4 * BATCH_ROWS)
-    assert peak(20 * BATCH_ROWS) < small + 1_000_000
+    small = peak(2 * BATCH_ROWS)
+    assert peak(10 * BATCH_ROWS) < small + 1_000_000

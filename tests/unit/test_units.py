@@ -145,6 +145,12 @@ READ_OTHERWISE_BY_PINT: Final = {
 UNITS: Final = sorted({unit for pair in (*CONVERTED, *REFUSED) for unit in pair[:2]})
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _loaded() -> None:
+    """The tables are read at the first question: 0.4 s, longer than Hypothesis gives one example."""
+    factor("mg/dL", "g/L")
+
+
 @pytest.mark.parametrize(("unit", "wanted", "times"), CONVERTED)
 def test_a_clinical_unit_is_converted_as_the_specification_says(unit: str, wanted: str, times: float) -> None:
     assert factor(unit, wanted) == pytest.approx(times, rel=1e-12)

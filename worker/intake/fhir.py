@@ -132,12 +132,8 @@ def parse_ndjson(
 
     each(assembly.introduce, (b'"Patient"', b'"Medication"'))
     each(assembly.add, (b"",))
-    try:
-        updates = assembly.updates()
-    except RecordError as exc:
-        updates, errors[len(files) + 1, 0] = [], str(exc)
-    several = len(files) > 1
-    return updates, [f"{f'File {file}, line' if several else 'Line'} {line}: {text}" for (file, line), text in sorted(errors.items())]
+    named = {place: f"File {place[0]}, line {place[1]}" if len(files) > 1 else f"Line {place[1]}" for place in errors}
+    return assembly.updates(), [f"{named[place]}: {text}" for place, text in sorted(errors.items())]
 
 
 def _lines(files: Sequence[bytes]) -> Iterator[tuple[tuple[int, int], bytes]]:
@@ -202,6 +198,9 @@ class Assembly:
             self.elements.medications.update(dict.fromkeys(names, resource))
             return
         patient = _patient(resource, key or self.elements.key(objects_of(resource, "identifier")))
+        links = objects_of(resource, "link")
+        for link in links:  # what is wrong with one is this patient's fault, and known before anything is taken
+            self._merge(patient.key, link)
         for name in names:
             if self.references.setdefault(name, patient.key) != patient.key:
                 self.references[name] = None
@@ -212,7 +211,7 @@ class Assembly:
         if earlier is None or (at or _NEVER) >= (earlier[1] or _NEVER):
             self._patients[patient.key] = (patient, at)
         self._facts.setdefault(patient.key, [])
-        self._links += [(patient.key, link) for link in objects_of(resource, "link")]
+        self._links += [(patient.key, link) for link in links]
 
     def add(self, resource: Json, url: str = "") -> None:
         """Take what a resource says, of whom it says it; others than those of `READERS` are passed by."""

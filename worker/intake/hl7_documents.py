@@ -60,7 +60,7 @@ def document(reader: Reader, segments: list[list[str]]) -> tuple[Observation, ..
     if not words and status not in "DW":
         return ()
     key = f"{reader.sender}/document/{number or f'{code.value}/{when.isoformat()}'}"
-    if False:  # an addendum under its document's own number must not hide the document
+    if trigger == _ADDING and number == parent:  # an addendum under its document's own number must not hide the document
         key = f"{key}/addendum/{when.isoformat()}"
     found = [Observation(code, when, text=words, status=status, key=key, source=reader.sender, kind="text")]
     if trigger == _REPLACING and parent not in ("", number):

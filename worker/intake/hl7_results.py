@@ -111,7 +111,7 @@ def _code(reader: Reader, text: str, obr: list[str], *, is_narrative: bool) -> C
     """Choose of OBX-3; a narrative may leave it to OBR-4 or OBR-24 and name only the part of the report."""
     if not is_narrative:
         return reader.code(text)
-    # HL7 v2.5.1 §7.1, suffixes of narrative reports: '&IMP' (impression), '&GDT' (description) … below OBR-4's code; without them the parts are one report.
+    # HL7 v2.5.1 §7.1, suffixes of narrative reports: '&IMP' (impression), '&GDT' (description) … of what OBR-4 names, here one report.
     identifier, *rest = reader.split(text, 1)
     base = reader.split(identifier, 4)[0]
     code = reader.code(reader.envelope.separators[1].join((base, *rest)))

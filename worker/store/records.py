@@ -22,7 +22,7 @@ from sqlalchemy.engine import Connection
 
 from worker.domain import ROUTINE, Code, Observation, Order, Patient, PatientKey, PatientRecord, RecordUpdate
 from worker.store import queue
-from worker.store.schema import AnyRow, demographics, imaging_order, merge, observation, patient, study
+from worker.store.schema import AnyRow, demographics, imaging_order, merge, message, observation, patient, study
 from worker.store.studies import insert_or_ignore
 
 #: HL7 table 0085: what a result's status supersedes.
@@ -270,7 +270,7 @@ def view(conn: Connection, key: PatientKey, *, as_of: datetime, known_at: dateti
         return None
     chain = person_of(conn, found, known_at)
     told = sa.select(demographics).where(demographics.c.patient_pk.in_(chain))
-    wanted = sa.select(observation).where(observation.c.patient_pk.in_(chain))
+    wanted = sa.select(observation, message.c.control_id).outerjoin(message).where(observation.c.patient_pk.in_(chain))
     if known_at is not None:
         told, wanted = told.where(demographics.c.received_at <= known_at), wanted.where(observation.c.received_at <= known_at)
     lines = conn.execute(told.order_by(demographics.c.at, demographics.c.id)).all()
@@ -337,6 +337,7 @@ def _observation(fact: AnyRow) -> Observation:
         coded=Code(fact.coded_value, fact.coded_scheme, fact.coded_meaning) if fact.coded_value else None,
         received_at=fact.received_at,
         message_id=fact.message_id,
+        message=fact.control_id or "",
     )
 
 

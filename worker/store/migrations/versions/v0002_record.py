@@ -46,9 +46,9 @@ def upgrade() -> None:
         "INSERT INTO demographics (patient_pk, name, birth_date, sex, source, at, received_at) "
         "SELECT id, name, birth_date, sex, source, updated_at, updated_at FROM patient"
     )
-    with op.batch_alter_table("patient") as patient:
-        for column in ("name", "birth_date", "sex", "source", "updated_at"):
-            patient.drop_column(column)
+    # Not in a batch: SQLite would make the table anew, and drop the old one from under its facts.
+    for column in ("name", "birth_date", "sex", "source", "updated_at"):
+        op.drop_column("patient", column)
     op.create_index("ix_patient_patient_id", "patient", ["patient_id"])
     op.create_table(
         "merge",
