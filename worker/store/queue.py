@@ -230,23 +230,26 @@ def rescue(conn: Connection, *, now: datetime) -> list[int]:
     return [row.id for row in rows]
 
 
+_PATIENTS_STUDIES: Final = sa.select(study.c.id).where(study.c.issuer == sa.bindparam("of"), study.c.patient_id == sa.bindparam("whom"))
+_WAKE: Final = (
+    sa.update(job)
+    .where(job.c.kind == "infer", job.c.state == "available", job.c.is_snoozed, job.c.study_id.in_(_PATIENTS_STUDIES))
+    .values(not_before=sa.bindparam("now"))
+)
+
+
 def wake(conn: Connection, *, keys: Iterable[PatientKey], now: datetime) -> None:
     """The record of a patient changed: snoozed jobs of the patient's studies are due at once."""
-    snoozed = sa.update(job).where(job.c.kind == "infer", job.c.state == "available", job.c.is_snoozed)
     for key in keys:
-        conn.execute(snoozed.where(job.c.study_id.in_(_studies_of(key))).values(not_before=now))
+        conn.execute(_WAKE, {"of": key.issuer, "whom": key.patient_id, "now": now})
 
 
 def prioritize_order(conn: Connection, *, keys: Iterable[PatientKey], accession_number: str, priority: int) -> None:
     """An order says how urgent its study is: unfinished jobs move forward, never back."""
     for key in keys:
-        ordered = _studies_of(key).where(study.c.accession_number == accession_number)
+        ordered = _PATIENTS_STUDIES.where(study.c.accession_number == accession_number)
         due = sa.update(job).where(job.c.state == "available", job.c.priority > priority, job.c.study_id.in_(ordered))
-        conn.execute(due.values(priority=priority))
-
-
-def _studies_of(key: PatientKey) -> sa.Select[tuple[int]]:
-    return sa.select(study.c.id).where(study.c.issuer == key.issuer, study.c.patient_id == key.patient_id)
+        conn.execute(due.values(priority=priority), {"of": key.issuer, "whom": key.patient_id})
 
 
 def operator_retry(conn: Connection, study_id: int, *, now: datetime) -> int:

@@ -119,6 +119,9 @@ _SAID: Final = sa.select(*_WORDS).where(
 )
 
 
+_INSERT: Final = sa.insert(observation)
+
+
 def _add_fact(conn: Connection, patient_pk: int, fact: Observation, update: RecordUpdate, said: dict[str, object]) -> bool:
     coded = fact.coded or Code("", "", "")
     row = {
@@ -144,7 +147,7 @@ def _add_fact(conn: Connection, patient_pk: int, fact: Observation, update: Reco
     }
     if _is_known(conn, patient_pk, row):  # also when something newer stands: a replayed day undoes nothing
         return False
-    conn.execute(sa.insert(observation).values(row))
+    conn.execute(_INSERT, row)
     return True
 
 
@@ -160,11 +163,14 @@ def _is_known(conn: Connection, patient_pk: int, row: dict[str, object]) -> bool
 def mark_changed(conn: Connection, keys: Iterable[PatientKey], *, now: datetime) -> None:
     """What is complete may have been answered from a record that was another one."""
     for key in keys:
-        conn.execute(
-            sa.update(study)
-            .where(study.c.issuer == key.issuer, study.c.patient_id == key.patient_id, study.c.state == "complete")
-            .values(record_changed_at=now)
-        )
+        conn.execute(_MARK, {"of": key.issuer, "whom": key.patient_id, "now": now})
+
+
+_MARK: Final = (
+    sa.update(study)
+    .where(study.c.issuer == sa.bindparam("of"), study.c.patient_id == sa.bindparam("whom"), study.c.state == "complete")
+    .values(record_changed_at=sa.bindparam("now"))
+)
 
 
 # --- who is who
@@ -178,16 +184,15 @@ def _is_merged(conn: Connection, survivor: int, retired: int, *, said_at: dateti
     return conn.execute(wanted.limit(1)).first() is not None
 
 
-def _merges(conn: Connection, patients: Iterable[int], known_at: datetime | None) -> list[AnyRow]:
-    """The merges that touch any of `patients` and stood at `known_at`, oldest first."""
-    several = list(patients)
-    wanted = sa.select(merge).where(sa.or_(merge.c.survivor_pk.in_(several), merge.c.retired_pk.in_(several)))
+_MERGES: Final = sa.select(merge).where(sa.or_(merge.c.survivor_pk == sa.bindparam("one"), merge.c.retired_pk == sa.bindparam("one")))
+
+
+def _merges(conn: Connection, patient_pk: int, known_at: datetime | None) -> list[AnyRow]:
+    """The merges that name a patient and stood at `known_at`."""
+    rows = conn.execute(_MERGES, {"one": patient_pk})
     if known_at is None:
-        wanted = wanted.where(merge.c.undone_at.is_(None))
-    else:
-        stood = sa.or_(merge.c.undone_at.is_(None), merge.c.undone_at > known_at)
-        wanted = wanted.where(merge.c.received_at <= known_at, stood)
-    return list(conn.execute(wanted.order_by(merge.c.id)))
+        return [row for row in rows if row.undone_at is None]
+    return [row for row in rows if row.received_at <= known_at and (row.undone_at is None or row.undone_at > known_at)]
 
 
 def _chain(conn: Connection, patient_pk: int, known_at: datetime | None = None) -> list[AnyRow]:
@@ -195,8 +200,8 @@ def _chain(conn: Connection, patient_pk: int, known_at: datetime | None = None) 
     found: dict[int, AnyRow] = {}
     todo, seen = {patient_pk}, {patient_pk}
     while todo:
-        for row in _merges(conn, todo, known_at):
-            found[row.id] = row
+        for one in todo:
+            found |= {row.id: row for row in _merges(conn, one, known_at)}
         todo = {pk for row in found.values() for pk in (row.survivor_pk, row.retired_pk)} - seen
         seen |= todo
     return [found[number] for number in sorted(found)]
@@ -213,8 +218,11 @@ def person_of(conn: Connection, patient_pk: int, known_at: datetime | None = Non
     return [survivor, *sorted(everyone - {survivor})]
 
 
+_PATIENTS: Final = sa.select(patient).where(patient.c.id.in_(sa.bindparam("several", expanding=True)))
+
+
 def _keys(conn: Connection, patients: Sequence[int]) -> tuple[PatientKey, ...]:
-    rows = {row.id: row for row in conn.execute(sa.select(patient).where(patient.c.id.in_(patients)))}
+    rows = {row.id: row for row in conn.execute(_PATIENTS, {"several": list(patients)})}
     return tuple(PatientKey(rows[pk].issuer, rows[pk].patient_id) for pk in patients)
 
 
@@ -258,6 +266,20 @@ def _find(conn: Connection, key: PatientKey) -> int | None:
 # --- the view
 
 
+# Statements of `view` and `apply`, built once: building them took most of their time.
+_LINES: Final = (
+    sa.select(demographics)
+    .where(demographics.c.patient_pk.in_(sa.bindparam("several", expanding=True)))
+    .order_by(demographics.c.at, demographics.c.id)
+)
+_FACTS: Final = (
+    sa.select(observation, message.c.control_id)
+    .outerjoin(message)
+    .where(observation.c.patient_pk.in_(sa.bindparam("several", expanding=True)))
+    .order_by(observation.c.id)
+)
+
+
 def view(conn: Connection, key: PatientKey, *, as_of: datetime, known_at: datetime | None = None) -> PatientRecord | None:
     """The record of exactly this patient of this issuer, nothing in it later than `as_of`, nothing received after `known_at`.
 
@@ -269,12 +291,10 @@ def view(conn: Connection, key: PatientKey, *, as_of: datetime, known_at: dateti
     if found is None:
         return None
     chain = person_of(conn, found, known_at)
-    told = sa.select(demographics).where(demographics.c.patient_pk.in_(chain))
-    wanted = sa.select(observation, message.c.control_id).outerjoin(message).where(observation.c.patient_pk.in_(chain))
+    lines: Sequence[AnyRow] = conn.execute(_LINES, {"several": chain}).all()
+    facts: Sequence[AnyRow] = conn.execute(_FACTS, {"several": chain}).all()
     if known_at is not None:
-        told, wanted = told.where(demographics.c.received_at <= known_at), wanted.where(observation.c.received_at <= known_at)
-    lines = conn.execute(told.order_by(demographics.c.at, demographics.c.id)).all()
-    facts = conn.execute(wanted.order_by(observation.c.id)).all()
+        lines, facts = ([row for row in rows if row.received_at <= known_at] for rows in (lines, facts))
     if known_at is not None and not any(row.patient_pk == found for row in (*lines, *facts)):
         return None
     best: dict[object, AnyRow] = {}
