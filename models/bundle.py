@@ -19,11 +19,12 @@ import hashlib
 import re
 import tomllib
 import types
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from models.files import replacing
 from models.spec import Code, FindingSpec, ImageSpec, NetworkConfig, RecordRule, TrainingConfig, WeightsFile, broken_rules
 
 if TYPE_CHECKING:
@@ -71,32 +72,29 @@ class Bundle:
         InvalidBundleError
             A file is absent, a key is unknown, missing or of the wrong kind, or the weights hash to something else.
         """
-        file = folder / "bundle.toml"
         try:
-            raw = file.read_bytes()
-            data = tomllib.loads(raw.decode("utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
-            raise InvalidBundleError(f"{file.name} of bundle {folder.name} cannot be read: {exc}.") from exc
-        identity = data.pop("bundle", None)
-        if not isinstance(identity, dict):
-            raise InvalidBundleError(f"{file.name} of bundle {folder.name} has no [bundle] table.")
-        weights_sha256 = str(data.get("weights", {}).get("sha256", ""))
-        digest = hashlib.sha256(raw + b"\0" + weights_sha256.encode()).hexdigest()
-        where = f"{folder.name}/bundle.toml"
-        language = str(data.get("network", {}).get("bert", ""))
-        bert_sha256 = _digest_of(folder / language) if language else ""
-        if language:
-            digest = hashlib.sha256(f"{digest}\0{bert_sha256}".encode()).hexdigest()
-        bundle = _table(cls, {**identity, **data}, where, given={"folder": folder, "digest": digest})
-        _check(bundle, where)
+            raw = (folder / "bundle.toml").read_bytes()
+        except OSError as exc:
+            raise InvalidBundleError(f"bundle.toml of bundle {folder.name} cannot be read: {exc.strerror}.") from exc
+        bundle = cls._of(raw, folder)
         if verify:
             bundle._verify()
-            if bert_sha256 != bundle.weights.bert_sha256:
-                told = bundle.weights.bert_sha256 or "nothing"
-                raise InvalidBundleError(
-                    f"{language} of bundle {bundle.name} has sha256 {bert_sha256}, bundle.toml says {told} (bert_sha256)."
-                )
         return bundle
+
+    @classmethod
+    def _of(cls, raw: bytes, folder: Path) -> Self:
+        """The bundle that bundle.toml would be if it held these bytes."""
+        where = f"{folder.name}/bundle.toml"
+        data = _parsed(raw, where)
+        identity = data.pop("bundle", None)
+        if not isinstance(identity, dict):
+            raise InvalidBundleError(f"{where}: it has no [bundle] table.")
+        bundle = _table(cls, {**identity, **data}, where, given={"folder": folder, "digest": ""})
+        _check(bundle, where)
+        digest = hashlib.sha256(raw + b"\0" + bundle.weights.sha256.encode()).hexdigest()
+        if bundle.network.bert:
+            digest = hashlib.sha256(f"{digest}\0{bundle.language_sha256}".encode()).hexdigest()
+        return replace(bundle, digest=digest)
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -109,6 +107,11 @@ class Bundle:
     def weights_path(self) -> Path:
         """The safetensors file."""
         return self.folder / self.weights.file
+
+    @property
+    def language_sha256(self) -> str:
+        """Of the names and bytes of the language model's files; '' without one."""
+        return _digest_of(self.folder, self.network.bert) if self.network.bert else ""
 
     def tensors(self) -> dict[str, Tensor]:
         """Load the weights, on the CPU, from the very bytes whose sha256 is checked here."""
@@ -132,53 +135,108 @@ class Bundle:
             raise InvalidBundleError(
                 f"{self.weights.file} of bundle {self.name} has sha256 {found}, bundle.toml says {self.weights.sha256}."
             )
+        if language := self.network.bert:
+            found, told = self.language_sha256, self.weights.bert_sha256
+            if found != told:
+                raise InvalidBundleError(
+                    f"{language} of bundle {self.name} has sha256 {found}, bundle.toml says {told or 'nothing'} (bert_sha256)."
+                )
         return raw
 
 
-def _digest_of(folder: Path) -> str:
-    """The sha256 over names and bytes of the files below a folder."""
-    whole = hashlib.sha256()
-    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
-        whole.update(f"{file.relative_to(folder)}\0{hashlib.sha256(file.read_bytes()).hexdigest()}\0".encode())
+def _digest_of(folder: Path, name: str) -> str:
+    """The sha256 over names and bytes of the files in a folder of the bundle; a link that leads out of it is refused."""
+    root, whole = (folder / name).resolve(), hashlib.sha256()
+    try:
+        if root.parent != folder.resolve() or any(not one.resolve().is_relative_to(root) for one in root.rglob("*")):
+            raise InvalidBundleError(f"{name} of bundle {folder.name} holds a link that leads out of it; put the files themselves there.")
+        for file in sorted(file for file in root.rglob("*") if file.is_file()):
+            whole.update(f"{file.relative_to(root)}\0{hashlib.sha256(file.read_bytes()).hexdigest()}\0".encode())
+    except (OSError, RuntimeError) as exc:  # RuntimeError: a link to itself
+        raise InvalidBundleError(f"{name} of bundle {folder.name} cannot be read ({type(exc).__name__}).") from exc
     return whole.hexdigest()
 
 
 def settle(folder: Path, findings: Mapping[str, Mapping[str, float]], *, sha256: str = "") -> Bundle:
     """Write numbers (temperature, threshold, …) into each finding's table of bundle.toml and, if given, the weights' sha256.
 
-    Comments and everything else there survive.
+    Comments and everything else there survive. All is written or nothing.
+
+    Raises
+    ------
+    InvalidBundleError
+        The file is written in a way that this cannot change for certain, the numbers cannot be, or the weights have another sha256.
+    OSError
+        The file cannot be written.
     """
-    file = folder / "bundle.toml"
-    bundle = Bundle.read(folder, verify=False)
-    text = file.read_text("utf-8")
+    text = _settled(Bundle.read(folder, verify=False), findings, sha256)
+    bundle = Bundle._of(text.encode(), folder)
     if sha256:
-        text, count = re.subn(r'(?m)^sha256 = "[^"]*"', f'sha256 = "{sha256}"', text)
-        if count != 1:
-            raise InvalidBundleError(f"{folder.name}/bundle.toml must hold one line 'sha256 = \"…\"', found {count}.")
-        if bundle.network.bert:
-            text = re.sub(r"(?m)^bert_sha256 = .*\n", "", text)
-            line = f'bert_sha256 = "{_digest_of(folder / bundle.network.bert)}"'
-            text = re.sub(r'(?m)^(sha256 = "[^"]*")$', rf"\1\n{line}", text)
-    head, *tables = re.split(r"(?m)^(?=\[\[findings\]\])", text)
-    if len(tables) != len(bundle.findings):
-        raise InvalidBundleError(f"{folder.name}/bundle.toml must write each finding as its own [[findings]] table.")
-    for index, finding in enumerate(bundle.findings):
-        for key, value in findings.get(finding.name, {}).items():
-            tables[index] = _with_number(tables[index], key, f"{key} = {value:.4f}")
-    part = file.with_suffix(".part")
-    part.write_text("".join((head, *tables)), "utf-8")
-    part.replace(file)
-    return Bundle.read(folder, verify=bool(sha256))
+        bundle._verify()
+    with replacing(folder / "bundle.toml") as stream:
+        stream.write(text.encode())
+    return bundle
 
 
-def _with_number(table: str, key: str, line: str) -> str:
-    replaced, count = re.subn(rf"(?m)^{key} = .*$", line, table)
-    # Every finding has a threshold: a key that is new stands below it.
-    return replaced if count else re.sub(r"(?m)^(threshold = .*)$", rf"\1\n{line}", table, count=1)
+def check_writable(folder: Path) -> None:
+    """Refuse, before hours of training, a bundle.toml that `settle` would refuse after them (InvalidBundleError)."""
+    bundle = Bundle.read(folder, verify=False)
+    _settled(bundle, {finding.name: {"temperature": finding.temperature, "alpha": 0.0} for finding in bundle.findings}, "0" * 64)
+
+
+def _settled(bundle: Bundle, findings: Mapping[str, Mapping[str, float]], sha256: str) -> str:
+    """The text of bundle.toml with these numbers, read again to be sure that they, and nothing else, have changed."""
+    where = f"{bundle.folder.name}/bundle.toml"
+    text = (bundle.folder / "bundle.toml").read_text("utf-8")
+    meant = _parsed(text.encode(), where)
+    new = [{key: f"{value:.4f}" for key, value in findings.get(finding.name, {}).items()} for finding in bundle.findings]
+    hashes = {"sha256": f'"{sha256}"'} if sha256 else {}
+    if sha256 and bundle.network.bert:
+        hashes["bert_sha256"] = f'"{bundle.language_sha256}"'
+    text = _rewritten(text, new, hashes)
+    for table, told in zip((*meant["findings"], meant["weights"]), (*new, hashes), strict=True):
+        table |= tomllib.loads("".join(f"{key} = {value}\n" for key, value in told.items()))
+    try:
+        is_meant = tomllib.loads(text) == meant
+    except tomllib.TOMLDecodeError:
+        is_meant = False
+    if not is_meant:
+        raise InvalidBundleError(
+            f"{where} is left as it is, for numbers cannot be written into it for certain. Write each finding as its own [[findings]] "
+            'table with a line "threshold = 0.5", its other numbers likewise, and below [weights] a line "sha256 = \'\'".'
+        )
+    return text
+
+
+def _rewritten(text: str, findings: Sequence[Mapping[str, str]], weights: Mapping[str, str]) -> str:
+    # Every line that opens a table begins a part; a line within an array may, too, and changes nothing by it.
+    parts = re.split(r"(?m)^(?=[ \t]*\[)", text)
+    tables = [index for index, part in enumerate(parts) if re.match(r"[ \t]*\[\[[ \t]*findings[ \t]*\]\]", part)]
+    lasts = [index for index, part in enumerate(parts) if re.match(r"[ \t]*\[[ \t]*weights[ \t]*\]", part)]
+    for index, told in (*zip(tables, findings, strict=False), *((last, weights) for last in lasts)):
+        for key, value in told.items():
+            parts[index] = _with(parts[index], key, value)
+    return "".join(parts)
+
+
+def _with(table: str, key: str, value: str) -> str:
+    """The text of a table with another value of `key`; one that is new stands below a line that every such table has."""
+    told = r"""("[^"\n]*"|'[^'\n]*'|[^\s#]+)"""
+    replaced, count = re.subn(rf"(?m)^([ \t]*{key}[ \t]*=[ \t]*){told}", lambda found: found[1] + value, table)
+    above = "sha256" if key == "bert_sha256" else "threshold"
+    added = rf"(?m)^([ \t]*){above}[ \t]*=.*$"
+    return replaced if count else re.sub(added, lambda found: f"{found[0]}\n{found[1]}{key} = {value}", table, count=1)
+
+
+def _parsed(raw: bytes, where: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(raw.decode("utf-8"))
+    except (ValueError, RecursionError) as exc:  # a number of more digits than Python reads, arrays a thousand deep
+        raise InvalidBundleError(f"{where} cannot be read: {exc}.") from exc
 
 
 def _check(bundle: Bundle, where: str) -> None:
-    for rule in broken_rules(bundle.images, bundle.record, bundle.findings, bundle.network, bundle.weights):
+    for rule in broken_rules(bundle.images, bundle.record, bundle.findings, bundle.network, bundle.training, bundle.weights):
         raise InvalidBundleError(f"{where}: {rule}.")
     alone = bundle.network.fusion.removeprefix("single:")
     if bundle.network.fusion != alone and alone not in bundle.modalities:
@@ -188,7 +246,7 @@ def _check(bundle: Bundle, where: str) -> None:
 def _table(cls: type[T], raw: object, where: str, *, given: Mapping[str, object] | None = None) -> T:
     """Turn a TOML table into the dataclass `cls`: no unknown key, no missing key, no coercion but int to float."""
     if not isinstance(raw, dict):
-        raise InvalidBundleError(f"{where}: a table is expected, found {raw!r}.")
+        raise InvalidBundleError(f"{where}: a table is expected, found {_shown(raw)}.")
     given = given or {}
     assert is_dataclass(cls)  # noqa: S101  a bug of ours, not of the file
     hints = get_type_hints(cls)
@@ -211,6 +269,8 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         return _table(kind, value, where)
     if get_origin(kind) is not None:
         return _container(kind, value, where)
+    if type(value) is int and abs(value) >= 2**63:  # more than TOML promises, and than a float or a tensor's size can be
+        raise InvalidBundleError(f"{where}: a number of at most 64 bits is expected.")
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
@@ -234,9 +294,18 @@ def _container(kind: Any, value: Any, where: str) -> Any:
 
 def _code(value: object, where: str) -> Code:
     if not (isinstance(value, list) and len(value) in (2, 3) and all(isinstance(v, str) and v for v in value)):
-        raise InvalidBundleError(f"{where}: a code is [value, scheme, meaning], found {value!r}.")
+        raise InvalidBundleError(f"{where}: a code is [value, scheme, meaning], found {_shown(value)}.")
     return Code(*value)
 
 
 def _unexpected(kind: Any, value: object, where: str) -> InvalidBundleError:
-    return InvalidBundleError(f"{where}: {getattr(kind, '__name__', kind)} is expected, found {value!r}.")
+    return InvalidBundleError(f"{where}: {getattr(kind, '__name__', kind)} is expected, found {_shown(value)}.")
+
+
+def _shown(value: object) -> str:
+    """What was found, for a message: its beginning, for it may be of any size and depth."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__}"
+    return text if len(text) <= 80 else text[:80] + "…"

@@ -42,7 +42,7 @@ def write_card(results: Mapping[str, Any], *, bundle_text: Mapping[str, Any]) ->
         "How it was judged": _judged(results),
         "Results": "\n\n".join(
             f"### {_md(name)}\n\n{_md(words.how_good(results, name))}\n\n{each(words.how_compared(results, name))}\n\n"
-            f"{_card_table(results, name)}"
+            f"{_card_table(results, name)}\n\n{_md(' '.join(filter(None, (words.jointly(results), words.twins(results, name)))))}"
             for name in found
         )
         or "Not evaluated.",
@@ -85,7 +85,7 @@ def _cohort_words(results: Results) -> str:
 
 def _judged(results: Results) -> str:
     return (
-        f"{given(results, 'folds')} folds of whole patients, stratified, repeated {given(results, 'repeats')} times, seed "
+        f"{given(results, 'folds')} folds of whole patients, stratified{words.repeated(results)}, seed "
         f"{given(results, 'seed')}, every row on the same folds, on {_cohort_words(results)} "
         "Intervals are 95 %, from a bootstrap of patients; claims against single modalities and late fusions are corrected by Holm for "
         "their number, other differences are not. "

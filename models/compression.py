@@ -72,7 +72,7 @@ def distil(
     Raises
     ------
     ValueError
-        No study has the first image.
+        No study has the first image, or an answer of the teacher is not finite.
     """
     image, config, where = bundle.images[0].name, bundle.training, torch.device(device)
     seen = [s for s in studies if bool(s.sample[f"{image}_mask"])]
@@ -80,7 +80,7 @@ def distil(
         raise ValueError(f"No study has the image {image!r}: there is nothing to learn from.")
     small = image_only(bundle)
     with deterministic(seed, where):
-        soft = torch.sigmoid(predict(teacher, seen, device=where)[0] / SOFTNESS).to(where)
+        soft = torch.sigmoid(_finite(predict(teacher, seen, device=where)[0]) / SOFTNESS).to(where)
         student = FusionNetwork(small).to(where)
         student.images[image].load_state_dict(teacher.images[image].state_dict())
         table = Table(student.modalities, seen, where, config=config)
@@ -309,6 +309,11 @@ def compare(reference: nn.Module, other: nn.Module, studies: Sequence[Labeled], 
     dict
         ``size_bytes`` of the tensors in a safetensors file; ``median_ms`` of one study at a time; ``max_change`` and
         ``mean_change`` of a probability; ``same_verdicts``, the share of equal verdicts over studies and findings.
+
+    Raises
+    ------
+    ValueError
+        There is no study, or an answer is not finite.
     """
     if not studies:
         raise ValueError("No study to compare the networks on.")
@@ -344,9 +349,16 @@ def _answers(network: nn.Module, batches: Sequence[Sample], bundle: Bundle) -> t
     answers, seconds = [], []
     for batch in batches:
         start = time.perf_counter()
-        answers.append(torch.sigmoid(network(batch) / temperatures))
+        answers.append(torch.sigmoid(_finite(network(batch)) / temperatures))
         seconds.append(time.perf_counter() - start)
     return torch.cat(answers), seconds
+
+
+def _finite(logits: Tensor) -> Tensor:
+    """The same; a ValueError where one is infinite or undefined, for nothing can be learned from it or compared with it."""
+    if not bool(logits.isfinite().all()):
+        raise ValueError("A network gave an answer that is not a finite number.")
+    return logits
 
 
 def _verdicts(probabilities: Tensor, bundle: Bundle) -> Tensor:

@@ -229,7 +229,7 @@ def _age_band(age: str | float | None) -> str:
 
 
 def _curves(scores: Mapping[str, FloatArray], headline: str, y: FloatArray, kinds: Mapping[str, str]) -> dict[str, Any]:
-    drawn = [headline, *(name for name in scores if kinds[name] in ("single", "late"))]
+    drawn = [headline, *(name for name in scores if kinds[name] in ("single", "late", "baseline", "floor"))]
     points = {name: metrics.curve_points(scores[name], y) for name in drawn}
     risk = metrics.risk_coverage(scores[headline], y)
     return {

@@ -17,6 +17,8 @@ import math
 import os
 import threading
 import time
+import zipfile
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -34,6 +36,7 @@ from torch import Tensor
 from models import baselines
 from models.bundle import Bundle
 from models.features import SMALLEST, features
+from models.files import replacing
 from models.fusion import FUSIONS
 from models.training import Fit, Labeled, TokenCache, cache_tokens, fit, predict, pretrain
 from models.transforms import Sample
@@ -44,6 +47,8 @@ Facts = Mapping[str, str | float]
 #: Probabilities (studies of the fold, L) of one row of the table.
 Scores = dict[str, FloatArray]
 
+#: numpy takes 32 bits; the seeds of the folds lie above their repeat's.
+MOST_SEED: Final = 2**32 - 1 - 10_000
 #: Shares of the values that are dropped to see what is left.
 DROPPED: Final = (0.3, 0.6)
 #: Rows of late fusion proper: networks that never met.
@@ -74,7 +79,14 @@ def assign_folds(studies: Sequence[Labeled], *, folds: int, seed: int) -> dict[s
     """Deal the groups to folds: large ones first, each to the fold that is furthest behind in studies of its kind.
 
     A group's kind is whether it has a positive of the first finding, so that every fold holds both; ties by a seeded hash.
+
+    Raises
+    ------
+    ValueError
+        Fewer groups than folds, or a seed that the learners of the folds cannot take.
     """
+    if not 0 <= seed <= MOST_SEED:
+        raise ValueError(f"A seed must lie from 0 to {MOST_SEED}, with 1000 for each repeat; this is {seed}.")
     sizes: dict[str, int] = {}
     positive: dict[str, bool] = {}
     for study in studies:
@@ -96,24 +108,34 @@ def assign_folds(studies: Sequence[Labeled], *, folds: int, seed: int) -> dict[s
 def all_folds(
     task: Task, todo: Sequence[tuple[int, int]], fold_of: Sequence[Mapping[str, int]], *, kept: Path, processes: int
 ) -> Iterable[tuple[tuple[int, int], Scores]]:
-    """Every fold's scores, as they are done; those that `kept` holds already at once."""
+    """Every fold's scores, as they are done; those that `kept` holds already at once. An OSError names a folder that is full."""
     kept.mkdir(parents=True, exist_ok=True)
     files = {key: kept / f"{key[0]}-{key[1]}.npz" for key in todo}
     left = []
     for key in todo:
-        if files[key].exists():
-            with np.load(files[key], allow_pickle=False) as stored:
-                yield key, {name: stored[name] for name in stored.files}
-        else:
+        if (scores := _read(files[key])) is None:
             left.append(key)
+        else:
+            yield key, scores
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_begin, initargs=(task,)) as pool:
         running = {pool.submit(_run, fold_of[repeat], fold, repeat): (repeat, fold) for repeat, fold in left}
         for done in as_completed(running):
             key, scores = running[done], done.result()
-            part = files[key].with_suffix(".part.npz")
-            np.savez_compressed(part, allow_pickle=False, **scores)
-            part.rename(files[key])
+            with replacing(files[key]) as stream:
+                np.savez_compressed(stream, allow_pickle=False, **scores)
             yield key, scores
+
+
+def _read(file: Path) -> Scores | None:
+    """The scores that a file keeps; a broken one is removed, for its fold can be learned anew."""
+    if not file.exists():
+        return None
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            return {name: stored[name] for name in stored.files}
+    except (EOFError, ValueError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error):  # all that numpy and zip files raise
+        file.unlink()
+        return None
 
 
 _TASK: list[Task] = []

@@ -33,16 +33,17 @@ h3{font-size:1.05rem;margin:1.75rem 0 .4rem}p{margin:.4rem 0;max-width:46rem}.fa
 .plain ul{margin:.4rem 0;padding-left:1.2rem}li.warn{color:var(--warn);font-weight:600}
 dl.tiles{display:flex;flex-wrap:wrap;gap:.5rem 2rem;margin:.6rem 0}dl.tiles div{display:flex;flex-direction:column-reverse}
 dl.tiles dt{font-size:.8rem;color:var(--faint)}dl.tiles dd{margin:0;font-size:1.35rem;font-weight:600;font-variant-numeric:tabular-nums}
-dl.tiles small{font-size:.85rem;font-weight:400;color:var(--faint)}
+dl.tiles .few dd{font-weight:400}dl.tiles small{font-size:.85rem;font-weight:400;color:var(--faint)}
 nav a{margin-right:1rem}a{color:inherit}
 figure{margin:.5rem 0 1.25rem;overflow-x:auto}svg{max-width:100%;height:auto;stroke-linejoin:round;fill:currentColor}
-.scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.8rem;font-variant-numeric:tabular-nums;margin:.5rem 0 1rem}
+.scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.78rem;font-variant-numeric:tabular-nums;margin:.5rem 0 1rem}
 caption{text-align:left;padding:.25rem 0}th,td{padding:.2rem .38rem;text-align:right;white-space:nowrap;
  border-bottom:1px solid var(--line)}
-td small{display:block;color:var(--faint);font-size:.7rem;font-weight:400}
+td small{display:block;color:var(--faint);font-size:.66rem;font-weight:400}
 thead th{vertical-align:bottom;border-bottom:2px solid var(--faint)}
-th:first-child,td.words{text-align:left}tbody th{font-weight:400}tbody th[scope=rowgroup]{font-weight:700;padding-top:.7rem}
-td.words{white-space:normal;min-width:14rem}tr.head th,tr.head td{font-weight:700}tr.few{color:var(--faint)}
+th:first-child,td.words{text-align:left}tbody th{font-weight:400;white-space:normal;min-width:9rem}
+tbody th[scope=rowgroup]{font-weight:700;padding-top:.7rem}
+td.words{white-space:normal;min-width:14rem}tr.head th,tr.head td{font-weight:700}.few,dl.tiles .few dd{color:var(--faint)}
 @media print{@page{margin:14mm 12mm}:root{color-scheme:light;--ink:#000;--paper:#fff;--faint:#444;--line:#bbb;--soft:#fff;--warn:#8a3200}
 body{max-width:none;padding:0;font-size:10pt}nav{display:none}.scroll,figure{overflow:visible}figure,tr,.plain{break-inside:avoid}
 h2,h3{break-after:avoid}table{font-size:6.6pt}td small{font-size:6pt}th,td{padding:.12rem .25rem}}
@@ -100,18 +101,22 @@ def _plain(results: Results, finding: str) -> str:
     compared = words.compare(results, finding, image) if image else None
     gain = compared.difference if compared else None
     interval = f"{number(gain.low, signed=True)} to {number(gain.high, signed=True)}" if gain else ""
-    shown = "" if words.too_few(results, finding) else words.in_short(gain, compared.p if compared else None)
+    few, shown = words.too_few(results, finding), words.in_short(gain, compared.p if compared else None)
     found = (results.get("triage") or {}).get(finding) or {}
     own = found.get("shipped") or found
     uncertain = "–" if own.get("refused") else share(own.get("uncertain"))
     patients = given(results.get("cohort"), "patients")
+    # What may not be claimed is gray, and a gain of which nothing may be claimed is no headline at all.
     tiles = (
-        ("AUROC", number(head.value) if head else "–", f"{number(head.low)} to {number(head.high)}" if head else ""),
-        (f"gain over image alone{shown}", number(gain.value, signed=True) if gain else "–", interval),
-        ("called uncertain", uncertain, ""),
-        ("patients", str(patients), ""),
+        ("AUROC", number(head.value) if head else "–", f"{number(head.low)} to {number(head.high)}" if head else "", bool(few)),
+        *(((f"gain over image alone{shown}", number(gain.value, signed=True), interval, "not" in shown),) if gain and not few else ()),
+        ("called uncertain", uncertain, "", bool(few)),
+        ("patients", str(patients), "", False),
     )
-    drawn = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)} <small>{escape(extra)}</small></dd></div>" for k, v, extra in tiles)
+    drawn = "".join(
+        f"<div{' class=few' * gray}><dt>{escape(k)}</dt><dd>{escape(v)} <small>{escape(extra)}</small></dd></div>"
+        for k, v, extra, gray in tiles
+    )
     points = [*words.how_compared(results, finding), words.without(results, finding), words.triage(results, finding)]
     items = "".join(f"<li{' class=warn' * text.startswith('Beware')}>{escape(text)}</li>" for text in points if text)
     return (
@@ -130,7 +135,7 @@ def _finding(results: Results, finding: str, order: int, ids: Sequence[str]) -> 
             "Every row, the same folds",
             plots.forest(results, finding, name=ids[0]),
             f"AUROC with patient-clustered 95 % intervals, {n}. Band: the network's interval. Hollow: shortcut floors, what can be had "
-            "without seeing the finding.",
+            f"without seeing the finding. {words.jointly(results)}",
         ),
     ]
     if curves.get("roc") or curves.get("pr"):
@@ -188,7 +193,8 @@ def _metric_table(results: Results, finding: str) -> str:
         weights = row.get("parameters")
         cells = [f"<td>{weights:,}</td>" if weights is not None else "<td>–</td>", *(_cell(metric(row, name)) for name in METRICS)]
         body.append(_line(str(row["name"]), cells, kind="head" if row is head else ""))
-    caption = f"All metrics with 95 % intervals, {words.population(results, finding)}. Brier and ECE: lower is better."
+    caption = f"All metrics with 95 % intervals, {words.population(results, finding)}. Brier and ECE: lower is better. "
+    caption += words.twins(results, finding)
     return "<h3>All metrics</h3>" + _table(caption, ("Row", "Parameters", *METRICS.values()), body)
 
 
@@ -196,7 +202,7 @@ def _difference_table(results: Results, finding: str) -> str:
     found = words.of(results, "differences", finding)
     if not found:
         return ""
-    body, few = [], "too few, so no claim" if words.too_few(results, finding) else ""
+    body, few = [], "too few patients, so no claim" if words.too_few(results, finding) else ""
     for row in found:
         difference, name = words.estimate(row["difference"]), str(row["metric"])
         better = (

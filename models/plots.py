@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from models.words import (
+    ABOVE,
     FEWEST,
     GROUPS,
     Estimate,
@@ -103,13 +104,13 @@ def svg(draw: Callable[[Figure], None], *, name: str, title: str, size: tuple[fl
 def forest(results: Results, finding: str, *, name: str) -> str:
     """AUROC of every row with its interval, by group; the headline's interval is a band, chance a line."""
     found = rows(results, finding)
-    close = {str(row["name"]) for row, _ in close_floors(results, finding)}
+    close = {str(row["name"]): "above" if why == ABOVE else "close to" for row, why in close_floors(results, finding)}
     lines: list[Line] = []
     for group, members in groupby(found, key=lambda row: str(row["group"])):
         color, marker = STYLE.get(group, (FAINT, "o"))
         lines.append(Line(GROUPS.get(group, group)))
         for row in members:
-            warn = " · close to the network" if row["name"] in close and group == "floor" else ""
+            warn = f" · {close[row['name']]} the network" if row["name"] in close and group == "floor" else ""
             lines.append(Line(str(row["name"]), metric(row, "auroc"), color=color, marker=marker, hollow=group == "floor", note=warn))
     head = headline(results, finding)
 
@@ -168,9 +169,10 @@ def _forest(axes: Axes, lines: Sequence[Line], *, bold: str = "") -> None:
     axes.axvline(0.5, color=INK, linewidth=0.9, linestyle=(0, (2, 2)))
     axes.text(0.5, -0.95, "chance", ha="center", va="bottom", fontsize=8)
     side = axes.get_yaxis_transform()
+    left = -0.03 - 0.0135 * max([20, *(len(short(line.label)) for line in lines)])  # a letter's width, measured
     for y, line in enumerate(lines):
         if not line.marker:
-            axes.text(-0.42, y, short(line.label), va="center", weight="bold", transform=side)
+            axes.text(left, y, short(line.label), va="center", weight="bold", transform=side)
             continue
         weight = "bold" if line.label == bold else "normal"
         axes.text(-0.03, y, short(line.label), ha="right", va="center", weight=weight, transform=side)
@@ -187,7 +189,7 @@ def _forest(axes: Axes, lines: Sequence[Line], *, bold: str = "") -> None:
     axes.set_xlabel("AUROC with 95 % interval")
 
 
-def short(label: str, most: int = 40) -> str:
+def short(label: str, most: int = 48) -> str:
     """A label no longer than the space for it."""
     label = " ".join(label.split())
     return label if len(label) <= most else label[: most - 1] + "…"
@@ -199,22 +201,23 @@ def operating(results: Results, finding: str, *, name: str) -> str:
     positives, negatives = counts(results, finding)
 
     def draw(figure: Figure) -> None:
-        roc, pr = figure.subplots(1, 2)
+        (roc, pr), chance = figure.subplots(1, 2), ""
         roc.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle=(0, (2, 2)))
         if positives and negatives:
             prevalence = positives / (positives + negatives)
             pr.axhline(prevalence, color=INK, linewidth=0.8, linestyle=(0, (2, 2)))
-            pr.text(0.01, prevalence - 0.015, f"chance: {share(prevalence)} have the finding", va="top", fontsize=8)
+            chance = f" (dots: {share(prevalence)} have the finding)"
         for row, look in _drawn(results, finding):
             for axes, kind in ((roc, "roc"), (pr, "pr")):
                 if line := (curves.get(kind) or {}).get(row["name"]):
                     axes.plot(line["x"], line["y"], **look)
-        roc.set(xlabel="1 − specificity", ylabel="Sensitivity (recall)", title="ROC")
-        pr.set(xlabel="Recall (sensitivity)", ylabel="Precision", title="Precision–recall")
+        roc.set(xlabel="1 − specificity", ylabel="Sensitivity (recall)", title="ROC (dots: chance)")
+        pr.set(xlabel="Recall (sensitivity)", ylabel="Precision", title=f"Precision–recall{chance}")
         for axes in (roc, pr):
             axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.02), aspect="equal")
-        if roc.get_legend_handles_labels()[0]:
-            roc.legend(loc="lower right", fontsize=7.5, handlelength=2.6, title="AUROC", title_fontsize=7.5, alignment="right")
+        if (handles := roc.get_legend_handles_labels())[0]:
+            # Beneath, where no curve runs.
+            figure.legend(*handles, loc="upper center", bbox_to_anchor=(0.5, 0.02), ncols=2, fontsize=8, handlelength=2.6, title="AUROC")
 
     return svg(draw, name=name, title=f"ROC and precision–recall curves: {finding}", size=(9.2, 4.6))
 
@@ -231,7 +234,7 @@ def _drawn(results: Results, finding: str) -> list[tuple[Row, dict[str, Any]]]:
         # The best single modality beside image alone would have the same color.
         color = SKY if any(other["group"] == group for other, _ in drawn) else STYLE.get(group, (FAINT, "o"))[0]
         look = {"color": color, "linestyle": DASHES.get(group, "-"), "linewidth": 1.3 if drawn else 2.2, "zorder": 9 - len(drawn)}
-        drawn.append((row, {**look, "label": f"{short(str(row['name']), 26)}: {number(auroc.value if auroc else None)}"}))
+        drawn.append((row, {**look, "label": f"{short(str(row['name']))}: {number(auroc.value if auroc else None)}"}))
     return drawn
 
 
@@ -244,7 +247,6 @@ def certainty(results: Results, finding: str, *, name: str) -> str:
         grid = figure.add_gridspec(2, 2, height_ratios=(4, 1), hspace=0.12, wspace=0.25)
         top, amounts, right = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[1, 0]), figure.add_subplot(grid[:, 1])
         top.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle=(0, (2, 2)))
-        top.text(1.0, 0.0, "dots: perfect", ha="right", va="bottom", fontsize=8)
         predicted, observed, count = (list(reliability.get(key) or []) for key in ("predicted", "observed", "count"))
         top.plot(predicted, observed, color=VERMILION, marker="o", markersize=4.5, linewidth=1.4)
         amounts.bar(predicted, count, width=0.015, color=VERMILION, alpha=0.75)
@@ -254,18 +256,17 @@ def certainty(results: Results, finding: str, *, name: str) -> str:
                 continue
             last = x
             amounts.annotate(f"{n:.0f}", (x, n), xytext=(0, 2), textcoords="offset points", ha="center", fontsize=7)
-        top.set(title="Reliability", ylabel="Share that has the finding", xlim=(-0.02, 1.02), ylim=(-0.02, 1.04))
+        top.set(title="Reliability (dots: perfect)", ylabel="Share that has the finding", xlim=(-0.02, 1.02), ylim=(-0.02, 1.04))
         top.tick_params(labelbottom=False)
         amounts.set(xlabel="Predicted probability", ylabel="Predictions", xlim=(-0.02, 1.02), ylim=(0, 1.35 * max([1, *count])))
         amounts.yaxis.set_major_locator(MaxNLocator(2, integer=True))
         coverage, risk = list(selective.get("coverage") or []), list(selective.get("risk") or [])
         right.plot(coverage, risk, color=VERMILION, linewidth=1.8)
+        whole = f" (dots: all answered, {number(max(zip(coverage, risk, strict=True))[1])})" if risk else ""
         if risk:
-            whole = max(zip(coverage, risk, strict=True))[1]
-            right.axhline(whole, color=INK, linewidth=0.8, linestyle=(0, (2, 2)))
-            right.text(0.01, whole, f"all answered: {number(whole)}", va="bottom", fontsize=8)
-        right.set(title="Risk–coverage", xlabel="Share of studies answered", ylabel="Error among those answered", xlim=(0, 1.02))
-        right.set_ylim(0, 1.2 * max([0.05, *risk]))
+            right.axhline(max(zip(coverage, risk, strict=True))[1], color=INK, linewidth=0.8, linestyle=(0, (2, 2)))
+        right.set(title=f"Risk–coverage{whole}", xlabel="Share of studies answered", ylabel="Error among those answered", xlim=(0, 1.02))
+        right.set_ylim(0, min(1.02, 1.2 * max([0.05, *risk])))  # a share: there is nothing above 1
         right.xaxis.set_major_formatter(PercentFormatter(1.0))
 
     return svg(draw, name=name, title=f"Reliability and risk–coverage: {finding}", size=(9.2, 4.4))

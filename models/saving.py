@@ -7,7 +7,6 @@ the studies it learned from a new one may lie (calibration.py).
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,8 +14,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from models.bundle import Bundle, settle
+from models.bundle import Bundle, InvalidBundleError, check_writable, settle
 from models.calibration import Atypical, fit_atypical
+from models.files import replacing
 from models.network import FusionNetwork
 from models.table import Labeled
 from models.training import Fit, embeddings
@@ -35,7 +35,15 @@ def save_fit(bundle: Bundle, result: Fit, studies: Sequence[Labeled] = ()) -> Bu
     `studies` are those of the training, held-out ones too: from 20 patients on, what lies far from them all is atypical.
     A guarantee (`alpha`) is withdrawn: it was of the old weights. Killed anywhere, it leaves the old bundle, the new one, or new
     weights that the old sha256 refuses; the checkpoint goes last, so that training again finds the same weights.
+
+    Raises
+    ------
+    InvalidBundleError
+        bundle.toml cannot be changed for certain (`bundle.check_writable` says so before a training); it and the weights stay.
+    OSError
+        The folder cannot be written into.
     """
+    check_writable(bundle.folder)
     tensors = {name: tensor.contiguous() for name, tensor in result.network.state_dict().items()}
     groups = np.array([study.group for study in studies])
     if len(set(groups.tolist())) >= LEAST_PATIENTS:
@@ -44,12 +52,8 @@ def save_fit(bundle: Bundle, result: Fit, studies: Sequence[Labeled] = ()) -> Bu
         tensors |= {_PREFIX + name: torch.from_numpy(array) for name, array in (("mean", found.mean), ("precision", found.precision))}
         tensors[_PREFIX + "limit"] = torch.from_numpy(limit)
     raw = save(tensors)
-    part = bundle.weights_path.with_suffix(".part")
-    with part.open("wb") as stream:
+    with replacing(bundle.weights_path) as stream:
         stream.write(raw)
-        stream.flush()
-        os.fsync(stream.fileno())
-    part.replace(bundle.weights_path)
     numbers = {f.name: {"temperature": float(t)} for f, t in zip(bundle.findings, result.temperatures, strict=True)}
     for finding in Bundle.read(bundle.folder, verify=False).findings:  # as they are now: a training takes long
         if finding.alpha:
@@ -66,12 +70,28 @@ def load_network(bundle: Bundle) -> tuple[FusionNetwork, Atypical | None]:
     Raises
     ------
     InvalidBundleError
-        Its weights are missing, changed or no safetensors.
+        Its weights are missing, changed, no safetensors or of another kind of number than the network's, or what they say of atypical
+        studies makes no sense.
     RuntimeError, ValueError
         They are another network's, or the configuration makes none.
     """
     tensors: dict[str, Tensor] = bundle.tensors()
-    about = {name.removeprefix(_PREFIX): tensors.pop(name).numpy() for name in list(tensors) if name.startswith(_PREFIX)}
+    about = {name.removeprefix(_PREFIX): tensors.pop(name) for name in list(tensors) if name.startswith(_PREFIX)}
     network = FusionNetwork(bundle)
+    for name, wanted in network.state_dict().items():
+        # torch would convert them without a word, and answer something else.
+        if name in tensors and tensors[name].dtype != wanted.dtype:
+            raise InvalidBundleError(f"{name} in {bundle.weights.file} is {tensors[name].dtype}; the network's is {wanted.dtype}.")
     network.load_state_dict(tensors)
-    return network.eval(), Atypical(about["mean"], about["precision"], float(about["limit"])) if about else None
+    return network.eval(), _atypical(about, bundle.weights.file) if about else None
+
+
+def _atypical(about: dict[str, Tensor], file: str) -> Atypical:
+    """What is atypical, of ``mean`` (E,), ``precision`` (E, E) and ``limit`` (), all float32."""
+    if sorted(about) != ["limit", "mean", "precision"]:
+        raise InvalidBundleError(f"{file} holds {', '.join(sorted(about))} of {_PREFIX}*; limit, mean and precision are expected.")
+    shapes = {"limit": (), "mean": (size := about["mean"].numel(),), "precision": (size, size)}
+    for name, tensor in about.items():
+        if tensor.dtype != torch.float32 or tuple(tensor.shape) != shapes[name] or not bool(tensor.isfinite().all()):
+            raise InvalidBundleError(f"{_PREFIX}{name} in {file} is not float32 of shape {shapes[name]} and finite.")
+    return Atypical(about["mean"].numpy(), about["precision"].numpy(), float(about["limit"]))

@@ -17,7 +17,6 @@ from __future__ import annotations
 import atexit
 import hashlib
 import math
-import os
 import pickle
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -32,6 +31,7 @@ from torch import Tensor, distributed, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils import deterministic as deterministics
 
+from models.files import replacing
 from models.spec import TrainingConfig
 from models.table import Draw
 
@@ -72,23 +72,22 @@ class Checkpoint:
         if self.file and self.file.exists():
             self._state = _read(self.file)
             if other := [name for name, value in identity.items() if self._state["identity"].get(name) != value]:
-                raise ValueError(f"{self.file.name} is of a run with other {' and '.join(other)}; remove it to begin anew.")
+                raise ValueError(
+                    f"{self.file} is of a run that was stopped, with other {' and '.join(other)}: bundle.toml, the cohort or the seed "
+                    "changed since. Undo the change to go on with it, or remove the file to begin anew."
+                )
 
     def stage(self, name: str) -> dict[str, Any] | None:
         """Return what was kept of a stage."""
         return self._state["stages"].get(name)  # type: ignore[no-any-return]
 
     def keep(self, name: str, state: dict[str, Any]) -> None:
-        """Write the state of a stage beside those before it; the file is whole at every moment."""
+        """Write the state of a stage beside those before it; the file is whole at every moment, or an OSError names the folder."""
         self._state["stages"][name] = state
         if self.file and processes()[0] == 0:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            part = self.file.with_suffix(".part")
-            with part.open("wb") as stream:
+            with replacing(self.file) as stream:
                 torch.save(self._state, stream)
-                stream.flush()
-                os.fsync(stream.fileno())
-            part.replace(self.file)
 
     def remove(self) -> None:
         """Forget the run: it is done."""

@@ -39,6 +39,7 @@ from monai.transforms import (
 )
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from models.spec import ImageSpec, NetworkConfig, RecordRule, ValueSpec
 
@@ -47,6 +48,14 @@ Sample = dict[str, Tensor]
 COMPARATORS: Final = {"": 0, "<": 1, "<=": 1, ">": 2, ">=": 2}
 #: Hashed pieces per word: the word itself and its first trigrams.
 PIECES: Final = 8
+#: Sides of a film, one to the other, against those wanted: beyond this, its middle alone is read.
+STRIP: Final = 16
+#: Voxels of a volume's field of view at the volume's own spacing: 1 GiB. Finer ones are averaged first.
+FINEST: Final = 2**28
+#: No scanner's voxels are smaller, mm.
+LEAST_MM: Final = 1e-3
+#: What float32 cannot hold would be infinite: it is missing.
+_LARGEST: Final = float(np.finfo(np.float32).max)
 _SEPARATORS: Final = re.compile(r"[\s,;|]+")
 _WORD: Final = re.compile(r"\d+|[^\W\d_]+|[.,;:!?/+-]")
 
@@ -56,9 +65,12 @@ def radiograph_tensor(array: NDArray[np.float32], spec: ImageSpec) -> Tensor:
 
     The long side is cropped, not the short one padded: the padding's width would tell a bedside film from a standing one.
     The first and last percentile become 0 and 1: markers and the stored range differ from one machine to the next.
-    A blank radiograph is a ValueError.
+    Of a strip its middle is read. A blank radiograph is a ValueError.
     """
     height, width = spec.size
+    # Blown up until its short side fits, a strip of one row would take gigabytes.
+    strip = (max(1, STRIP * array.shape[1] * height // width), max(1, STRIP * array.shape[0] * width // height))
+    array = array[tuple(slice((n - m) // 2, (n + m) // 2) if n > m else slice(None) for n, m in zip(array.shape, strip, strict=True))]
     scale = max(height / array.shape[0], width / array.shape[1])
     size = [max(m, round(n * scale)) for n, m in zip(array.shape, (height, width), strict=True)]
     steps = Compose([Resize(size, mode="area"), CenterSpatialCrop((height, width))])
@@ -73,6 +85,7 @@ def volume_tensor(array: NDArray[np.float32], affine: NDArray[np.float64], spec:
     """Make (1, X, Y, Z) in [0, 1] from a volume (K, J, I) in HU; `affine` takes (i, j, k, 1) to LPS mm.
 
     The field of view is centered on the volume's middle. This is the single turn from LPS to MonAI's RAS.
+    Voxels that measure nothing, or next to it, are a ValueError.
     """
     order, backwards, voxel_mm = _to_ras(affine)
     # Crop, window and average in the order in which the voxels lie in memory; turn only the small result.
@@ -82,9 +95,17 @@ def volume_tensor(array: NDArray[np.float32], affine: NDArray[np.float64], spec:
         size[2 - source] = spec.size[axis]
         view[2 - source] = max(1, round(spec.size[axis] * spec.spacing_mm[axis] / float(voxel_mm[axis])))
     low, high = spec.window_hu
+    volume = torch.from_numpy(array)[None]
+    means = [1, 1, 1]
+    while math.prod(view) > FINEST:
+        axis = view.index(max(view))
+        view[axis], means[axis] = view[axis] // 2, means[axis] * 2
+    if max(means) > 1:
+        kernel = [min(m, n) for m, n in zip(means, array.shape, strict=True)]
+        volume = functional.avg_pool3d(volume.clamp(low, high), kernel, ceil_mode=True)
     crop = ResizeWithPadOrCrop(view, value=low)
     shrink = Compose([Resize(size, mode="area"), ScaleIntensityRange(low, high, 0.0, 1.0)])
-    small = _plain(shrink(crop(torch.from_numpy(array)[None]).clamp(low, high)))  # (1, K, J, I)
+    small = _plain(shrink(crop(volume).clamp(low, high)))  # (1, K, J, I)
     turned = small.permute(0, *(3 - source for source in order))  # (1, X, Y, Z)
     return turned.flip([1 + axis for axis in backwards]).contiguous()
 
@@ -92,13 +113,13 @@ def volume_tensor(array: NDArray[np.float32], affine: NDArray[np.float64], spec:
 def value_tensors(values: Mapping[str, tuple[float, str, float]], specs: Sequence[ValueSpec]) -> Sample:
     """Make ``numbers``, ``signs``, ``ages`` and ``number_mask``, (V,) each.
 
-    `values` holds by name the value, its comparator and its age in hours before the study.
+    `values` holds by name the value, its comparator and its age in hours before the study. What float32 cannot hold is missing.
     """
     count = len(specs)
     numbers, ages, signs = torch.zeros(count), torch.zeros(count), torch.zeros(count, dtype=torch.long)
     mask = torch.zeros(count, dtype=torch.bool)
     for index, spec in enumerate(specs):
-        if spec.name in values:
+        if spec.name in values and _fits(values[spec.name][0]):
             value, comparator, ages[index] = values[spec.name]
             numbers[index] = _number(value, spec)
             signs[index] = COMPARATORS[comparator]
@@ -109,10 +130,10 @@ def value_tensors(values: Mapping[str, tuple[float, str, float]], specs: Sequenc
 def history_tensors(points: Sequence[tuple[str, float, str, float]], specs: Sequence[ValueSpec], *, steps: int) -> Sample:
     """Make the ``history_…`` tensors, (T,) each, of the last `steps` points, oldest first.
 
-    A point is its name, value, comparator and age in hours before the study.
+    A point is its name, value, comparator and age in hours before the study. What float32 cannot hold is left out.
     """
     index_of = {spec.name: index for index, spec in enumerate(specs)}
-    last = sorted(points, key=lambda point: (-point[3], index_of[point[0]], point[1]))[-steps:]
+    last = sorted((point for point in points if _fits(point[1])), key=lambda point: (-point[3], index_of[point[0]], point[1]))[-steps:]
     hours, numbers = torch.zeros(steps), torch.zeros(steps)
     variables, signs = torch.zeros(steps, dtype=torch.long), torch.zeros(steps, dtype=torch.long)
     for row, (name, value, comparator, age_h) in enumerate(last):
@@ -131,7 +152,7 @@ def gene_tensors(texts: Mapping[str, str], record: RecordRule, config: NetworkCo
     """Make ``variants`` (K,), ``expression`` (G,) and ``expression_mask`` (G,) from ``{name of the text: its words}``.
 
     Variant codes are told apart by white space, comma, semicolon or bar; expression is ``gene=number`` in such a list. What is no
-    number and no gene of the bundle is left out, so that it is missing, never 0.
+    number of float32 and no gene of the bundle is left out, so that it is missing, never 0.
     """
     codes: list[str] = []
     levels: dict[str, float] = {}
@@ -180,7 +201,12 @@ def _float(text: str) -> float | None:
         number = float(text)
     except ValueError:
         return None
-    return number if math.isfinite(number) else None
+    return number if _fits(number) else None
+
+
+def _fits(number: float) -> bool:
+    """Whether float32 holds it; NaN is no number."""
+    return abs(number) <= _LARGEST
 
 
 def collate(samples: Sequence[Sample]) -> Sample:
@@ -195,8 +221,8 @@ def _to_ras(affine: NDArray[np.float64]) -> tuple[tuple[int, ...], tuple[int, ..
     """
     directions = np.diag([-1.0, -1.0, 1.0]) @ affine[:3, :3]  # LPS to RAS; column n: one voxel along index n
     voxel_mm = np.linalg.norm(directions, axis=0)
-    if not np.isfinite(voxel_mm).all() or (voxel_mm <= 0).any():
-        raise ValueError(f"The voxels measure {voxel_mm.tolist()} mm; they must be positive and finite.")
+    if not np.isfinite(voxel_mm).all() or (voxel_mm < LEAST_MM).any():
+        raise ValueError(f"The voxels measure {voxel_mm.tolist()} mm; they must be positive and finite, {LEAST_MM} mm or more.")
     cosines = directions / voxel_mm
     order = max(permutations(range(3)), key=lambda p: sum(abs(cosines[axis, p[axis]]) for axis in range(3)))
     backwards = tuple(axis for axis in range(3) if cosines[axis, order[axis]] < 0)

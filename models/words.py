@@ -22,6 +22,8 @@ Row = Mapping[str, Any]
 FEWEST = 20
 # A floor this near to the network may be what the network has learned.
 CLOSE = 0.05
+JOINTLY = ", learned jointly"  # ends a row's name, as in folds.py, which needs torch
+ABOVE = "that is above the network"
 GROUPS = {"fusion": "Fusion", "single": "One modality", "late": "Late fusion", "baseline": "Simple baselines", "floor": "Shortcut floors"}
 METRICS = {
     "auroc": "AUROC",
@@ -188,8 +190,41 @@ def in_short(difference: Estimate | None, p: float | None = None) -> str:
     return "" if difference is None else ", not shown" if verdict(difference, p).startswith("not") else ", shown"
 
 
+def higher(results: Results, finding: str) -> str:
+    """Say what is simpler than the network and scores higher, claim or no claim: a kind, how many of it, and the best; else nothing."""
+    found, head = rows(results, finding), metric(headline(results, finding), "auroc")
+    said = []
+    for group in ("single", "late", "baseline", "floor"):
+        known = [row for row in found if row["group"] == group and metric(row, "auroc")]
+        above = [row for row in known if head and (m := metric(row, "auroc")) and m.value > head.value]
+        if top := best(above, group):
+            said.append(f"{GROUPS[group].lower()}: {len(above)} of {len(known)}, {top['name']} most with {metric(top, 'auroc')}")
+    if not head or not said:
+        return ""
+    weighed = "; with so few patients that may be chance" if too_few(results, finding) else ""
+    return f"Beware: simpler ways have a higher AUROC here than the network's {number(head.value)} ({'; '.join(said)}){weighed}."
+
+
+def jointly(results: Results) -> str:
+    """Say what the row is that learned its encoders with its fusion, where there is one."""
+    name = next((str(row["name"]) for row in results.get("rows") or [] if str(row["name"]).endswith(JOINTLY)), "")
+    own = ", as this bundle is trained" if (results.get("bundle") or {}).get("stages") == "joint" else ""
+    what = f"the fusion {name.removesuffix(JOINTLY)} with image encoders learned together with it{own}"
+    return f"{name}: {what}; all other networks stand on encoders learned before." if name else ""
+
+
+def twins(results: Results, finding: str) -> str:
+    """Which rows have the same figures to the last digit, and why that is no error."""
+    alike: dict[str, list[str]] = {}
+    for row in rows(results, finding):
+        if metric(row, "auroc"):
+            alike.setdefault(repr(row["metrics"]), []).append(str(row["name"]))
+    said = "; ".join(" = ".join(names) for names in alike.values() if len(names) > 1)
+    return f"Equal figures: {said}. What one of them is given more than the other changed no answer." if said else ""
+
+
 def close_floors(results: Results, finding: str) -> list[tuple[Row, str]]:
-    """Floors that reach what the network reaches, or nearly: within its interval, near its value, or not shown to be below it."""
+    """Floors that reach what the network reaches, or nearly: above it, within its interval, near its value, or not shown to be below."""
     head = metric(headline(results, finding), "auroc")
     close = []
     for row in rows(results, finding):
@@ -197,7 +232,9 @@ def close_floors(results: Results, finding: str) -> list[tuple[Row, str]]:
         if row["group"] != "floor" or found is None or head is None:
             continue
         difference = compare(results, finding, row).difference
-        if difference and difference.low <= 0:
+        if found.value > head.value:
+            close.append((row, ABOVE))
+        elif difference and difference.low <= 0:
             close.append((row, "the network is not shown to be better than it"))
         elif found.value >= min(head.low, head.value - CLOSE):
             close.append((row, "that is close to the network"))
@@ -210,12 +247,20 @@ def counts(results: Results, finding: str) -> tuple[int | None, int | None]:
     return (cohort.get("positives") or {}).get(finding), (cohort.get("negatives") or {}).get(finding)
 
 
-def too_few(results: Results, finding: str) -> bool:
-    """Whether the cohort, or the finding's smaller class, holds too few patients to claim anything."""
-    cohort = results.get("cohort") or {}
+def too_few(results: Results, finding: str) -> str:
+    """Why the cohort, or the finding's smaller class, holds too few patients to claim anything; empty where it does not."""
+    cohort, (positives, negatives) = results.get("cohort") or {}, counts(results, finding)
     patients = [(cohort.get(key) or {}).get(finding) for key in ("patients_positive", "patients_negative")]
     # A class has no more patients than studies: those bound it where an older evaluation does not say.
-    return min(n for n in (cohort.get("patients") or 0, *patients, *counts(results, finding)) if n is not None) < FEWEST
+    known = (
+        (patients[0], "patients have the finding"),
+        (patients[1], "patients are without the finding"),
+        (cohort.get("patients") or 0, "patients in all"),
+        (positives, "studies have the finding"),
+        (negatives, "studies are without the finding"),
+    )
+    least, what = min(((n, what) for n, what in known if n is not None), key=lambda item: item[0])
+    return f"only {least} {what}; {FEWEST}{' patients' * what.startswith('studies')} are needed" if least < FEWEST else ""
 
 
 def population(results: Results, finding: str) -> str:
@@ -233,17 +278,20 @@ def how_good(results: Results, finding: str) -> str:
         return f"On {n}, no AUROC could be computed for {finding}: no claim is made."
     said = f"On {n}, the network ({head['name']}) reached an AUROC of {number(auroc.value)} for {finding}"
     said += f" (95 % interval {number(auroc.low)} to {number(auroc.high)})"
-    if too_few(results, finding):
-        return f"{said}. There are fewer than {FEWEST} patients, or patients of one class: no claim is made from these figures."
+    if few := too_few(results, finding):
+        return f"{said}. {few.capitalize()}: no claim is made from these figures."
     right = "about half the time" if 0.495 <= auroc.value < 0.505 else f"{100 * auroc.value:.0f} times in 100"
     return f"{said}: shown one study with the finding and one without, it ranks them rightly {right}. {against_chance(auroc)}"
 
 
 def how_compared(results: Results, finding: str) -> list[str]:
-    """One sentence a comparison: with image alone, the best single modality, late fusion, the best baseline; then the floors."""
+    """What is simpler and higher, then a sentence a comparison: with image alone, the best single modality, late fusion, baseline; floors.
+
+    Where there are too few patients for a claim, only what speaks against the network is said.
+    """
+    said = [above] if (above := higher(results, finding)) else []
     if metric(headline(results, finding), "auroc") is None or too_few(results, finding):
-        return []
-    said = []
+        return said
     for label, found in comparisons(results, finding):
         other, gap = metric(found.other, "auroc"), found.difference
         ends = (gap.value, gap.low, gap.high) if gap else ()
@@ -271,7 +319,7 @@ def triage(results: Results, finding: str) -> str:
     if not (own := found.get("shipped")):
         return _recalibrated(results, finding, found)
     if too_few(results, finding):
-        return f"No claim is made about triage ({population(results, finding)}): too few."
+        return f"No claim is made about triage ({population(results, finding)}): {too_few(results, finding)}."
     missed, alarmed, alpha = own.get("positives_called_negative"), own.get("negatives_called_positive"), own.get("alpha") or 0
     broken = alpha and any(x is not None and x > alpha + 1e-9 for x in (missed, alarmed))
     aim = f"; the bundle aims at {share(alpha)} at most of each{', so do not rely on it' if broken else ''}" if alpha else ""
@@ -290,7 +338,7 @@ def _recalibrated(results: Results, finding: str, found: Row) -> str:
     if found.get("refused"):
         return f"No triage is offered ({n}): {str(found['refused']).rstrip('.')}."
     if too_few(results, finding):
-        return f"No claim is made about triage ({n}): too few."
+        return f"No claim is made about triage ({n}): {too_few(results, finding)}."
     broken = any(x is not None and x < 1 - found["alpha"] - 1e-9 for x in seen)
     return (
         f"Triage: {share(found.get('uncertain'))} of studies are called uncertain and left to a person ({n}). "
@@ -312,6 +360,12 @@ def selective(results: Results, finding: str) -> str:
     return "Answering fewer studies is not shown to lower the error: no claim for abstention."
 
 
+def repeated(results: Results) -> str:
+    """How often the patients were dealt anew, after a comma, or nothing where they were dealt once."""
+    times = results.get("repeats")
+    return "" if times in (None, 1) else f", repeated {times} times"
+
+
 def worth(results: Results) -> str:
     """What figures from so many patients are worth."""
     cohort = results.get("cohort") or {}
@@ -325,7 +379,7 @@ def worth(results: Results) -> str:
     else:
         weight = f"{patients} patients give narrow intervals, for this cohort"
     return (
-        f"What that is worth: {weight}. Every study was judged by networks that had seen nothing of its patient "
-        f"({given(results, 'folds')} folds, repeated {given(results, 'repeats')} times), all within one cohort; how good it is "
+        f"What these figures are worth: {weight}. Every study was judged by networks that had seen nothing of its patient "
+        f"({given(results, 'folds')} folds{repeated(results)}), all within one cohort; how good it is "
         "elsewhere is unknown until it is judged there. For research, not for the care of patients."
     )

@@ -5,7 +5,8 @@
     dicom/**             any nesting, any file names
     hl7/*.hl7  fhir/*.json
     labels.csv           study_instance_uid, one column a label (1, 0, empty = unknown), optional group (else patient_id,
-                         else the study's patient), optional split; where any row has one, an empty one is "train"
+                         else the study's patient), optional split (train, calibration, test); where any row has one,
+                         an empty one is "train"
 
 There is no second way to make a tensor: files go through the spool and the parsers into a database of their own in a
 scratch folder, studies come out as `select_inputs`, `volume.load` and `infer.prepare` make them.
@@ -17,6 +18,7 @@ import csv
 import hashlib
 import json
 import math
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -37,16 +39,20 @@ from worker import __version__, joining, pipeline
 from worker.config import Config, ConfigError
 from worker.decoding import DecoderPool
 from worker.domain import Inputs, Study, Volume
-from worker.errors import Unanalysable
+from worker.errors import DecoderDied, Unanalysable
 from worker.importing import files, import_files
 from worker.infer import prepare
 from worker.inputs import select_inputs
+from worker.scratch import scratch
 from worker.store import studies
 from worker.store.database import Store
 from worker.store.spool import Spool
 
 #: Folders of a cohort whose files are read.
 FOLDERS: Final = ("dicom", "hl7", "fhir")
+#: What labels.csv may say a study is for; no verb would take another.
+SPLITS: Final = ("", "train", "calibration", "test")
+_UID: Final = re.compile(r"[0-9.]{1,64}")
 #: What a film tells of how it was made: for shortcut floors and subgroups, never an input.
 _ACQUISITION: Final = (
     "ViewPosition",
@@ -58,6 +64,8 @@ _ACQUISITION: Final = (
     "PhotometricInterpretation",
     "KVP",
 )
+#: Keys of [network] that decide on a study's tensors.
+_OF_TENSORS: Final = frozenset({"text", "bert", "words", "steps", "buckets", "variants"})
 _ABSENT: Final = "The study of this row is not in the folder."
 
 
@@ -114,22 +122,27 @@ def read_labels(folder: Path, *, needed: Sequence[str] = ()) -> dict[str, Row]:
     Raises
     ------
     ConfigError
-        The file is absent, has no column study_instance_uid or none of a `needed` label; a label is neither 0, 1 nor empty; a study is
-        there twice, a row is longer than the header, or a group lies in two splits.
+        The file is absent, has no column study_instance_uid, none of a `needed` label or one twice; a label is neither 0, 1 nor empty, a
+        split or a UID is none; a study is there twice, a row is longer than the header, a group lies in two splits or a patient in two
+        groups. No cell is repeated: it may be a name.
     """
     path = folder / "labels.csv"
     rows: dict[str, Row] = {}
     for number, told in _lines(path, needed):
         for name in needed:
             if told[name] and _label(told[name]) is None:
-                raise ConfigError(f"{path}, line {number}: {name} is {told[name]!r}; a label is 1, 0 or empty.")
-        uid = told["study_instance_uid"]
+                raise ConfigError(f"{path}, line {number}: {name} is no label; a label is 1, 0 or empty.")
+        uid, split = told["study_instance_uid"], told.get("split", "")
+        if not _UID.fullmatch(uid):
+            raise ConfigError(f"{path}, line {number}: study_instance_uid is none; a UID is digits and dots, 64 at most.")
+        if split not in SPLITS:
+            raise ConfigError(f"{path}, line {number}: split is none of {', '.join(SPLITS[1:])} and empty.")
         if uid in rows:
             raise ConfigError(f"{path}, line {number}: the study of line {rows[uid].line} again.")
-        rows[uid] = Row(number, told, told.get("group") or told.get("patient_id", ""), told.get("split", ""))
+        rows[uid] = Row(number, told, told.get("group") or told.get("patient_id", ""), split)
     if any(row.split for row in rows.values()):
         rows = {uid: replace(row, split=row.split or "train") for uid, row in rows.items()}
-    _check_splits(path, ((row.group, row) for row in rows.values() if row.group))
+    _check_whose(path, ((row.told.get("patient_id", ""), row) for row in rows.values()))
     return rows
 
 
@@ -139,30 +152,35 @@ def _lines(path: Path, needed: Sequence[str]) -> list[tuple[int, dict[str, str]]
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, restval="")
             lines = [(reader.line_num, row) for row in reader]
+            header = [name for name in reader.fieldnames or () if name]
     except FileNotFoundError as exc:
         raise ConfigError(f"A cohort needs {path}: study_instance_uid and one column a label.") from exc
-    except (UnicodeDecodeError, csv.Error) as exc:
+    except (UnicodeDecodeError, csv.Error, OSError) as exc:
         raise ConfigError(f"{path} is no CSV in UTF-8 ({type(exc).__name__}).") from exc
     if not lines or "study_instance_uid" not in lines[0][1]:
         raise ConfigError(f"{path} has no column study_instance_uid, or no rows.")
-    for name in needed:
-        if name not in lines[0][1]:
-            raise ConfigError(f"{path} has no column {name!r}, which the bundle's finding of that name is learned from.")
+    if missing := [name for name in needed if name not in header]:
+        raise ConfigError(f"{path} has no column {missing[0]!r}, which the bundle's finding of that name is learned from.")
+    if twice := [name for name in header if header.count(name) > 1]:
+        raise ConfigError(f"{path} has the column {twice[0]!r} twice.")
     for number, row in lines:
         if None in row:
             raise ConfigError(f"{path}, line {number} has more fields than the header.")
     return [(number, {name: text.strip() for name, text in row.items()}) for number, row in lines]
 
 
-def _check_splits(path: Path, rows: Iterable[tuple[str, Row]]) -> None:
-    """Refuse a patient on both sides: what was learned from one study answers the other."""
-    first: dict[str, Row] = {}
-    for group, row in rows:
-        known = first.setdefault(group, row)
-        if known.split != row.split:
-            raise ConfigError(
-                f"{path}, line {row.line}: split is {row.split!r}, and {known.split!r} in line {known.line} of the same group or patient."
-            )
+def _check_whose(path: Path, rows: Iterable[tuple[str, Row]]) -> None:
+    """Refuse a patient (or '' where none is known yet) or a group on both sides: what was learned from one study answers the other."""
+    first: dict[tuple[str, str], Row] = {}
+    for patient, row in rows:
+        for whose in (("group", row.group), ("patient", patient)):
+            known = first.setdefault(whose, row) if whose[1] else row
+            if known.split != row.split:
+                raise ConfigError(
+                    f"{path}, line {row.line}: split is {row.split!r}, and {known.split!r} in line {known.line} of the same {whose[0]}."
+                )
+            if known.group != row.group:
+                raise ConfigError(f"{path}, line {row.line}: another group than in line {known.line} of the same patient.")
 
 
 def load(
@@ -221,12 +239,10 @@ def _joined(folder: Path, found: _Found, labels: Mapping[str, Row], bundle: Bund
     there = [(uid, row, found.known[uid]) for uid, row in rows.items() if uid in found.known]
     if not there:
         raise ConfigError(f"No study of {folder} can be analysed: {'; '.join(sorted(refused)) or 'there is none'}.")
-    cases = [
-        Case(uid, Labeled(one.sample, _truth(bundle, row), row.group or one.patient_id), row.split, one.facts, one.used)
-        for uid, row, one in there
-    ]
+    there = [(uid, replace(row, group=row.group or one.patient_id), one) for uid, row, one in there]
     # Once more: whose a study is may only be known from its images.
-    _check_splits(folder / "labels.csv", ((case.labeled.group, rows[case.study_instance_uid]) for case in cases))
+    _check_whose(folder / "labels.csv", ((one.patient_id, row) for _, row, one in there))
+    cases = [Case(uid, Labeled(one.sample, _truth(bundle, row), row.group), row.split, one.facts, one.used) for uid, row, one in there]
     return Cohort(tuple(cases), dict(refused), found.unread)
 
 
@@ -236,8 +252,7 @@ def _read(folder: Path, bundle: Bundle, config: Config, *, wanted: Sequence[str]
     refused: dict[str, str] = {}
     run = config.run
     pool = DecoderPool(processes=run.decoders, memory_bytes=run.decoder_memory_mb * 2**20, timeout_s=run.decoder_timeout_s)
-    with tempfile.TemporaryDirectory(prefix="synoptic-cohort-") as scratch, pool:
-        root = Path(scratch)
+    with scratch() as root, pool:
         # Nothing here outlives the run: no low-water mark, and the studies are complete as they lie there.
         config = replace(config, site=replace(config.site, data=root, database=""))
         store = Store(f"sqlite:///{root / 'cohort.db'}")
@@ -257,25 +272,23 @@ def _read(folder: Path, bundle: Bundle, config: Config, *, wanted: Sequence[str]
                 wanted = studies.uids(conn)
         for uid in wanted:
             try:
-                known[uid] = _study(
-                    uid, store=store, root=root / "spool" / "instances", pool=pool, bundle=bundle, must_agree=config.records.must_agree
-                )
-            except Unanalysable as exc:
+                known[uid] = _study(uid, config=config, store=store, pool=pool, bundle=bundle)
+            except (Unanalysable, DecoderDied) as exc:  # one study that kills its decoder does not end the others
                 refused[uid] = str(exc)
             advance()
         store.close()
     return _Found(known, refused, dict(tally.reasons))
 
 
-def _study(uid: str, *, store: Store, root: Path, pool: DecoderPool, bundle: Bundle, must_agree: Sequence[str]) -> _Known:
+def _study(uid: str, *, config: Config, store: Store, pool: DecoderPool, bundle: Bundle) -> _Known:
     with store.read() as conn:
         found = [number for number, one in studies.find(conn, uid) if one.study_instance_uid == uid]
         if not found:
             raise Unanalysable(_ABSENT)
-        study = studies.load(conn, found[0], root=root)
+        study = studies.load(conn, found[0], root=config.spool / "instances")
         record = pipeline.record_of(conn, study, bundle)
     # The daemon gives no answer to these: a network must not learn from them either.
-    if reason := joining.conflict(study, record, must_agree=must_agree):
+    if reason := joining.conflict(study, record, must_agree=config.records.must_agree):
         raise Unanalysable(reason)
     inputs = select_inputs(study, record, bundle)
     if reason := joining.incomplete(inputs, bundle.record):
@@ -321,7 +334,9 @@ def _fact(header: pydicom.Dataset, name: str) -> str | float | None:
             return None
         if isinstance(value, MultiValue):
             return "\\".join(str(one).strip() for one in value)
-        return value.strip() if isinstance(value, str) else float(value)
+        if isinstance(value, str):
+            return value.strip()
+        return number if math.isfinite(number := float(value)) else None
     except (ValueError, TypeError, ArithmeticError, RuntimeError):
         return None
 
@@ -342,20 +357,16 @@ def _key(folder: Path, bundle: Bundle, config: Config) -> str:
     """Changes with any file that is read and with anything of bundle, configuration and program that decides on tensors."""
     found = [one for name in FOLDERS for one in (folder / name).rglob("*") if one.is_file()]
     there = sorted((str(one.relative_to(folder)), one.stat().st_size, one.stat().st_mtime_ns) for one in found)
-    wanted = {"images": [asdict(i) for i in bundle.images], "record": asdict(bundle.record), "network": asdict(bundle.network)}
+    # Networks are compared on one cohort: what only they see makes no other tensors.
+    network = {key: value for key, value in asdict(bundle.network).items() if key in _OF_TENSORS}
+    images = [
+        {key: value for key, value in asdict(one).items() if key not in ("encoder", "channels", "grid", "like")} for one in bundle.images
+    ]
+    wanted = {"images": images, "record": asdict(bundle.record), "network": network}
     records = config.records
     reading = [config.site.timezone, config.site.issuer, dict(records.issuers), dict(records.schemes), records.encoding]
-    whole = [there, wanted, reading, __version__, _language(bundle)]
+    whole = [there, wanted, reading, __version__, bundle.language_sha256]
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _language(bundle: Bundle) -> list[tuple[str, str]]:
-    """The files of the BERT folder, if there is one: its tokenizer makes the words' numbers."""
-    if not bundle.network.bert:
-        return []
-    folder = bundle.folder / bundle.network.bert
-    there = sorted(one for one in folder.rglob("*") if one.is_file())
-    return [(str(one.relative_to(folder)), hashlib.sha256(one.read_bytes()).hexdigest()) for one in there]
 
 
 def _keep(path: Path, found: _Found) -> None:

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from worker import __version__, daemon, roles
+from worker import __version__, daemon, guards, roles
 from worker.config import Config
 from worker.errors import WorkerError
 from worker.store.database import Store
@@ -89,7 +89,8 @@ def _bundles(config: Config) -> Iterator[Check]:
 
         def load(folder: Path = folder) -> str:
             started = time.perf_counter()
-            model = Model(folder, device=config.run.device)
+            with guards.advising(folder):
+                model = Model(folder, device=config.run.device)
             seconds = time.perf_counter() - started
             sha256 = model.bundle.weights.sha256
             return (

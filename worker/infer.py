@@ -82,7 +82,11 @@ class Model:
         self.network = network.to(self.device)
         self._temperatures = torch.tensor([f.temperature for f in self.bundle.findings], device=self.device)
         # The first forward allocates and chooses kernels; no study shall wait for it.
-        if isinstance(answer := self.predict([_blank(self.bundle)])[0], BundleError):
+        try:
+            answer = self.predict([_blank(self.bundle)])[0]
+        except ValueError as exc:  # an image too small for its encoder, embeddings of another size than what is atypical
+            raise BundleError(f"The weights of bundle {self.name} do not fit its network: {exc}") from exc
+        if isinstance(answer, BundleError):
             raise answer
 
     def prepare(self, volumes: Mapping[str, Volume], inputs: Inputs) -> Prepared:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import csv
 import json
-import os
+import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
@@ -18,15 +18,16 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 from rich.table import Table
 
-from worker import config
+from worker import config, guards, progress
 from worker.config import Config
 from worker.errors import BundleError, Reject
 
 if TYPE_CHECKING:
     from models.bundle import Bundle
+    from models.recalibration import Recalibrated
     from worker.cohort import Cohort
 
 out, err = Console(), Console(stderr=True)
@@ -40,7 +41,7 @@ CacheFolder = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")]
 Threads = Annotated[int, typer.Option(min=1, help="CPU threads of the network.")]
-Seed = Annotated[int, typer.Option(help="Same seed, same result (on a CPU).")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1 - 10_000, help="Same seed, same result (on a CPU).")]
 # No -c here: that is the cohort.
 ConfigFile = Annotated[
     Path | None,
@@ -65,30 +66,14 @@ def _refusing() -> Iterator[None]:
         raise Reject(str(exc)) from exc
 
 
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    # Under torchrun one process speaks for all.
-    with Progress(*columns, console=err, disable=not _is_first()) as bar:
-        yield bar
-
-
-def _is_first() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _steps(bar: Progress, what: str) -> Callable[[int, int], None]:
-    task = bar.add_task(what, total=None)
-    return lambda done, of: bar.update(task, completed=done, total=of)
-
-
 def _load(
     bar: Progress, folder: Path, bundle: Bundle, settings: Config, cache: Path | None, *, splits: tuple[str, ...], is_labeled: bool = True
 ) -> Cohort:
     from worker import cohort
 
-    found = cohort.load(folder, bundle=bundle, config=settings, cache=cache, is_labeled=is_labeled, progress=_steps(bar, "reading studies"))
-    if _is_first():
+    steps = progress.reading(bar, [folder / name for name in cohort.FOLDERS])
+    found = cohort.load(folder, bundle=bundle, config=settings, cache=cache, is_labeled=is_labeled, progress=steps)
+    if progress.is_first():
         for reason, count in sorted(found.unread.items(), key=lambda item: -item[1]):
             err.print(f"{count} files are not read: {escape(reason)}", soft_wrap=True)
         for reason, count in sorted(found.refused.items(), key=lambda item: -item[1]):
@@ -99,7 +84,8 @@ def _load(
     return chosen
 
 
-def _open(bundle: Path, given: Path | None, threads: int, *, verify: bool = True) -> tuple[Bundle, Config]:
+def _open(bundle: Path, given: Path | None, threads: int, *, device: str = "cpu", verify: bool = True) -> tuple[Bundle, Config]:
+    """Whatever is mistyped is said here, before a cohort is read for minutes."""
     import torch
 
     from worker import infer
@@ -107,7 +93,12 @@ def _open(bundle: Path, given: Path | None, threads: int, *, verify: bool = True
 
     log.silence()
     torch.set_num_threads(threads)
-    return infer.read(bundle, verify=verify), config.read(config.config_file(given))
+    guards.check_device(device)
+    with guards.advising(bundle):
+        spec = infer.read(bundle, verify=verify)
+    if not spec.network.fusion.startswith("single:"):
+        guards.check_fusions([spec.network.fusion])
+    return spec, config.read(config.config_file(given))
 
 
 def train(
@@ -126,25 +117,35 @@ def train(
     Rows of labels.csv with split "test" are left out.
     """
     from models import saving, training
+    from models.bundle import check_writable
     from models.plots import learning_curve
 
-    spec, settings = _open(bundle, given, threads, verify=False)
-    with _progress() as bar:
+    spec, settings = _open(bundle, given, threads, device=device, verify=False)
+    with _refusing():
+        check_writable(bundle)
+    mode = guards.mode_of(bundle)
+    with progress.bars(err) as bar:
         studies = _load(bar, cohort_folder, spec, settings, cache, splits=("train", "")).labeled
-        step = _steps(bar, "training")
-        with _refusing():
-            result = training.fit(spec, studies, seed=seed, device=device, folder=bundle, progress=lambda done, of, _loss: step(done, of))
-    if not _is_first():
+        epochs = progress.Epochs(bar)
+        try:
+            with _refusing():
+                result = training.fit(spec, studies, seed=seed, device=device, folder=bundle, progress=epochs)
+        except KeyboardInterrupt:
+            err.print(f"Stopped; the same command goes on {f'from epoch {epochs.epoch + 1}' if epochs.epoch else 'where this one began'}.")
+            sys.exit(130)  # 128 + SIGINT
+        epochs.close()
+    if not progress.is_first():
         return
     with _refusing():
         settled = saving.save_fit(spec, result, studies)
     learning_curve(result.history, bundle / "training.png")
+    guards.share(mode, bundle / "bundle.toml", settled.weights_path, bundle / "training.png")
     table = Table(show_header=False)
     facts: dict[str, object] = {
         "studies": f"{len(studies)} of {len({s.group for s in studies})} patients",
         "learned from": result.train_studies,
         "held out": result.validation_studies,
-        "epochs": f"{result.epochs}, the best was {result.best_epoch}",
+        **progress.stages(result.history, spec.training),
         "loss on the held out": f"{result.validation_loss:.4f}",
         "temperatures": ", ".join(f"{f.name} {f.temperature:.2f}" for f in settled.findings),
         "weights": f"{settled.weights_path.stat().st_size / 1e6:.1f} MB, sha256 {settled.weights.sha256[:16]}…",
@@ -154,6 +155,8 @@ def train(
         table.add_row(name, str(value))
     out.print(table)
     out.print("How good it is says `synoptic evaluate`, on patients it did not learn from.")
+    if (bundle / "README.md").exists() and settled.weights.sha256 != spec.weights.sha256:
+        out.print(f"The card, {bundle / 'README.md'}, is of other weights: write it anew with synoptic evaluate --card.", soft_wrap=True)
 
 
 def evaluate(
@@ -162,7 +165,12 @@ def evaluate(
     to: Annotated[Path, typer.Option("--out", "-o", help="A folder for evaluation.json and evaluation.html.")],
     folds: Annotated[int, typer.Option(min=2, help="Folds, by patient.")] = 5,
     repeats: Annotated[int, typer.Option(min=1, help="How often the patients are dealt anew.")] = 5,
-    fusions: Annotated[str, typer.Option(help="Which fusions to compare, with commas; empty: all.")] = "",
+    fusions: Annotated[
+        str,
+        typer.Option(
+            help="Which fusions to compare, with commas; empty: all. Always there: the bundle's own, single modalities, baselines, floors."
+        ),
+    ] = "",
     card: Annotated[bool, typer.Option("--card", help="Write the model card into the bundle's README.md.")] = False,
     seed: Seed = 0,
     device: Device = "cpu",
@@ -177,8 +185,10 @@ def evaluate(
     """
     from models import evaluation, page
 
-    spec, settings = _open(bundle, given, 1, verify=False)
-    with _progress() as bar, _refusing():
+    chosen = tuple(name.strip() for name in fusions.split(",") if name.strip())
+    guards.check_fusions(chosen)
+    spec, settings = _open(bundle, given, 1, device=device, verify=False)
+    with progress.bars(err) as bar, _refusing():
         found = _load(bar, cohort_folder, spec, settings, cache, splits=("train", "test", ""))
         results = evaluation.evaluate(
             spec,
@@ -187,11 +197,11 @@ def evaluate(
             folds=folds,
             repeats=repeats,
             seed=seed,
-            fusions=tuple(name.strip() for name in fusions.split(",") if name.strip()),
+            fusions=chosen,
             device=device,
             folder=to,
             processes=processes,
-            progress=_steps(bar, "judging"),
+            progress=progress.folds(bar, folds * repeats),
         )
     to.mkdir(parents=True, exist_ok=True)
     (to / "evaluation.json").write_text(json.dumps(results, indent=1), "utf-8")
@@ -200,6 +210,7 @@ def evaluate(
         told = ("intended_use", "quality_statement", "learned_from", "limits", "citation", "license", "authors")
         text = {key: list(said) if isinstance(said := getattr(spec, key), tuple) else said for key in told if getattr(spec, key)}
         (bundle / "README.md").write_text(page.write_card(results, bundle_text=text), "utf-8")
+        guards.share(guards.mode_of(bundle), bundle / "README.md")
     for line in evaluation.summary(results):
         out.print(line, soft_wrap=True)
     out.print(f"{to / 'evaluation.json'}, {', '.join(str(path) for path in written)}", soft_wrap=True)
@@ -226,9 +237,11 @@ def recalibrate(
     from models import recalibration, training
     from worker import infer
 
-    spec, settings = _open(bundle, given, threads)
-    network, _ = infer.load_network(spec)
-    with _progress() as bar:
+    spec, settings = _open(bundle, given, threads, device=device)
+    mode = guards.mode_of(bundle)
+    with guards.advising(bundle):
+        network, _ = infer.load_network(spec)
+    with progress.bars(err) as bar:
         found = _load(bar, cohort_folder, spec, settings, cache, splits=("calibration", ""))
     if not found.has_splits:
         err.print("labels.csv has no split: these must not be patients that the network learned from.", soft_wrap=True)
@@ -247,16 +260,34 @@ def recalibrate(
             f"{one.negative_below:.3f}",
             f"{one.threshold:.3f}",
             f"{one.uncertain:.0%}",
-            one.refused or "ok",
+            "refused" if one.refused else "look below" if _doubts(one) else "ok",
         )
     out.print(table)
+    for one in new:
+        for doubt in _doubts(one):
+            out.print(f"{one.finding}: {doubt}", soft_wrap=True, markup=False)
     if dry_run:
         return
     with _refusing():
         settled = recalibration.settle(spec, new)
+    guards.share(mode, bundle / "bundle.toml")
     out.print(f"{bundle / 'bundle.toml'} is written; the bundle's digest is {settled.digest[:16]}…")
     if any(one.refused for one in new):
         sys.exit(1)
+
+
+def _doubts(one: Recalibrated) -> list[str]:
+    """Why a finding's new numbers are none, or not to be relied on."""
+    if one.refused:
+        return [one.refused]
+    said = []
+    if not 0.501 < one.temperature < 7.99:  # calibration.fit_temperature searches from 0.5 to 8
+        said.append(
+            f"the temperature {one.temperature:.2f} lies at the bound of its search: the network's certainty does not fit these patients."
+        )
+    if one.uncertain > 0.5:
+        said.append(f"{one.uncertain:.0%} of these studies are called uncertain: the network leaves more than half to a person.")
+    return said
 
 
 def predict(
@@ -274,25 +305,28 @@ def predict(
     """Answer for every study of a folder: study_instance_uid, finding, probability, verdict, modalities used."""
     from worker import infer
 
-    spec, settings = _open(bundle, given, threads)
-    model = infer.Model(bundle, device=device, threads=threads)
-    with _progress() as bar:
+    spec, settings = _open(bundle, given, threads, device=device)
+    with guards.advising(bundle):
+        model = infer.Model(bundle, device=device, threads=threads)
+    answered, silent = 0, 0
+    with guards.whole(to) as file, progress.bars(err) as bar:
+        writer = csv.writer(file)
+        writer.writerow(("study_instance_uid", "finding", "probability", "verdict", "modalities_used"))
         found = _load(bar, cohort_folder, spec, settings, cache, splits=("train", "test", "calibration", ""), is_labeled=False)
-        step = _steps(bar, "predicting")
-        rows: list[tuple[str, str, str, str, str]] = []
+        step = progress.steps(bar, "predicting", len(found.cases))
         for start in range(0, len(found.cases), batch):
             chosen = found.cases[start : start + batch]
             for case, answer in zip(chosen, model.predict([infer.Prepared(c.labeled.sample) for c in chosen]), strict=True):
-                if isinstance(answer, BundleError):
-                    raise answer
+                if isinstance(answer, BundleError):  # of this study alone
+                    silent += 1
+                    continue
+                answered += len(answer)
                 used = "+".join(case.used)
-                rows += [(case.study_instance_uid, f.name, f"{f.probability:.6f}", f.verdict, used) for f in answer]
+                writer.writerows((case.study_instance_uid, f.name, f"{f.probability:.6f}", f.verdict, used) for f in answer)
             step(start + len(chosen), len(found.cases))
-    with to.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("study_instance_uid", "finding", "probability", "verdict", "modalities_used"))
-        writer.writerows(rows)
-    out.print(f"{len(found.cases)} studies, {len(rows)} answers: {to}", soft_wrap=True)
+    out.print(f"{len(found.cases)} studies, {answered} answers: {to}", soft_wrap=True)
+    if silent:
+        err.print(f"{silent} studies have no answer: the network's output is not finite there.", soft_wrap=True)
 
 
 def compress(
@@ -315,13 +349,16 @@ def compress(
     from models import compression, training
     from worker import infer
 
+    # Operators of torchvision that it would export, were it installed: no network here has one.
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     spec, settings = _open(bundle, given, threads)
-    network, _ = infer.load_network(spec)
-    with _progress() as bar, _refusing():
+    with guards.advising(bundle):
+        network, _ = infer.load_network(spec)
+    with progress.bars(err) as bar, _refusing():
         studies = _load(bar, cohort_folder, spec, settings, cache, splits=("train", "test", "")).labeled
         # The student is judged on patients it did not learn from; the bundle's own network may have.
         learned, asked = training.split_groups(studies, share=0.3, seed=seed)
-        bar.add_task("teaching an image-only student", total=None)
+        bar.add_task("teaching an image-only student", total=1)
         student = compression.distil(network, spec, learned, seed=seed)
         rows = compression.compress(network, spec, asked, student=student)
     to.mkdir(parents=True, exist_ok=True)

@@ -76,11 +76,17 @@ def read_bundles(config: Config) -> list[Bundle]:
 # --- receive
 
 
+#: No image is older; a date of before it is a device's idea of "unknown".
+FIRST_XRAY: Final = 1895
+
+
 def study_time(header: Header, zone: tzinfo) -> datetime | None:
-    """When a study was made: its date and time in its own offset, else the site's zone; None without a date."""
+    """When a study was made: its date and time in its own offset, else the site's zone; None without a date that can be."""
     text = header.study_date + (header.study_time.split(".")[0] + "000000")[:6]
     with contextlib.suppress(ValueError, OverflowError):  # 0001-01-01 east of Greenwich is before the calendar
         naive = datetime.strptime(text, "%Y%m%d%H%M%S")  # noqa: DTZ007  the zone is put on in the next line
+        if naive.year < FIRST_XRAY:
+            return None
         return naive.replace(tzinfo=_offset(header.timezone_offset) or zone).astimezone(UTC)
     return None
 

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -23,9 +28,11 @@ from worker import cohort, joining
 from worker.config import Config, ConfigError, Records, Run, Site
 from worker.demo.phantom import write_cohort
 from worker.domain import Inputs, Instance, Patient, PatientKey, PatientRecord, Series, Study, Volume
-from worker.errors import RecordPending, Snooze
+from worker.errors import DecoderDied, RecordPending, Snooze
+from worker.scratch import PREFIX, scratch
 
 CASES = 4
+ROOT = Path(__file__).parents[2]
 CONFIG = Config(run=Run(decoders=1))
 STUDY_AT = datetime(2026, 3, 4, 12, tzinfo=UTC)
 STUDY = Study("1.2", Patient(PatientKey("SITE", "P-1"), birth_date="19700101", sex="F"), "", STUDY_AT, "", 1, completed_at=STUDY_AT)
@@ -65,13 +72,39 @@ def label(folder: Path, header: str, *rows: str) -> None:
         (("1,1,0,p,", "2,1,0,p,test"), r"line 3: split is 'test', and 'train' in line 2"),
         (("1,1,0,p,test", "1,1,0,p,test"), r"line 3: the study of line 2 again"),
         (("1,1,0,p,test,x",), r"line 2 has more fields"),
-        (("1,1,maybe,p,test",), r"line 2: rare is 'maybe'"),
+        (("1,1,maybe,p,test",), r"line 2: rare is no label"),
+        (("1,1,0,p,train", "2,1,0,p,validation"), r"line 3: split is none of train, calibration, test and empty"),
+        (("1,1,0,p,train", "Maier,1,0,p,train"), r"line 3: study_instance_uid is none; a UID is digits and dots"),
+        ((f"1.{'2' * 63},1,0,p,train",), r"line 2: study_instance_uid is none"),
     ],
 )
 def test_labels_that_contradict_themselves_are_refused_by_line(tmp_path: Path, rows: tuple[str, ...], says: str) -> None:
     label(tmp_path, "ill,rare,group,split", *rows)
-    with pytest.raises(ConfigError, match=says):
+    with pytest.raises(ConfigError, match=says) as caught:
         cohort.read_labels(tmp_path, needed=("ill", "rare"))
+    assert not any(word in str(caught.value) for word in ("maybe", "validation", "Maier"))
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        (("1,1,P-1,g,train", "2,1,P-1,,train"), "line 3: another group than in line 2 of the same patient"),
+        (("1,1,P-1,,train", "2,1,P-1,g,test"), "line 3: split is 'test', and 'train' in line 2 of the same patient"),
+        (("1,1,P-1,g,train", "2,1,P-1,h,test"), "line 3: split is 'test', and 'train' in line 2 of the same patient"),
+        (("1,1,P-1,g,", "2,1,P-1,h,"), "line 3: another group than in line 2 of the same patient"),
+    ],
+)
+def test_a_patient_lies_in_one_group_and_one_split(tmp_path: Path, rows: tuple[str, ...], says: str) -> None:
+    label(tmp_path, "ill,patient_id,group,split", *rows)
+    with pytest.raises(ConfigError, match=says) as caught:
+        cohort.read_labels(tmp_path)
+    assert "P-1" not in str(caught.value)
+
+
+def test_a_column_twice_is_refused(tmp_path: Path) -> None:
+    label(tmp_path, "ill,ill", "1,1,0")
+    with pytest.raises(ConfigError, match="the column 'ill' twice"):
+        cohort.read_labels(tmp_path)
 
 
 def test_an_empty_split_is_train_as_soon_as_any_row_has_one_and_a_short_row_is_empty_where_it_ends(tmp_path: Path) -> None:
@@ -127,6 +160,25 @@ def test_a_patient_known_from_the_images_alone_may_not_lie_in_two_splits(folder:
 
 
 @pytest.mark.parametrize(
+    ("first", "second", "says"),
+    [
+        ("g,train", ",train", "another group"),
+        ("g,train", "h,test", "split is"),
+        ("g,", "h,", "another group"),
+        (",train", "h,test", "split"),
+    ],
+)
+def test_a_patient_of_whom_only_the_images_tell_lies_in_one_group_and_one_split(
+    tmp_path: Path, bundle: Bundle, first: str, second: str, says: str
+) -> None:
+    label(tmp_path, "ill,group,split", f"1,1,{first}", f"2,0,{second}")
+    known = cohort._Known({}, "P-1", {}, ())
+    found = cohort._Found({"1": known, "2": known}, {}, {})
+    with pytest.raises(ConfigError, match=f"line 3: {says}.*line 2"):
+        cohort._joined(tmp_path, found, cohort.read_labels(tmp_path), bundle)
+
+
+@pytest.mark.parametrize(
     "change",
     [
         lambda config: replace(config, site=Site(timezone="Europe/Berlin")),
@@ -169,6 +221,23 @@ def test_a_study_that_the_daemon_would_discard_is_not_learned_from_and_unread_fi
     assert found.unread == {"Neither DICOM (no DICM prefix), HL7 v2 nor FHIR JSON.": 1}
 
 
+def test_a_study_that_kills_its_decoder_is_refused_and_the_others_are_read(
+    folder: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, *others = uids(folder)
+    study = cohort._study
+
+    def dies(uid: str, **named: Any) -> Any:
+        if uid == first:
+            raise DecoderDied("The decoding process ended.")
+        return study(uid, **named)
+
+    monkeypatch.setattr(cohort, "_study", dies)
+    found = cohort.load(folder, bundle=bundle, config=CONFIG, is_labeled=False)
+    assert [one.study_instance_uid for one in found.cases] == others
+    assert found.refused == {"The decoding process ended.": 1}
+
+
 @pytest.mark.parametrize(
     ("hold", "born", "sex", "says"),
     [
@@ -205,8 +274,53 @@ def test_facts_are_those_of_the_film_that_was_read_and_survive_odd_values(tmp_pa
     facts = cohort._facts(STUDY, Inputs({"frontal": series}), images)
     assert (facts["view"], facts["Manufacturer"], facts["scanner"], facts["KVP"]) == ("PA", "One\\Two", "One\\Two", 120)
     assert (facts["Rows"], facts["sex"], facts["age"]) == (8, "F", 56)
+    endless: Any = {"KVP": math.inf}
+    assert cohort._fact(endless, "KVP") is None
     undated = cohort._facts(replace(STUDY, study_at=datetime(1900, 1, 1, tzinfo=UTC)), Inputs({"frontal": series}), images)
     assert "age" not in undated
+
+
+# --- what is left behind
+
+ENDS = """
+import os, signal, sys
+from worker.scratch import scratch
+# As a terminal starts a program: what runs the tests may have told it to ignore these.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+with scratch() as folder:
+    (folder / "film").touch()
+    print(folder.name, flush=True)
+    os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+"""
+
+
+def left_after(number: str, folder: Path) -> tuple[int, str]:
+    """Exit status of a process that this signal ended while it had a scratch folder, and that folder's name."""
+    environment = {**os.environ, "TMPDIR": str(folder)}
+    ended = subprocess.run([sys.executable, "-c", ENDS, number], env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    return ended.returncode, ended.stdout.strip()
+
+
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_a_process_that_is_told_to_end_leaves_no_patient_behind(tmp_path: Path, number: str) -> None:
+    status, name = left_after(number, tmp_path)
+    assert status in (128 + signal.Signals[number], -signal.Signals[number])
+    assert name.startswith(PREFIX)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_and_what_a_living_one_has_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status, name = left_after("SIGKILL", tmp_path)
+    assert status == -signal.SIGKILL
+    assert (tmp_path / name / "film").exists()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / f"{PREFIX}other").mkdir()
+    with scratch() as own, scratch() as other:
+        left = {one.name for one in tmp_path.iterdir()}
+    assert left == {own.name, other.name, f"{PREFIX}other"}
 
 
 # --- when the daemon may answer

@@ -186,6 +186,17 @@ def test_weights_of_another_network_or_with_another_hash_are_refused(folder: Pat
         Model(other)
 
 
+def test_a_limit_of_what_is_typical_that_belongs_to_another_network_is_refused(folder: Path, tmp_path: Path) -> None:
+    other = small_bundle.write(tmp_path / "other")
+    tensors = load((folder / "weights.safetensors").read_bytes())
+    about = {"mean": torch.zeros(3), "precision": torch.eye(3), "limit": torch.tensor(1.0)}
+    raw = save({**tensors, **{f"atypical.{name}": tensor for name, tensor in about.items()}})
+    (other / "weights.safetensors").write_bytes(raw)
+    settle(other, {}, sha256=hashlib.sha256(raw).hexdigest())
+    with pytest.raises(BundleError, match="do not fit"):
+        Model(other)
+
+
 def phantom(seed: int, absent: frozenset[str], spec: Spec) -> tuple[PhantomCase, Volume, Inputs]:
     """One synthetic patient by way of our own HL7 parser and choice of inputs."""
     case = make_case(seed, absent=absent)

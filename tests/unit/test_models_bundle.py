@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from models.bundle import Bundle, InvalidBundleError, settle
+from models.bundle import Bundle, InvalidBundleError, check_writable, settle
 from models.spec import Code
 from tests.unit import small_bundle
 
@@ -64,7 +64,7 @@ WAITLESS = "wait_s = 0\nlook_back_h = 24\n\n[[record.values]]\nneed = "
         ("wait_s = 1\n", "", "key 'wait_s' is missing"),
         ("wait_s = 1\n", 'wait_s = "1"\n', "record.*wait_s: float is expected"),
         ("wait_s = 1\n", "wait_s = true\n", "wait_s: float is expected"),
-        ("wait_s = 1\n", "wait_s = -1\n", "wait_s must not be negative"),
+        ("wait_s = 1\n", "wait_s = -1\n", "wait_s must be finite and not negative"),
         (
             "wait_s = 1\nlook_back_h = 24\n\n[[record.values]]\n",
             f"{WAITLESS}'wanted'\n",
@@ -92,6 +92,26 @@ WAITLESS = "wait_s = 0\nlook_back_h = 24\n\n[[record.values]]\nneed = "
         ("width = 16", 'width = 16\ntext = "bert"', "network.bert must name a folder"),
         ("[bundle]", "[bundel]", r"no \[bundle\] table"),
         ("[bundle]", "[bundle", "cannot be read"),
+        ("heads = 2", "heads = 0", r"network\.heads must lie from 1"),
+        ("words = 12", "words = 0", r"network\.words must lie from 1"),
+        ("buckets = 64", "buckets = 1", r"network\.buckets must lie from 2"),
+        ("wait_s = 1\n", "wait_s = nan\n", r"record\.wait_s must be finite"),
+        ("look_back_h = 24", "look_back_h = -1", r"record\.look_back_h must be finite and not negative"),
+        ("temperature = 1.0", "temperature = inf", "temperature must be positive and finite"),
+        ("size = [12, 10, 8]", "size = [12, 0, 8]", "size needs"),
+        ("spacing_mm = [2, 2, 3]", "spacing_mm = [2, 2, -3]", "spacing_mm must be positive"),
+        ("window_hu = [-1000, 400]", "window_hu = [400, -1000]", "window_hu must be finite and increase"),
+        ("epochs = 3", "epochs = 0", r"training\.epochs must lie from 1"),
+        ("batch = 8", "batch = 8\naverage = 1.0", r"training\.average must lie from 0"),
+        ("batch = 8", "batch = 8\nvalidation = 0.0", r"training\.validation must lie"),
+        ("learning_rate = 0.01", "learning_rate = nan", r"training\.learning_rate must lie"),
+        ('file = "weights.safetensors"', 'file = "bundle.toml"', r"ends in \.safetensors"),
+        ("width = 16", f"width = {10**400}", "at most 64 bits"),
+        ("wait_s = 1\n", f"wait_s = {10**400}\n", "at most 64 bits"),
+        ("wait_s = 1\n", f"wait_s = {'9' * 5000}\n", "cannot be read"),
+        ("authors = [", f"limits = {'[' * 3000}{']' * 3000}\nauthors = [", "cannot be read"),
+        ("authors = [", f"limits = {'[' * 60}{']' * 60}\nauthors = [", "str is expected"),
+        ("width = 16", 'width = 16\ntext = "bert"\nbert = "/usr"', "network.bert must name a folder"),
     ],
 )
 def test_a_mistake_in_the_metadata_is_refused_by_name(tmp_path: Path, old: str, new: str, says: str) -> None:
@@ -178,3 +198,85 @@ def test_another_language_model_than_that_of_the_training_is_refused(tmp_path: P
     (folder / "bert" / "vocab.txt").write_text("[PAD]\nfever", "utf-8")
     with pytest.raises(InvalidBundleError, match=r"bert of bundle small has sha256 .*bert_sha256"):
         Bundle.read(folder)
+
+
+@pytest.mark.parametrize("top", ["weights = 3", 'network = "x"', "record = [1]"])
+def test_a_table_that_is_none_is_refused_by_name(tmp_path: Path, top: str) -> None:
+    rest = small_bundle.TOML.split(f"[{top.split()[0]}]")[0]
+    with pytest.raises(InvalidBundleError, match=r"bundle\.toml"):
+        Bundle.read(small_bundle.write(tmp_path, f"{top}\n{rest}"), verify=False)
+
+
+def test_a_folder_outside_the_bundle_is_not_even_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = small_bundle.write(tmp_path, small_bundle.TOML.replace("width = 16", 'width = 16\ntext = "bert"\nbert = "/usr"'))
+    monkeypatch.setattr(Path, "rglob", lambda *_: pytest.fail("a foreign folder is read"))
+    with pytest.raises(InvalidBundleError, match=r"network\.bert"):
+        Bundle.read(folder, verify=False)
+
+
+@pytest.mark.parametrize("link", ["bert", "bert/vocab.txt", "bert/deep"])
+def test_a_link_that_leads_out_of_a_language_model_is_refused(tmp_path: Path, link: str) -> None:
+    folder = small_bundle.write(tmp_path / "small", small_bundle.TOML.replace("width = 16", 'width = 16\ntext = "bert"\nbert = "bert"'))
+    (tmp_path / "other").mkdir()
+    if link != "bert":
+        (folder / "bert").mkdir()
+    (folder / link).symlink_to(tmp_path / "other")
+    with pytest.raises(InvalidBundleError, match="a link that leads out"):
+        Bundle.read(folder, verify=False)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("threshold = 0.6", "threshold=0.6"),
+        ("temperature = 1.0", "temperature=1.0"),
+        ("temperature = 1.0", "  temperature = 1.0  # of the site"),
+        ("[[findings]]", "  [[ findings ]]"),
+        ("threshold = 0.6\nnegative_below = 0.4\ntemperature = 1.0", "\tthreshold = 0.6\n\tnegative_below = 0.4"),
+        ('sha256 = ""', "  sha256=''  # none yet"),
+        ("quality_statement =", 'learned_from = """\ntemperature = 1.0\n"""\nquality_statement ='),
+        ("epochs = 3\nbatch = 8\n", "epochs = 3\nbatch = 8\n# temperature = 4\n"),
+    ],
+)
+def test_numbers_are_written_however_the_file_spells_its_lines(tmp_path: Path, old: str, new: str) -> None:
+    assert old in small_bundle.TOML
+    folder = small_bundle.write(tmp_path, small_bundle.TOML.replace(old, new))
+    (folder / "weights.safetensors").write_bytes(b"w")
+    check_writable(folder)
+    bundle = settle(
+        folder, {"ill": {"threshold": 0.7, "temperature": 1.5}, "rare": {"alpha": 0.1}}, sha256=hashlib.sha256(b"w").hexdigest()
+    )
+    assert bundle == Bundle.read(folder)
+    assert [(f.threshold, f.temperature, f.alpha) for f in bundle.findings] == [(0.7, 1.5, 0.0), (0.5, 1.0, 0.1)]
+    assert (folder / "bundle.toml").read_text("utf-8").count("#") == new.count("#") * small_bundle.TOML.count(old)
+
+
+ARRAY = small_bundle.TOML[small_bundle.TOML.index("[[findings]]") : small_bundle.TOML.index("[network]")]
+ILL = "{name = 'ill', code = ['ILL', 'L', 'Ill'], threshold = 0.6}"
+
+
+@pytest.mark.parametrize(
+    "toml",
+    [
+        small_bundle.TOML.replace("temperature = 1.0", '"temperature" = 1.0'),
+        small_bundle.TOML.replace("quality_statement =", 'learned_from = """\n[[findings]]\nthreshold = 1\n"""\nquality_statement ='),
+        f"findings = [{ILL}]\n" + small_bundle.TOML.replace(ARRAY, ""),
+        "weights = {file = 'weights.safetensors', sha256 = ''}\n" + small_bundle.TOML[: small_bundle.TOML.index("[weights]")],
+    ],
+)
+def test_a_file_that_cannot_be_changed_for_certain_is_left_as_it_is_and_found_before_a_training(tmp_path: Path, toml: str) -> None:
+    folder = small_bundle.write(tmp_path, toml)
+    (folder / "weights.safetensors").write_bytes(b"w")
+    for change in (lambda: check_writable(folder), lambda: settle(folder, {"ill": {"temperature": 2.0}}, sha256="0" * 64)):
+        with pytest.raises(InvalidBundleError, match="left as it is"):
+            change()
+    assert (folder / "bundle.toml").read_text("utf-8") == toml
+    assert not (folder / "bundle.part").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
+def test_a_number_that_no_bundle_may_hold_is_not_written(tmp_path: Path, value: float) -> None:
+    folder = small_bundle.write(tmp_path)
+    with pytest.raises(InvalidBundleError):
+        settle(folder, {"ill": {"temperature": value}})
+    assert (folder / "bundle.toml").read_text("utf-8") == small_bundle.TOML

@@ -54,6 +54,17 @@ def test_a_changed_answer_is_seen_and_counted(network: FusionNetwork, bundle: Bu
     assert found["same_verdicts"] == pytest.approx((1 + float((was[:, 0] >= 0.6).float().mean())) / 2)
 
 
+def test_an_answer_that_is_no_number_is_compared_with_nothing_and_teaches_nothing(
+    network: FusionNetwork, bundle: Bundle, studies: list[Labeled]
+) -> None:
+    with torch.no_grad():
+        network.head.bias.fill_(torch.inf)  # type: ignore[operator]  # of the head of tokens
+    with pytest.raises(ValueError, match="not a finite number"):
+        compression.compress(network, bundle, studies)
+    with pytest.raises(ValueError, match="not a finite number"):
+        compression.distil(network, bundle, studies, seed=0, epochs=1)
+
+
 def test_int8_weights_lie_within_half_a_step_of_their_row(network: FusionNetwork) -> None:
     held = dict(compression.to_int8(network).named_buffers())
     weight, step = held["text/embed/weight"], held["text/embed/weight/scale"]

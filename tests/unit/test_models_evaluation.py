@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -286,6 +288,36 @@ def test_kept_folds_are_read_and_strange_ones_refused_at_once(bundle: Bundle, tm
         evaluation.evaluate(
             bundle, given.studies, given.facts, folds=2, repeats=1, seed=0, folder=tmp_path, fusions=("tokens",)
         )  # the same fusions as of `given`
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "bit", "pickle", "array"])
+def test_a_kept_fold_that_is_broken_is_learned_anew(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
+    file = tmp_path / "0-0.npz"
+    rows = {"tokens": np.random.default_rng(0).random((12, 2))}
+    np.savez_compressed(file, allow_pickle=False, **rows)
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 3] ^= 255
+    broken: dict[str, bytes | bytearray] = {"cut": raw[: len(raw) // 2], "empty": b"", "bit": raw, "pickle": pickle.dumps({})}
+    if damage == "array":
+        with file.open("wb") as stream:
+            np.save(stream, rows["tokens"])
+    else:
+        file.write_bytes(broken[damage])
+    monkeypatch.setattr(folds, "ProcessPoolExecutor", lambda *_given, **_named: ThreadPoolExecutor(1))
+    monkeypatch.setattr(folds, "_run", lambda *_given: rows)
+    (again,) = all_folds(task(bundle), [(0, 0)], [{}], kept=tmp_path, processes=1)
+    assert again == ((0, 0), rows)
+    assert [one.name for one in tmp_path.iterdir()] == ["0-0.npz"]
+    monkeypatch.setattr(folds, "_run", lambda *_given: pytest.fail("it is kept"))
+    ((_, scores),) = all_folds(task(bundle), [(0, 0)], [{}], kept=tmp_path, processes=1)
+    assert np.array_equal(scores["tokens"], rows["tokens"])
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32 - 1, 2**70])
+def test_a_seed_that_a_learner_cannot_take_is_refused_before_anything_is_learned(bundle: Bundle, seed: int, tmp_path: Path) -> None:
+    given = task(bundle)
+    with pytest.raises(ValueError, match="A seed must lie from 0 to"):
+        evaluation.evaluate(bundle, given.studies, given.facts, folds=2, repeats=1, seed=seed, folder=tmp_path)
 
 
 def test_folds_kept_with_other_rows_are_refused(bundle: Bundle, tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from models import words
+from models import evaluation, words
+from models.folds import JOINTLY
 from models.page import write_card, write_page
 from models.plots import learning_curve, small_group
 
@@ -370,6 +371,98 @@ def test_a_floor_that_comes_close_is_said(floor: float, difference: list[float] 
     assert ("Beware: view alone" in write_card(results, bundle_text={}).split("### deceased")[0]) is near
 
 
+@pytest.mark.parametrize("patients", [54, 18])
+def test_what_is_simpler_and_higher_is_said_claim_or_no_claim(patients: int, tmp_path: Path) -> None:
+    results = small()
+    results["cohort"]["patients"] = patients
+    assert words.higher(results, "in_icu") == ""
+    for name, auroc in (("image alone", 0.86), ("view alone", 0.88)):
+        next(row for row in results["rows"] if row["name"] == name)["metrics"]["auroc"] = [auroc, 0.7, 0.9]
+    said = words.higher(results, "in_icu")
+    assert "than the network's 0.840" in said
+    assert "one modality: 1 of 1, image alone most with 0.860 (0.700 to 0.900)" in said
+    assert "shortcut floors: 1 of 1, view alone most with 0.880" in said
+    assert ("may be chance" in said) is (patients < 20)
+    text = page(results, tmp_path)
+    assert "<li class=warn>Beware: simpler ways" in text
+    assert "view alone" in write_card(results, bundle_text={}).split("## Subgroups")[0]
+    assert "· above the network" in text
+    assert "close to the network" not in text
+
+
+@pytest.mark.parametrize(
+    ("patients", "positive", "shown"),
+    [(54, 20, "gain over image alone, shown"), (54, 18, ""), (18, 18, "")],
+)
+def test_a_gain_of_which_nothing_may_be_claimed_is_no_tile(patients: int, positive: int, shown: str, tmp_path: Path) -> None:
+    results = small()
+    results["cohort"] |= {"patients": patients, "patients_positive": {"in_icu": positive}, "patients_negative": {"in_icu": 30}}
+    text = page(results, tmp_path)
+    assert (shown or "patients") in text
+    assert ("gain over" in text) is bool(shown)
+    assert ("<div class=few><dt>AUROC" in text) is not bool(shown)
+
+
+def test_a_gain_that_is_not_shown_is_gray(tmp_path: Path) -> None:
+    results = small()
+    results["differences"][0]["p"] = 0.2
+    assert "<div class=few><dt>gain over image alone, not shown" in page(results, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("cohort", "says"),
+    [
+        ({"patients": 40, "patients_positive": {"in_icu": 18}}, "Only 18 patients have the finding; 20 are needed"),
+        ({"patients": 40, "patients_negative": {"in_icu": 7}}, "Only 7 patients are without the finding; 20 are needed"),
+        ({"patients": 12}, "Only 12 patients in all; 20 are needed"),
+        ({"positives": {"in_icu": 5}}, "Only 5 studies have the finding; 20 patients are needed"),
+    ],
+)
+def test_why_nothing_is_claimed_is_said_with_its_number(cohort: dict[str, Any], says: str) -> None:
+    results = small()
+    results["cohort"] |= cohort
+    assert f"{says}: no claim is made" in words.how_good(results, "in_icu")
+    assert says.lower() in words.triage(results, "in_icu")
+
+
+def test_rows_of_equal_figures_and_the_row_learned_jointly_are_explained(tmp_path: Path) -> None:
+    results = small()
+    assert words.jointly(results) == words.twins(results, "in_icu") == ""
+    first = results["rows"][0]
+    results["rows"] += [{**first, "name": "tokens" + JOINTLY, "metrics": metrics(0.83, 0.1)}, {**first, "name": "film"}]
+    card, text = write_card(results, bundle_text={}), Reader(page(results, tmp_path)).text
+    for said in (card, text):
+        assert "Equal figures: tokens = film." in said
+        assert "tokens, learned jointly: the fusion tokens with image encoders learned together with it; all" in said
+    results["bundle"]["stages"] = "joint"
+    assert "as this bundle is trained" in words.jointly(results)
+
+
+def test_curves_are_drawn_of_baselines_and_floors_too(rendered: str) -> None:
+    for label in ("both: random forest: 0.790", "view alone: 0.770"):
+        assert label in rendered
+
+
+def test_an_evaluation_keeps_the_curves_of_all_that_is_drawn() -> None:
+    kinds = {
+        "tokens": "fusion",
+        "film": "fusion",
+        "image alone": "single",
+        "late_mean": "late",
+        "both: SVM": "baseline",
+        "view alone": "floor",
+    }
+    y = np.array([0.0, 1.0, 0.0, 1.0])
+    found = evaluation._curves(dict.fromkeys(kinds, np.array([[0.1, 0.7, 0.4, 0.3]])), "tokens", y, kinds)
+    assert set(found["roc"]) == set(found["pr"]) == set(kinds) - {"film"}
+
+
+def test_once_is_not_repeated_1_times() -> None:
+    once = {**small(), "repeats": 1}
+    assert "repeated" not in words.worth(once) + write_card(once, bundle_text={}).split("Limits")[0]
+    assert "5 folds, repeated 5 times" in words.worth(small())
+
+
 @pytest.mark.parametrize("null", [False, True])
 @pytest.mark.parametrize(
     "gone",
@@ -496,7 +589,7 @@ def test_the_network_is_the_row_of_the_bundles_own_fusion_whatever_its_kind(name
 def test_a_class_is_counted_in_patients_not_in_studies(positive: int, negative: int, few: bool) -> None:
     results = sample()
     results["cohort"] |= {"patients_positive": {"in_icu": positive}, "patients_negative": {"in_icu": negative}}
-    assert words.too_few(results, "in_icu") is few
+    assert bool(words.too_few(results, "in_icu")) is few
     assert ("no claim is made" in words.how_good(results, "in_icu")) is few
     row = {"positives": 83, "studies": 188, "patients_positive": positive, "patients_negative": negative}
     assert small_group(row) is few

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -11,11 +12,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
@@ -355,6 +358,62 @@ def test_new_weights_carry_no_guarantee_of_the_old_ones(bundle: Bundle) -> None:
     assert (bundle.folder / "bundle.toml").read_text("utf-8").count("alpha") == 1, "a finding that never had one gets no line"
 
 
+def test_a_full_disk_is_said_of_which_folder_and_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(state: object, stream: BinaryIO) -> None:
+        stream.write(b"half")
+        raise RuntimeError("[enforce fail at inline_container.cc] . PytorchStreamWriter failed writing file")
+
+    kept = Checkpoint(tmp_path, {"seed": "0"})
+    kept.keep("joint", {"epoch": 1})
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match=rf"checkpoint\.pt cannot be written into {tmp_path}: the disk may be full"):
+        kept.keep("joint", {"epoch": 2})
+    assert [one.name for one in tmp_path.iterdir()] == ["checkpoint.pt"]
+    assert Checkpoint(tmp_path, {"seed": "0"}).stage("joint") == {"epoch": 1}
+
+
+def test_weights_stay_where_bundle_toml_cannot_be_settled(bundle: Bundle) -> None:
+    result = fit(bundle, small_bundle.studies(bundle, 8), seed=0, epochs=1)
+    save_fit(bundle, result)
+    file = bundle.folder / "bundle.toml"
+    file.write_text(file.read_text("utf-8").replace("temperature =", '"temperature" ='), "utf-8")
+    before = Bundle.read(bundle.folder)
+    with pytest.raises(InvalidBundleError, match="left as it is"):
+        save_fit(bundle, fit(bundle, small_bundle.studies(bundle, 8), seed=1, epochs=1))
+    assert Bundle.read(bundle.folder) == before
+
+
+def loaded(bundle: Bundle, **changes: Tensor | None) -> None:
+    """Load the network of a bundle whose file holds these tensors besides or instead, without those that are None."""
+    size = 3
+    right = {"mean": torch.zeros(size), "precision": torch.eye(size), "limit": torch.tensor(1.0)}
+    network = FusionNetwork(bundle).state_dict()
+    tensors = {**network, **{f"atypical.{name}": tensor for name, tensor in right.items()}, **changes}
+    raw = save({name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None})
+    bundle.weights_path.write_bytes(raw)
+    saving.load_network(settle(bundle.folder, {}, sha256=hashlib.sha256(raw).hexdigest()))
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "says"),
+    [
+        ("atypical.limit", None, "holds mean, precision of"),
+        ("atypical.other", torch.zeros(3), "holds limit, mean, other, precision of"),
+        ("atypical.mean", torch.zeros(3, 1), r"atypical\.mean .* float32 of shape \(3,\)"),
+        ("atypical.precision", torch.eye(4), r"atypical\.precision .* float32 of shape \(3, 3\)"),
+        ("atypical.limit", torch.ones(2), r"atypical\.limit .* float32 of shape \(\)"),
+        ("atypical.limit", torch.tensor(1), r"atypical\.limit .* float32"),
+        ("atypical.mean", torch.full((3,), math.nan), r"atypical\.mean .* finite"),
+        ("head.bias", torch.zeros(2, dtype=torch.float64), r"head\.bias .* is torch\.float64; the network's is torch\.float32"),
+        ("head.bias", torch.zeros(2, dtype=torch.int64), r"head\.bias .* is torch\.int64"),
+    ],
+)
+def test_tensors_of_another_name_shape_or_kind_are_refused(bundle: Bundle, name: str, tensor: Tensor | None, says: str) -> None:
+    loaded(bundle)
+    with pytest.raises(InvalidBundleError, match=says):
+        loaded(bundle, **{name: tensor})
+
+
 def test_a_checkpoint_of_another_run_is_refused_and_says_of_what(bundle: Bundle, tmp_path: Path) -> None:
     def cut(*_: object) -> None:
         raise PowerCut
@@ -362,13 +421,13 @@ def test_a_checkpoint_of_another_run_is_refused_and_says_of_what(bundle: Bundle,
     studies = small_bundle.studies(bundle, 8)
     with pytest.raises(PowerCut):
         fit(bundle, studies, seed=1, folder=tmp_path, progress=cut)
-    with pytest.raises(ValueError, match=r"other data; remove it"):
+    with pytest.raises(ValueError, match=r"with other data: bundle"):
         fit(bundle, studies[::-1], seed=1, folder=tmp_path)
-    with pytest.raises(ValueError, match=r"other bundle; remove it"):
+    with pytest.raises(ValueError, match=r"with other bundle: bundle"):
         fit(with_training(bundle, dropout=0.2), studies, seed=1, folder=tmp_path)
-    with pytest.raises(ValueError, match=r"other seed; remove it"):
+    with pytest.raises(ValueError, match=r"with other seed: bundle"):
         fit(bundle, studies, seed=2, folder=tmp_path)
-    with pytest.raises(ValueError, match=r"other arguments; remove it"):
+    with pytest.raises(ValueError, match=r"with other arguments: bundle"):
         fit(bundle, studies, seed=1, epochs=2, folder=tmp_path)
     (tmp_path / "checkpoint.pt").write_bytes(b"half a file")
     with pytest.raises(ValueError, match=r"no checkpoint that can be read"):

@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from monai.transforms import Resize, ResizeWithPadOrCrop
 
+from models import transforms
 from models.bundle import Bundle
 from models.spec import Code, ImageSpec, NetworkConfig, RecordRule, TextSpec
 from models.transforms import PIECES, gene_tensors, history_tensors, radiograph_tensor, text_ids, value_tensors, volume_tensor
@@ -65,10 +67,48 @@ def test_a_volume_smaller_than_the_view_is_padded_with_air(bundle: Bundle) -> No
     assert image[0, 6, 5, 4] == pytest.approx(1000 / 1400)
 
 
-@pytest.mark.parametrize("spacing", [0.0, float("nan")])
+@pytest.mark.parametrize("spacing", [0.0, float("nan"), 1e-320])
 def test_a_volume_without_a_size_is_refused(bundle: Bundle, spacing: float) -> None:
     with pytest.raises(ValueError, match="positive and finite"):
         volume_tensor(np.zeros((2, 4, 4), np.float32), np.diag([spacing, 1.0, 1.0, 1.0]), bundle.images[0])
+
+
+@pytest.mark.parametrize("times", [4, 1000])
+def test_a_finer_grid_shows_the_same_patient_and_pads_no_finer_field_of_view(
+    bundle: Bundle, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Padded first, a field of view of 24 mm at 0.001 mm would have 10 ** 13 voxels."""
+
+    def padded(view: list[int], value: float) -> ResizeWithPadOrCrop:
+        assert np.prod(view) <= 2**14
+        return ResizeWithPadOrCrop(view, value=value)
+
+    monkeypatch.setattr(transforms, "FINEST", 2**14)
+    monkeypatch.setattr(transforms, "ResizeWithPadOrCrop", padded)
+    array, affine = stored((0, 1, 2), (False, False, False))
+    coarse = volume_tensor(array, affine, bundle.images[0])
+    finer = array.repeat(4, 0).repeat(4, 1).repeat(4, 2)
+    fine = volume_tensor(finer, affine / [times, times, times, 1], bundle.images[0])
+    if times == 4:
+        assert torch.allclose(fine, coarse, atol=1e-5)
+    assert fine.shape == coarse.shape
+
+
+@pytest.mark.parametrize("shape", [(1, 60000), (60000, 1), (3, 5000)])
+def test_a_strip_of_a_film_does_not_fill_the_memory(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    def resized(size: list[int], mode: str) -> Resize:
+        assert np.prod(size) <= 32 * 32 * transforms.STRIP * 2
+        return Resize(size, mode=mode)
+
+    monkeypatch.setattr(transforms, "Resize", resized)
+    image = radiograph_tensor(np.random.default_rng(0).random(shape, dtype=np.float32), FILM)
+    assert image.shape == (1, 32, 32)
+
+
+def test_a_film_of_ordinary_shape_is_read_whole() -> None:
+    noise = np.random.default_rng(0).random((64, 64 * transforms.STRIP), dtype=np.float32)
+    middle = noise[:, noise.shape[1] // 2 - 32 :][:, :64]
+    assert torch.equal(radiograph_tensor(noise, FILM), radiograph_tensor(middle, FILM))
 
 
 def disc(height: int, width: int) -> np.ndarray:
@@ -138,6 +178,19 @@ def test_variants_are_a_set_and_a_gene_that_is_not_named_is_missing_not_zero() -
     assert int((one["variants"] > 0).sum()) == 2
     assert one["expression_mask"].tolist() == [False, True]
     assert not other["expression_mask"].any()
+
+
+@pytest.mark.parametrize("beyond", [1e39, -1e300, float("inf"), float("nan")])
+def test_what_float32_cannot_hold_is_missing(bundle: Bundle, beyond: float) -> None:
+    made = value_tensors({"ph": (beyond, "", 1.0)}, bundle.record.values)
+    assert not made["number_mask"].any()
+    assert made["numbers"].tolist() == [0, 0]
+    told = history_tensors([("ph", beyond, "", 1.0), ("ph", 7.1, "", 2.0)], bundle.record.values, steps=3)
+    assert told["history_numbers"].tolist() == pytest.approx([7.1, 0, 0])
+    assert told["history_mask"].tolist() == [True, False, False]
+    genes = gene_tensors({"levels": f"TP53={beyond};EGFR=1"}, GENOMICS, NETWORK)
+    assert genes["expression"].tolist() == [0, 1]
+    assert genes["expression_mask"].tolist() == [False, True]
 
 
 def test_words_hash_alike_in_every_process() -> None:
