@@ -138,13 +138,13 @@ class FhirServer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """A view or query of the site's data warehouse, read again and again from where it ended."""
+    """A view or query of the site's data warehouse, read again and again from where it ended; not at all where `every_s` is 0."""
 
     name: str
     database: str
     query: str
     mapping: Path
-    every_s: float = 300.0
+    every_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

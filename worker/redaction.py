@@ -126,7 +126,7 @@ def redact(text: str, *, names: Collection[str] = ()) -> str:
     ----------
     names
         The patient's names as DICOM writes them (PN, PS3.5 §6.2: ``Family^Given^Middle``), all that were ever told. Their parts of two
-        letters and more go wherever they stand, whatever their case and accents ("MUELLER" for "Müller").
+        letters and more go wherever they stand, whatever their case and accents ("MUELLER" for "Müller"), but for titles and particles.
 
     Returns
     -------

@@ -120,7 +120,7 @@ def _of_records(config: Config, store: Store, bundles: Sequence[Bundle]) -> list
 
         return read
 
-    views = [(reader(table), table.every_s) for table in config.tables]
+    views = [(reader(table), table.every_s) for table in config.tables if table.every_s > 0]
     return [(renew, RENEW_S), (expire, EXPIRE_S), (listen, LISTEN_S), *views]
 
 
