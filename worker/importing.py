@@ -155,15 +155,12 @@ def _import_ndjson(paths: Sequence[Path], tally: Tally, *, config: Config, store
 
 
 def _apply_fhir(updates: Iterable[RecordUpdate], raw: bytes, tally: Tally, *, config: Config, store: Store) -> None:
-    """All of a file in one transaction, with the row that says where it came from; a file that is known adds nothing."""
+    """All of a file in one transaction, with the row that says where it came from; a known one too, for codes may be mapped anew."""
     now, digest = record_feeds.clock(), hashlib.sha256(raw).hexdigest()
     with store.begin() as conn:
         number = feeds.note_message(
             conn, sender="FHIR import", control_id="", sent_at="", trigger="Bundle", result="applied", digest=digest, now=now
         )
-        if number is None:
-            tally.counts["bundle repeated"] += 1
-            return
         for update in updates:
             added = records.apply(conn, record_feeds.localized(config, update), now=now, message_id=number)
             tally.counts["patient updated"] += 1
