@@ -17,6 +17,7 @@
         ├── StoredFileLost         our own disk lost or changed what was received: send it again, then retry
         ├── BundleError            weights, digest or metadata are not what they should be
         ├── RecordError            a message or resource that cannot be understood
+        │   └── PatientAmbiguous   a server has several patients under one identifier
         └── Unanalysable           the images cannot be analysed: a report says so
             ├── NoSuitableSeries
             ├── RecordIncomplete   what the bundle requires of the record did not come in time
@@ -91,6 +92,10 @@ class BundleError(Reject):
 
 class RecordError(Reject):
     """A message or resource that cannot be understood; the text says which field."""
+
+
+class PatientAmbiguous(RecordError):
+    """More than one patient has the identifier asked for: nobody may say whose record it is."""
 
 
 class Unanalysable(Reject):

@@ -19,7 +19,7 @@ from pydicom.uid import UID
 from worker import record_feeds, roles
 from worker.config import Config
 from worker.decoding import decodable_transfer_syntaxes
-from worker.domain import Received, RecordUpdate
+from worker.domain import PatientKey, Received, RecordUpdate
 from worker.errors import RecordError, Reject
 from worker.intake import fhir, hl7, mllp
 from worker.intake.header import read_header
@@ -27,6 +27,9 @@ from worker.store import feeds, records
 from worker.store.database import Store
 from worker.store.spool import Spool
 
+#: Patients of a FHIR file in one transaction: the feeds wait for it, and it for them.
+BATCH: Final = 20
+_FHIR_SENDER: Final = "FHIR import"
 #: Who sent what was imported from files.
 IMPORT_AE: Final = "IMPORT"
 _META_TAGS: Final = ["MediaStorageSOPClassUID"]
@@ -155,13 +158,24 @@ def _import_ndjson(paths: Sequence[Path], tally: Tally, *, config: Config, store
 
 
 def _apply_fhir(updates: Iterable[RecordUpdate], raw: bytes, tally: Tally, *, config: Config, store: Store) -> None:
-    """All of a file in one transaction, with the row that says where it came from; a known one too, for codes may be mapped anew."""
-    now, digest = record_feeds.clock(), hashlib.sha256(raw).hexdigest()
-    with store.begin() as conn:
-        number = feeds.note_message(
-            conn, sender="FHIR import", control_id="", sent_at="", trigger="Bundle", result="applied", digest=digest, now=now
-        )
-        for update in updates:
-            added = records.apply(conn, record_feeds.localized(config, update), now=now, message_id=number)
-            tally.counts["patient updated"] += 1
-            tally.counts["fact added"] += added
+    """A file's patients in batches, with the row that says where they came from; a known file too, for codes may be mapped anew.
+
+    One that was cut off is imported again: what is known is not added twice.
+    """
+    digest = hashlib.sha256(raw).hexdigest()
+    # Writers that name patients in one order cannot wait for each other.
+    several = sorted((record_feeds.localized(config, one) for one in updates), key=lambda one: _order(one.patient.key))
+    for start in range(0, max(len(several), 1), BATCH):
+        batch, now = several[start : start + BATCH], record_feeds.clock()
+        with store.begin() as conn:
+            number = feeds.note_message(
+                conn, sender=_FHIR_SENDER, control_id="", sent_at="", trigger="Bundle", result="applied", digest=digest, now=now
+            )
+            number = number or feeds.row_of(conn, sender=_FHIR_SENDER, digest=digest)
+            added = sum(records.apply(conn, update, now=now, message_id=number) for update in batch)
+        tally.counts["patient updated"] += len(batch)
+        tally.counts["fact added"] += added
+
+
+def _order(key: PatientKey) -> tuple[str, str]:
+    return key.issuer, key.patient_id

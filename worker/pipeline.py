@@ -24,6 +24,7 @@ from worker.decoding import DecoderPool
 from worker.domain import Code, Document, Finding, Inputs, Job, PatientKey, PatientRecord, Study, Volume
 from worker.errors import (
     NoSuitableSeries,
+    PatientAmbiguous,
     PatientConflict,
     PeerRefused,
     RecordError,
@@ -82,6 +83,8 @@ class Case:
     input_sha256: str = ""
     #: Of the record's patient: who else they were known to be when we looked.
     stamp: str = ""
+    #: When the record had last changed when we looked.
+    record_changed_at: datetime | None = None
     error: Exception | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
 
@@ -124,9 +127,10 @@ def gather(line: Line, case: Case) -> Case:
         doubt = joining.ambiguous(study, records.issuers_of(conn, study.patient.key.patient_id))
     trouble = _pulled(line, study, model.bundle)
     with line.store.read() as conn:
+        changed_at = studies.record_changed_at(conn, job.study_id)  # before the view: what comes between is looked at again
         record = record_of(conn, study, model.bundle)
         earlier = documents.predecessor(conn, job.study_id, bundle=job.bundle, before_version=job.input_version)
-    case = replace(case, study=study, predecessor=earlier, stamp=record.stamp if record else "")
+    case = replace(case, study=study, predecessor=earlier, stamp=record.stamp if record else "", record_changed_at=changed_at)
     if reason := doubt or joining.conflict(study, record, must_agree=line.must_agree):
         raise PatientConflict(reason)
     if not study.is_complete:
@@ -138,7 +142,7 @@ def gather(line: Line, case: Case) -> Case:
     except NoSuitableSeries as exc:  # no record would change that: the report need not wait for one
         return replace(case, error=exc)
     if pending := joining.pending(study, record, inputs, model.bundle.record, now=line.clock(), trouble=trouble):
-        raise pending
+        return replace(case, error=pending)  # not raised: the verdict needs to know of what record
     case = replace(case, inputs=inputs)
     reason = joining.incomplete(inputs, model.bundle.record)
     return replace(case, error=RecordIncomplete(reason)) if reason else case
@@ -150,15 +154,18 @@ def record_of(conn: Connection, study: Study, bundle: Bundle) -> PatientRecord |
 
 
 def _pulled(line: Line, study: Study, bundle: Bundle) -> str:
-    """Ask the site's FHIR server for the patient, if the bundle wants that; why it could not be asked, '' if it was."""
+    """Ask the site's FHIR server for the patient, if the bundle wants that; what is wrong with the answer, '' if nothing.
+
+    A server that is away or answers nonsense costs the waiting time, not the study; only several patients are a conflict.
+    """
     if not bundle.record.pull or line.pull is None or not study.patient.key.issuer:
         return ""
     try:
         line.pull(study.patient.key)
-    except (Retry, PeerRefused) as exc:  # a server that is away costs the waiting time, not the study
-        return str(exc)
-    except RecordError as exc:  # two patients have this identifier
+    except PatientAmbiguous as exc:
         raise PatientConflict(str(exc)) from exc
+    except (Retry, PeerRefused, RecordError) as exc:
+        return str(exc)
     return ""
 
 
@@ -283,31 +290,47 @@ def settle(line: Line, case: Case) -> Case:
 def _settle(line: Line, case: Case, facts: dict[str, object]) -> str:
     now = line.clock()
     with line.store.begin() as conn:
-        error = _last_look(conn, case)
+        error = _last_look(conn, line, case)
         if error is not None:
             facts["reason"] = str(error) if isinstance(error, WorkerError) else type(error).__name__
         if case.report is not None and (error is None or isinstance(error, Unanalysable)):
-            _file(conn, line, case, failure=str(error or ""), now=now)
+            if not _file(conn, line, case, failure=str(error or ""), now=now):
+                facts["is_repeated"] = True
             return "job.completed"
         return _verdict(conn, case, error or RuntimeError("no report and no error"), facts, now=now)
 
 
-def _last_look(conn: Connection, case: Case) -> Exception | None:
+def _last_look(conn: Connection, line: Line, case: Case) -> Exception | None:
     """What happened to the study and its patient while we worked outweighs what came of the work."""
     hold, version = studies.standing(conn, case.job.study_id)
     if hold:
         return PatientConflict(hold)
     if version > case.job.input_version:
         return Superseded(f"Version {version} of the study is queued.")
-    if case.study is not None and case.inputs is not None and records.stamp_of(conn, case.study.patient.key) != case.stamp:
+    if case.study is None or not (case.error is None or isinstance(case.error, Unanalysable)):
+        return case.error
+    doubt = joining.ambiguous(case.study, records.issuers_of(conn, case.study.patient.key.patient_id))
+    if not doubt and _has_moved(conn, case):
+        doubt = joining.conflict(case.study, record_of(conn, case.study, line.models[case.job.bundle].bundle), must_agree=line.must_agree)
+    if doubt:
+        return PatientConflict(doubt)
+    if case.inputs is not None and records.stamp_of(conn, case.study.patient.key) != case.stamp:
         return Snooze("The patient was merged with another, or parted, while the study was analysed.", delay_s=0.0)
     return case.error
 
 
-def _file(conn: Connection, line: Line, case: Case, *, failure: str, now: datetime) -> None:
-    """The outbox: report, findings and deliveries with the job's completion."""
+def _has_moved(conn: Connection, case: Case) -> bool:
+    """Whether the patient's record changed since we looked."""
+    return studies.record_changed_at(conn, case.job.study_id) != case.record_changed_at
+
+
+def _file(conn: Connection, line: Line, case: Case, *, failure: str, now: datetime) -> bool:
+    """The outbox: report, findings and deliveries with the job's completion; False if the last report says it all already."""
     assert case.report is not None  # noqa: S101  asked by the caller
     job = case.job
+    if documents.is_repeated(conn, job.study_id, bundle=job.bundle, before_version=job.input_version, input_sha256=case.input_sha256):
+        queue.complete(conn, job, now=now, findings=_summary(case), failure=failure, is_repeated=True)
+        return False
     document_id = documents.add(
         conn,
         job,
@@ -330,6 +353,7 @@ def _file(conn: Connection, line: Line, case: Case, *, failure: str, now: dateti
             now=now,
         )
     queue.complete(conn, job, now=now, findings=_summary(case), failure=failure)
+    return True
 
 
 def _verdict(conn: Connection, case: Case, error: Exception, facts: dict[str, object], *, now: datetime) -> str:
@@ -339,8 +363,9 @@ def _verdict(conn: Connection, case: Case, error: Exception, facts: dict[str, ob
             queue.cancel(conn, job, reason=str(error), now=now)
             return "job.cancelled"
         case Snooze():
-            # The record may have come between our look and now; nobody would wake us then.
-            is_here = isinstance(error, RecordPending) and case.study is not None and records.is_known(conn, case.study.patient.key)
+            # The record, or what was lacking in it, may have come between our look and now; nobody would wake us then.
+            is_known = isinstance(error, RecordPending) and case.study is not None and records.is_known(conn, case.study.patient.key)
+            is_here = is_known or (case.study is not None and _has_moved(conn, case))
             queue.snooze(conn, job, delay_s=0.0 if is_here else error.delay_s, reason=str(error), now=now)
             return "job.snoozed"
         case Reject():

@@ -1,27 +1,28 @@
 """The verbs for the patient's record: `patient` shows, unmerges and erases one; `records` shows the feeds.
 
 Nothing here is logged and no event is emitted: what these verbs print is for the person at the terminal alone. How it looks is in
-record_view.py.
+record_tables.py.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime, timedelta, tzinfo
+from datetime import UTC, datetime, tzinfo
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
-from worker import record_view
+from worker import record_tables, record_view
 from worker.domain import PatientKey, Study
 from worker.errors import Reject
 from worker.record_feeds import clock, comparable
+from worker.record_tables import plain
 from worker.store import feeds, records, studies
 from worker.store.database import Connection, Store
 
@@ -32,6 +33,7 @@ out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 
 #: As everywhere on the command line: nothing of this name is here.
 EXIT_NOT_FOUND: Final = 3
+_THERE: Final = "The file is there already: name a new one."
 
 #: Reads the configuration and opens the database. The configuration is made plain values at once (`_installed`) and goes no further.
 Opener = Callable[[Path | None], tuple[Any, Store]]
@@ -87,10 +89,14 @@ def register(app: typer.Typer, opener: Opener) -> None:
         bundle: Annotated[str, typer.Option(help="With --study: what this bundle would be given, and what is missing.")] = "",
         full: Annotated[bool, typer.Option("--full", help="Free texts as they are, not redacted.")] = False,
         as_json: AsJson = False,
-        unmerge: Annotated[int, typer.Option(metavar="NUMBER", help="Undo this merge.")] = 0,
-        because: Annotated[str, typer.Option(help="With --unmerge: why. Kept with the merge; name no patient.")] = "",
-        erase: Annotated[bool, typer.Option("--erase", help="Delete all that is here of exactly this issuer and ID.")] = False,
-        receipt: Annotated[Path | None, typer.Option(help="With --erase: the file to write what was deleted to.")] = None,
+        unmerge: Annotated[int, typer.Option(metavar="NUMBER", help="Undo this merge; needs --because.")] = 0,
+        because: Annotated[
+            str, typer.Option(metavar="WORDS", help="Required with --unmerge: why. Kept with the merge; name no patient.")
+        ] = "",
+        erase: Annotated[
+            bool, typer.Option("--erase", help="Delete all that is here of exactly this issuer and ID; needs --receipt.")
+        ] = False,
+        receipt: Annotated[Path | None, typer.Option(help="Required with --erase: the new file to write what was deleted to.")] = None,
         yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
         given: ConfigFile = None,
     ) -> None:
@@ -127,7 +133,7 @@ def register(app: typer.Typer, opener: Opener) -> None:
         if as_json:
             _print_json(facts)
         else:
-            record_view.print_feeds(out, facts, zone=here.zone)
+            record_tables.print_feeds(out, facts, zone=here.zone)
 
 
 def _check_options(*, at: str, study: str, bundle: str, unmerge: int, because: str, is_erase: bool, receipt: Path | None) -> None:
@@ -150,11 +156,16 @@ def _moment(text: str, zone: tzinfo, option: str) -> datetime | None:
         at = datetime.fromisoformat(text)
     except ValueError as exc:
         raise typer.BadParameter(f"{option} is no time: write it as 2026-03-04T12:00 or 2026-03-04T12:00+01:00.") from exc
-    return at if at.tzinfo else at.replace(tzinfo=zone)
+    at = at if at.tzinfo else at.replace(tzinfo=zone)
+    try:
+        at.astimezone(UTC)
+    except OverflowError:  # the calendar's first or last day: in UTC it is within the calendar
+        return at.replace(tzinfo=UTC)
+    return at
 
 
 def _missing(sentence: str) -> NoReturn:
-    err.print(f"[red]{escape(sentence)}[/red]", soft_wrap=True)
+    err.print(f"[red]{plain(sentence)}[/red]", soft_wrap=True)
     raise typer.Exit(EXIT_NOT_FOUND)
 
 
@@ -191,7 +202,7 @@ def _show(here: _Installed, key: PatientKey, asked: _Asked, *, as_json: bool) ->
         spec = _bundle(here, asked.bundle) if asked.bundle else None
         as_of = study.study_at if study else asked.at or clock()
         if spec is not None:
-            as_of += timedelta(hours=spec.record.horizon_h)
+            as_of = record_view.later(as_of, spec.record.horizon_h)
         facts = record_view.gather_patient(conn, key, as_of=as_of, known_at=asked.known_at, is_full=asked.is_full)
         inputs = None
         if study is not None and spec is not None:
@@ -204,7 +215,7 @@ def _show(here: _Installed, key: PatientKey, asked: _Asked, *, as_json: bool) ->
     if as_json:
         _print_json(facts)
     else:
-        record_view.print_patient(out, facts, zone=here.zone)
+        record_tables.print_patient(out, facts, zone=here.zone)
 
 
 def _study(conn: Connection, key: PatientKey, wanted: str) -> Study:
@@ -241,7 +252,7 @@ def _unmerge(store: Store, key: PatientKey, number: int, because: str, *, is_sur
     if found is None:
         _missing("The patient has no merge of this number that stands. `synoptic patient ID` lists them.")
     survivor, retired = (f"{one.patient_id} of {one.issuer}" for one in found[1:3])
-    out.print(escape(f"Merge {number}: {retired} went into {survivor}. Undone, each has its own facts again, as if it had never been."))
+    out.print(plain(f"Merge {number}: {retired} went into {survivor}. Undone, each has its own facts again, as if it had never been."))
     if not is_sure:
         typer.confirm("Undo it?", abort=True)
     with store.begin() as conn:
@@ -255,7 +266,9 @@ def _erase(here: _Installed, key: PatientKey, receipt: Path, *, is_sure: bool) -
     """Rows, then the receipt on disk, then the commit, then the files: a receipt never says less than was deleted."""
     from worker.store import erasure
 
-    out.print(escape(f"Everything of {key.patient_id} of {key.issuer} is deleted here: record, images, reports. It cannot be undone."))
+    _check_new(receipt)
+    found = _rehearsed(here.store, key)
+    out.print(f"Of {plain(key.patient_id)} of {plain(key.issuer)} will be deleted: {_counted(found)}. It cannot be undone.", soft_wrap=True)
     out.print("Reports that were delivered stay in the PACS; backups stay as they are.")
     if not is_sure:
         typer.confirm("Delete it?", abort=True)
@@ -275,10 +288,30 @@ def _erase(here: _Installed, key: PatientKey, receipt: Path, *, is_sure: bool) -
             raise
     left = _delete(here.instances, told["paths"])
     erasure.purge(here.store)
-    counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in told["counts"].items() if count)
-    out.print(f"Deleted: {counts or 'no rows'}, {len(told['paths']) - left} files. {escape(str(receipt))} says so.", soft_wrap=True)
+    gone = {"counts": told["counts"], "paths": told["paths"][left:]}
+    out.print(f"Deleted: {_counted(gone)}. {plain(str(receipt))} says so.", soft_wrap=True)
     if left:
         raise Reject(f'{left} of the files could not be deleted: the receipt names them under "paths"; delete them by hand.')
+
+
+class _Rehearsed(Exception):
+    """What would be erased is known; nothing is."""
+
+
+def _rehearsed(store: Store, key: PatientKey) -> Mapping[str, Any]:
+    """What erasing would delete, or why it may not: by doing it, and taking it back. Counts made another way might not be the same."""
+    from worker.store import erasure
+
+    found: Mapping[str, Any] = {}
+    with suppress(_Rehearsed), store.begin() as conn:
+        found = erasure.erase(conn, key, now=clock())
+        raise _Rehearsed
+    return found
+
+
+def _counted(told: Mapping[str, Any]) -> str:
+    counts = [f"{count} {name.replace('_', ' ')}" for name, count in told["counts"].items() if count]
+    return f"{', '.join(counts) or 'no rows'}, {len(told['paths'])} files"
 
 
 def _delete(folder: Path, paths: Sequence[str]) -> int:
@@ -303,7 +336,15 @@ def _keep(store: Store, number: int, to: Path) -> None:
         _missing("No bytes of such a message are kept: only of those that nothing was made of, and not for ever.")
     with os.fdopen(_new(to), "wb") as file:
         file.write(raw)
-    out.print(f"{len(raw)} bytes: {escape(str(to))}. They are patient data.", soft_wrap=True)
+    out.print(f"{len(raw)} bytes: {plain(str(to))}. They are patient data.", soft_wrap=True)
+
+
+def _check_new(path: Path) -> None:
+    """Say what is wrong with the name of a new file before anybody is asked anything."""
+    if os.path.lexists(path):
+        raise Reject(_THERE)
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise Reject("The receipt's folder is not there, or may not be written to: name another, nothing was deleted.")
 
 
 def _new(path: Path) -> int:
@@ -311,4 +352,4 @@ def _new(path: Path) -> int:
     try:
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError as exc:
-        raise Reject("The file is there already: name a new one.") from exc
+        raise Reject(_THERE) from exc

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING
 
 from worker.config import Config
 from worker.domain import Code, Header, Merge, Observation, PatientKey, RecordUpdate
+from worker.errors import RecordError
+from worker.identity import disagreement
 from worker.store import feeds, records
-from worker.store.database import Store
+from worker.store.database import Connection, Store
 from worker.tls import server_context
 
 if TYPE_CHECKING:
@@ -67,7 +69,13 @@ def comparable(config: Config, patient_id: str) -> str:
 
 
 def apply_message(config: Config, store: Store, message: ParsedMessage, raw: bytes) -> bool:
-    """Commit 3: one HL7 message, remembered and applied in one transaction; False for a repetition."""
+    """Commit 3: one HL7 message, remembered and applied in one transaction; False for a repetition.
+
+    Raises
+    ------
+    RecordError
+        The message speaks of another person than the one who is known by its patient ID; nothing of it is applied.
+    """
     result = "applied" if message.update else "ignored"
     unread = f"{message.skipped} of its observations could not be read." if message.skipped else ""
     with store.begin() as conn:
@@ -85,8 +93,20 @@ def apply_message(config: Config, store: Store, message: ParsedMessage, raw: byt
             now=clock(),
         )
         if number is not None and message.update:
-            records.apply(conn, localized(config, message.update), now=clock(), message_id=number)
+            update = localized(config, message.update)
+            _check_person(config, conn, update)
+            records.apply(conn, update, now=clock(), message_id=number)
     return number is not None
+
+
+def _check_person(config: Config, conn: Connection, update: RecordUpdate) -> None:
+    """Refuse results of somebody else under a patient's ID. An admission's word is not checked: it is what corrects who a patient is."""
+    known = None if update.has_demographics else records.person(conn, update.patient.key)
+    if known and disagreement(update.patient, known, must_agree=config.records.must_agree):
+        raise RecordError(
+            "PID-5, PID-7 or PID-8 contradicts what is known of the patient in PID-3; nothing of the message was applied. "
+            "Correct the patient at the sender, or send the right demographics (ADT^A08) first."
+        )
 
 
 def keep_refused(store: Store, reason: str, raw: bytes) -> None:

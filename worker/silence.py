@@ -25,8 +25,15 @@ def silent(feeds: Iterable[Feed], *, after_s: float, now: datetime) -> list[Feed
     """The senders not heard for longer than `after_s` seconds; none where it is 0, which turns the alarm off."""
     if after_s <= 0:
         return []
-    # What could not be read at all has no sender: nobody who could fall silent.
-    return [feed for feed in feeds if feed.sender and timedelta(seconds=after_s) < now - feed.last_received_at <= FORGOTTEN]
+    return [feed for feed in feeds if is_heard(feed) and timedelta(seconds=after_s) < now - feed.last_received_at <= FORGOTTEN]
+
+
+def is_heard(feed: Feed) -> bool:
+    """Whether a sender speaks of itself, by HL7 v2: files are imported and servers asked when somebody wants it.
+
+    Its name is MSH-3 and MSH-4 with a bar between them; no other's has one. What could not be read at all has no name.
+    """
+    return "|" in feed.sender
 
 
 class Silence:
@@ -44,12 +51,14 @@ class Silence:
     def look(self, feeds: Iterable[Feed], *, now: datetime) -> None:
         """Compare with what was seen the last time."""
         known = list(feeds)
+        quiet = {feed.sender for feed in silent(known, after_s=self._after_s, now=now)}
         for feed in known:
             since = self._since.get(feed.sender)
-            if since is not None and feed.last_received_at > since:
+            if feed.sender in quiet:
+                # One that spoke between two looks and is silent again was told already; it is not back.
+                self._since[feed.sender] = feed.last_received_at
+                if since is None:
+                    events.emit("feed.silent", sender=feed.sender, silent_s=round((now - feed.last_received_at).total_seconds()))
+            elif since is not None and feed.last_received_at > since:
                 del self._since[feed.sender]
                 events.emit("feed.heard", sender=feed.sender, silent_s=round((feed.last_received_at - since).total_seconds()))
-        for feed in silent(known, after_s=self._after_s, now=now):
-            if feed.sender not in self._since:
-                self._since[feed.sender] = feed.last_received_at
-                events.emit("feed.silent", sender=feed.sender, silent_s=round((now - feed.last_received_at).total_seconds()))

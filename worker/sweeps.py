@@ -93,17 +93,16 @@ def _of_records(config: Config, store: Store, bundles: Sequence[Bundle]) -> list
     def renew() -> None:
         specs = {bundle.name: bundle for bundle in bundles}
         within = timedelta(hours=settings.reissue_within_h)
-        reissue.sweep(store, specs, within=within, is_wanted=settings.reissue, now=clock())
+        reissue.sweep(store, specs, within=within, is_wanted=settings.reissue, must_agree=settings.must_agree, now=clock())
 
     def expire() -> None:
-        with store.begin() as conn:
-            gone = erasure.expire(
-                conn,
-                now=clock(),
-                keep_raw_days=settings.keep_raw_days,
-                keep_values_days=settings.keep_values_days,
-                keep_texts_days=settings.keep_texts_days,
-            )
+        gone = erasure.expire(
+            store,
+            now=clock(),
+            keep_raw_days=settings.keep_raw_days,
+            keep_values_days=settings.keep_values_days,
+            keep_texts_days=settings.keep_texts_days,
+        )
         if any(gone.values()):
             events.emit("record.expired", **gone)
 
@@ -111,7 +110,7 @@ def _of_records(config: Config, store: Store, bundles: Sequence[Bundle]) -> list
 
     def listen() -> None:
         with store.read() as conn:
-            heard = feeds.feeds(conn)
+            heard = feeds.feeds(conn, counted=False)
         silence.look(heard, now=clock())
 
     def reader(table: Table) -> Callable[[], None]:
@@ -121,7 +120,8 @@ def _of_records(config: Config, store: Store, bundles: Sequence[Bundle]) -> list
         return read
 
     views = [(reader(table), table.every_s) for table in config.tables if table.every_s > 0]
-    return [(renew, RENEW_S), (expire, EXPIRE_S), (listen, LISTEN_S), *views]
+    alarms = [(listen, min(LISTEN_S, settings.silent_after_s / 2))] if settings.silent_after_s > 0 else []
+    return [(renew, RENEW_S), (expire, EXPIRE_S), *alarms, *views]
 
 
 def _spared(sweep: Callable[[], None]) -> Callable[[], None]:

@@ -52,17 +52,16 @@ def import_tables(
     store: Store,
     dry_run: bool = False,
     progress: Callable[[int], None] = lambda _bytes: None,
-    leave_unfinished: bool = False,
     quiet_s: float = QUIET_S,
 ) -> Tally:
     """Import files of one table. A dry run reads everything and commits nothing.
+
+    A folder is one that files are dropped into: what may still be being written there is left for the next time, not refused.
 
     Parameters
     ----------
     progress
         Called with the number of bytes read since the last call; the sizes of `files(paths)` add up to the total.
-    leave_unfinished
-        For a folder that is looked at again and again: what may still be being written is left for the next time, not refused.
 
     Raises
     ------
@@ -73,9 +72,9 @@ def import_tables(
     """
     mapping = read_mapping(mapping_path)
     tally = Tally()
-    for path in files(paths):
+    for path, is_dropped in ((path, root.is_dir()) for root in paths for path in files([root])):
         try:
-            if leave_unfinished and unfinished(path, encoding=mapping.encoding, quiet_s=quiet_s):
+            if is_dropped and unfinished(path, encoding=mapping.encoding, quiet_s=quiet_s):
                 tally.counts["file left for the next time"] += 1
                 continue
             apply = _apply(config, store, sender=mapping.name, trigger="CSV")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -88,8 +89,7 @@ def dump(store: Store) -> dict[str, list[str]]:
 
 
 def expire(store: Store, **keep: int) -> dict[str, int]:
-    with store.begin() as conn:
-        return erasure.expire(conn, now=NOW, **(KEEP | keep))
+    return erasure.expire(store, now=NOW, **(KEEP | keep))
 
 
 def erase(store: Store, patient: Patient = ADA) -> erasure.Receipt:
@@ -146,6 +146,26 @@ def test_a_correction_outlives_what_it_corrects(store: Store) -> None:
     assert expire(store, keep_values_days=10)["values"] == 0
     assert facts(store, EVA) == ["k C", "panel W"]
     assert expire(store, keep_values_days=8)["values"] == 4
+
+
+def test_all_that_is_past_its_time_goes_in_one_call_however_small_the_transactions(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many facts are received at one time; what must stay does not keep the rest from its turn."""
+    monkeypatch.setattr(erasure, "BATCH", 2)
+    monkeypatch.setattr(erasure, "_PAGE", 3)
+    for number in range(7):
+        who = Patient(PatientKey("SITE", f"P{number}"))
+        receive(store, who, *(fact(1.0, key=f"{n}") for n in range(3)), days=20)
+        note(store, b"MSH|", control_id=f"{number}", days=20)
+    receive(store, Patient(PatientKey("SITE", "P1")), fact(2.0, key="0", status="C"), days=1)
+    begin, locked = store.begin, []
+
+    def counted() -> AbstractContextManager[sa.Connection]:
+        locked.append(1)
+        return begin()
+
+    monkeypatch.setattr(store, "begin", counted)
+    assert expire(store, keep_raw_days=10, keep_values_days=10) == {"raw": 7, "values": 20, "texts": 0}
+    assert len(locked) >= 4 + 4, "no transaction holds the lock for more than two"
 
 
 # --- by request

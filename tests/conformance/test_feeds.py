@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import time
 from collections import Counter
-from datetime import UTC, timedelta, timezone
+from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
+from typing import Any
 
 import hl7 as python_hl7
 import pytest
+import sqlalchemy as sa
 
 from tests.conftest import SHARED
-from worker.domain import Observation, RecordUpdate
+from worker import importing, sweeps
+from worker.config import Config, Records, Site
+from worker.domain import Observation, PatientKey, RecordUpdate
 from worker.errors import RecordError
 from worker.intake import fhir, hl7
 from worker.intake.mllp import MllpServer, send, split_messages
+from worker.store import feeds, records, schema
+from worker.store.database import Store
+from worker.store.spool import Spool
 
 #: The data's HL7 names no offset, its FHIR +01:00; its FHIR has a URI where its HL7 says "L".
 ZONE = timezone(timedelta(hours=1))
@@ -226,3 +234,83 @@ def test_the_real_feed_is_accepted_over_mllp_in_order(shared: Path) -> None:
         server.stop()
     assert applied == messages
     assert not refused
+
+
+# --- rows of what came
+
+
+def test_a_message_refused_again_and_again_is_counted_each_time_and_kept_once_a_day(store: Store) -> None:
+    """A sender that takes AR for AE sends it every second; the disk is not its to fill."""
+    start = datetime(2026, 3, 1, tzinfo=UTC)
+
+    def refuse(raw: bytes, hours: float) -> int:
+        with store.begin() as conn:
+            words = {"sender": "", "control_id": "", "sent_at": "", "trigger": "", "result": "refused"}
+            number = feeds.note_message(conn, **words, reason="MSH-9 is empty.", raw=raw, now=start + timedelta(hours=hours))
+            assert number is not None
+            return number
+
+    first, *_, other, later = refuse(b"MSH|1", 0), refuse(b"MSH|1", 1), refuse(b"MSH|2", 2), refuse(b"MSH|1", 30)
+    with store.read() as conn:
+        held = conn.scalars(sa.select(schema.message.c.id).where(schema.message.c.raw.is_not(None)).order_by(schema.message.c.id)).all()
+        assert feeds.counts(conn) == {"refused": 4}
+        assert [feeds.raw(conn, number) for number in range(first, later + 1)] == [b"MSH|1", b"MSH|1", b"MSH|2", b"MSH|1"]
+    assert held == [first, other, later]
+
+
+def test_the_last_word_of_every_sender_is_found_without_counting(store: Store) -> None:
+    start = datetime(2026, 3, 1, tzinfo=UTC)
+    for hours, sender in enumerate(("LAB|B", "", "HIS|A", "LAB|B", "Zürich|1")):
+        with store.begin() as conn:
+            at = start + timedelta(hours=hours)
+            feeds.note_message(conn, sender=sender, control_id=str(hours), sent_at="", trigger="ADT^A01", result="applied", now=at)
+    with store.read() as conn:
+        found, counted = feeds.feeds(conn, counted=False), feeds.feeds(conn)
+    assert [(one.sender, one.last_received_at.hour) for one in found] == [("Zürich|1", 4), ("LAB|B", 3), ("HIS|A", 2), ("", 1)]
+    assert [one.counts for one in found] == [{}] * 4
+    assert counted[1].counts == {"applied": 2}
+
+
+@pytest.mark.parametrize(("silent_after_s", "is_asked"), [(0.0, False), (60.0, True)])
+def test_nobody_listens_for_silence_where_no_alarm_is_wanted(store: Store, *, silent_after_s: float, is_asked: bool) -> None:
+    config = Config(records=Records(silent_after_s=silent_after_s))
+    assert ("listen" in [sweep.__name__ for sweep, _ in sweeps._of_records(config, store, [])]) == is_asked
+
+
+def test_a_large_bundle_is_committed_in_parts_in_one_order_and_goes_on_where_it_was_cut_off(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One transaction of a whole hospital locks every feed out; two imports in different order would wait for each other."""
+    config = Config(site=Site(data=tmp_path, timezone="+01:00"))
+    people = [
+        {"resource": {"resourceType": "Patient", "id": f"p{n}", "gender": "female", "identifier": [{"system": "HOSP", "value": f"{n}"}]}}
+        for n in (4, 0, 3, 1, 2)
+    ]
+    path = tmp_path / "bundle.json"
+    path.write_text(json.dumps({"resourceType": "Bundle", "type": "collection", "entry": people}), "utf-8")
+    named: list[str] = []
+    apply = records.apply
+
+    def failing(conn: sa.Connection, update: RecordUpdate, **how: Any) -> int:
+        if update.patient.key.patient_id == "3" and len(named) < 5:
+            raise RecordError("Cut off.")
+        named.append(update.patient.key.patient_id)
+        return apply(conn, update, **how)
+
+    def run() -> importing.Tally:
+        return importing.import_files([path], config=config, store=store, spool=Spool(tmp_path / "spool", low_water_bytes=0))
+
+    def known() -> list[bool]:
+        with store.read() as conn:
+            return [records.is_known(conn, PatientKey("HOSP", str(n))) for n in range(5)]
+
+    monkeypatch.setattr(importing, "BATCH", 2)
+    monkeypatch.setattr(records, "apply", failing)
+    assert run().counts == {"patient updated": 2, "fact added": 0, "refused": 1}
+    assert named == ["0", "1", "2"]
+    assert known() == [True, True, False, False, False]
+    named += ["", ""]
+    assert run().counts["patient updated"] == 5
+    assert known() == [True] * 5
+    with store.read() as conn:
+        assert conn.scalars(sa.select(schema.demographics.c.message_id).distinct()).all() == [1]

@@ -14,13 +14,17 @@ import pytest
 from models.bundle import Bundle
 from tests.conftest import Captured
 from tests.installation import BUNDLES
-from worker import pipeline, reissue
+from worker import pipeline, record_feeds, reissue
+from worker.config import Config
 from worker.domain import ROUTINE, STAT, Code, Document, Header, Job, Merge, Observation, Order, Patient, PatientKey, RecordUpdate
-from worker.errors import PatientConflict, RecordIncomplete, RecordPending, Snooze
+from worker.errors import PatientConflict, RecordError, RecordIncomplete, RecordPending, Snooze
+from worker.fingerprint import digest
 from worker.infer import Model
 from worker.intake import assembly
+from worker.intake.hl7 import parse
 from worker.joining import MUST_AGREE
-from worker.store import history, queue, records, studies
+from worker.report.sr import report_uids
+from worker.store import documents, history, queue, records, studies
 from worker.store.database import Store
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -88,9 +92,16 @@ def analyze(store: Store, bundle: Bundle, *, now: datetime = NOW) -> pipeline.Ca
     job = lease(store, now)
     (case,) = pipeline.each(door, pipeline.gather, [pipeline.Case(job)])
     if case.error is None:
-        uid = f"2.25.9{job.id}"
-        case = replace(case, report=Document(uid, "1.2.840.10008.5.1.4.1.1.88.34", "SR", b"report"), input_sha256=uid)
+        case = reported(case)
     return pipeline.settle(door, case)
+
+
+def reported(case: pipeline.Case) -> pipeline.Case:
+    """With a made-up report under the UID that the pipeline would derive."""
+    before = case.predecessor.sop_instance_uid if case.predecessor else ""
+    made_of = digest("b", case.inputs, [], "")
+    uid = report_uids("2.25.1", bundle_sha256="b", input_sha256=made_of, predecessor_uid=before).sop_instance_uid
+    return replace(case, report=Document(uid, "1.2.840.10008.5.1.4.1.1.88.34", "SR", b"report", before), input_sha256=made_of)
 
 
 def names(store: Store, study_id: int) -> list[str]:
@@ -100,6 +111,21 @@ def names(store: Store, study_id: int) -> list[str]:
 
 def renew(store: Store, bundle: Bundle, *, now: datetime = NOW, is_wanted: bool = True, days: int = 30) -> int:
     return reissue.sweep(store, {NAME: bundle}, within=timedelta(days=days), is_wanted=is_wanted, now=now)
+
+
+def filed(store: Store, study_id: int) -> list[tuple[str, str]]:
+    """The UID of each report of a study and that of its predecessor, oldest first."""
+    with store.read() as conn:
+        return [(row.sop_instance_uid, row.predecessor_uid) for row, _ in documents.of_study(conn, study_id)]
+
+
+def delivered(store: Store, study_id: int) -> int:
+    with store.read() as conn:
+        return sum(job.kind == "deliver" for job in queue.of_study(conn, study_id))
+
+
+def after(seconds: float) -> datetime:
+    return NOW + timedelta(seconds=seconds)
 
 
 # --- waiting
@@ -147,6 +173,19 @@ def test_without_what_is_required_there_is_no_answer_but_a_reason(store: Store, 
     assert "Lactate" not in str(case.error)
 
 
+@pytest.mark.requirement("F1")
+def test_a_value_that_comes_while_the_study_is_looked_at_is_not_waited_for(store: Store, bundle: Bundle) -> None:
+    bundle = needing(bundle, crp="required")
+    receive(store)
+    tell(store)
+    door = line(store, bundle)
+    (case,) = pipeline.each(door, pipeline.gather, [pipeline.Case(lease(store))])
+    assert isinstance(case.error, Snooze)
+    tell(store, ADA, crp(7.0), now=after(1))  # wakes nobody: the job is leased
+    pipeline.settle(door, case)
+    assert analyze(store, bundle, now=NOW).error is None
+
+
 # --- the right patient or none
 
 
@@ -189,6 +228,64 @@ def test_a_record_of_somebody_else_stops_the_study_unless_the_site_says_otherwis
     assert again.error is None
 
 
+OTHER_DAY = replace(ADA, birth_date="19000101")
+
+
+@pytest.mark.requirement("F4")
+def test_a_record_that_turns_out_to_be_of_somebody_else_stops_the_study_until_it_is_mended(store: Store, bundle: Bundle) -> None:
+    study_id = receive(store)
+    tell(store)
+    door = line(store, bundle)
+    (case,) = pipeline.each(door, pipeline.gather, [pipeline.Case(lease(store))])
+    tell(store, OTHER_DAY, now=after(1))
+    pipeline.settle(door, reported(case))
+    assert names(store, study_id)[-1] == "infer.discarded"
+    assert filed(store, study_id) == []
+    assert renew(store, bundle) == 0
+    assert "infer.revived" not in names(store, study_id)
+    tell(store, replace(ADA, name="Lovelace^Ada^King"), now=after(2))
+    assert renew(store, bundle) == 0
+    assert analyze(store, bundle, now=after(3)).error is None
+    assert len(filed(store, study_id)) == 1
+
+
+@pytest.mark.requirement("F4")
+def test_a_delivered_report_whose_record_turns_out_to_be_of_somebody_else_is_flagged_once(
+    store: Store, bundle: Bundle, captured: Captured
+) -> None:
+    study_id = receive(store)
+    tell(store)
+    analyze(store, bundle)
+    for second in (1, 2):
+        tell(store, OTHER_DAY, crp(float(second), hours=-1, key=f"lab/{second}"), now=after(second))
+        assert renew(store, bundle) == 0
+    assert names(store, study_id).count("report.outdated") == 1
+    (said,) = captured.named("report.outdated")
+    assert "birth dates" in str(said["cause"])
+
+
+@pytest.mark.requirement("F4")
+def test_results_that_name_another_person_than_their_patient_id_are_refused(store: Store) -> None:
+    tell(store)
+    said = parse(ORU, zone=UTC, issuers={"": "SITE"})
+    with pytest.raises(RecordError, match="PID-7"):
+        record_feeds.apply_message(Config(), store, said, ORU)
+    with store.read() as conn:
+        record = records.view(conn, ADA.key, as_of=NOW)
+    assert record is not None
+    assert record.observations == ()
+    right = ORU.replace(b"19000101", b"18151210")
+    assert record_feeds.apply_message(Config(), store, parse(right, zone=UTC, issuers={"": "SITE"}), right)
+
+
+ORU = b"\r".join((
+    rb"MSH|^~\&|LAB|H|S|H|20260301100000||ORU^R01^ORU_R01|1|P|2.5.1",
+    b"PID|1||A-1^^^SITE||Lovelace^Ada||19000101|F",
+    b"OBR|1||F1|X^Panel^LN|||20260301080000",
+    b"OBX|1|NM|1988-5^CRP^LN||5|mg/L|||||F|||20260301080000",
+))  # fmt: skip
+
+
 # --- merges
 
 
@@ -216,7 +313,7 @@ def test_a_merge_during_the_analysis_is_seen_before_anything_is_filed(store: Sto
     assert case.inputs is not None
     assert case.inputs.values == ()
     tell(store, ADA, merges=[merged(ADA, OLD)])
-    pipeline.settle(door, replace(case, report=Document("2.25.8", "1.2", "SR", b"x"), input_sha256="x"))
+    pipeline.settle(door, reported(case))
     assert "infer.snoozed" in names(store, study_id)
     again = analyze(store, bundle)
     assert again.inputs is not None
@@ -239,8 +336,6 @@ def test_a_merge_after_delivery_makes_a_new_report_and_undoing_it_another(store:
     chained = analyze(store, bundle)
     assert chained.inputs is not None
     assert [value.value for value in chained.inputs.values] == [8.0]
-    assert chained.predecessor is not None
-    assert chained.predecessor.sop_instance_uid == "2.25.91"
     assert renew(store, bundle) == 0  # looked at already
     with store.begin() as conn:
         (_, last) = records.merges_of(conn, ADA.key)
@@ -249,51 +344,13 @@ def test_a_merge_after_delivery_makes_a_new_report_and_undoing_it_another(store:
     parted = analyze(store, bundle)
     assert parted.inputs is not None
     assert parted.inputs.values == ()
-    assert names(store, study_id).count("report.outdated") == 2
-    assert len(captured.named("report.outdated")) == 2
-
-
-# --- a record that changes
-
-
-def test_a_corrected_value_makes_a_new_report_and_one_of_after_the_study_does_not(store: Store, bundle: Bundle) -> None:
-    study_id = receive(store)
-    tell(store, ADA, crp(5.0))
-    analyze(store, bundle)
-    tell(store, ADA, crp(99.0, hours=-3, key="lab/after"))
-    assert renew(store, bundle) == 0
-    tell(store, ADA, crp(50.0, status="C"))
-    assert renew(store, bundle) == 1
-    case = analyze(store, bundle)
-    assert case.inputs is not None
-    assert [value.value for value in case.inputs.values] == [50.0]
-    assert case.job.input_version == 2
-    tell(store, ADA, crp(50.0, status="C"))  # said again
-    assert renew(store, bundle) == 0
-    assert names(store, study_id).count("study.renewed") == 1
-
-
-@pytest.mark.parametrize(("is_wanted", "days"), [(False, 30), (True, 0)])
-def test_by_policy_or_after_its_time_a_changed_record_is_only_noted(store: Store, bundle: Bundle, is_wanted: bool, days: int) -> None:
-    study_id = receive(store)
-    tell(store, ADA, crp(5.0))
-    analyze(store, bundle)
-    tell(store, ADA, crp(50.0, status="C"))
-    assert renew(store, bundle, is_wanted=is_wanted, days=days, now=NOW + timedelta(hours=1)) == 0
-    assert names(store, study_id).count("report.outdated") == 1
-    with store.read() as conn:
-        assert studies.standing(conn, study_id) == ("", 1)
-
-
-def test_a_change_while_a_job_runs_is_looked_at_when_it_has_ended(store: Store, bundle: Bundle) -> None:
-    receive(store)
-    tell(store, ADA, crp(5.0))
-    door, job = line(store, bundle), lease(store)
-    (case,) = pipeline.each(door, pipeline.gather, [pipeline.Case(job)])
-    tell(store, ADA, crp(50.0, status="C"))
-    assert renew(store, bundle) == 0
-    pipeline.settle(door, replace(case, report=Document("2.25.8", "1.2", "SR", b"x"), input_sha256="x"))
-    assert renew(store, bundle) == 1
+    original, joined, again = filed(store, study_id)
+    assert (joined[1], again[1]) == (original[0], joined[0])  # each names the one before it, the last too, whose input was there before
+    assert delivered(store, study_id) == 3
+    tell(store, third, crp(6.0, key="lab/3"))
+    assert renew(store, bundle) == 1  # what the last report rests on is known
+    assert names(store, study_id).count("report.outdated") == 3
+    assert len(captured.named("report.outdated")) == 3
 
 
 # --- orders

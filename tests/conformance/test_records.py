@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -158,6 +159,9 @@ def test_a_chain_that_comes_backwards_has_the_same_survivor(store: Store) -> Non
     assert view(store, A).keys[0] == C
     say_merged(store, survivor=B, retired=C, now=NOW + 2 * HOUR)
     assert view(store, A).keys[0] == B, "of two merges that say the opposite the last counts"
+    say_merged(store, survivor=D, retired=B, now=NOW + 3 * HOUR)
+    say_merged(store, survivor=B, retired=D, now=NOW + 4 * HOUR, at=NOW - HOUR)
+    assert view(store, A).keys[0] == D, "the last said, not the last come"
 
 
 @pytest.mark.requirement("F3")
@@ -173,10 +177,13 @@ def test_a_merge_is_undone_once_and_a_feed_that_repeats_itself_does_not_bring_it
     say_merged(store, survivor=B, retired=A, now=NOW + 2 * HOUR, at=NOW)
     assert view(store, A).keys == (A,)
     say_merged(store, survivor=B, retired=A, now=NOW + 3 * HOUR, at=NOW + 2 * HOUR)
-    assert view(store, A).keys == (B, A), "what is said after the undoing is news"
-    undo(store, survivor=B, retired=A, now=NOW + 4 * HOUR)
-    apply(store, RecordUpdate(Patient(B), merges=(Merge(B, A),)), now=NOW + 5 * HOUR)
-    assert view(store, A).keys == (A,), "a feed that does not tell when it said so cannot know better than a person"
+    assert view(store, A).keys == (A,), "a link is a state: its source says it again with every change of anything else"
+    other = RecordUpdate(Patient(B), source="REGISTRY", merges=(Merge(B, A),))
+    for at in (None, NOW):
+        apply(store, replace(other, at=at), now=NOW + 3 * HOUR)
+        assert view(store, A).keys == (A,), "what does not tell when it was said cannot know better than a person"
+    apply(store, replace(other, at=NOW + 2 * HOUR), now=NOW + 3 * HOUR)
+    assert view(store, A).keys == (B, A), "what another source says after the undoing is news"
 
 
 @pytest.mark.requirement("F3")
@@ -201,18 +208,21 @@ def test_undoing_a_merge_wakes_and_marks_both(store: Store) -> None:
 
 
 @pytest.mark.requirement("F3")
-def test_a_merge_after_the_report_marks_only_the_complete_studies_of_the_person(store: Store) -> None:
+def test_a_merge_after_the_report_marks_the_studies_of_the_person_in_any_state(store: Store) -> None:
     of_a = study(store, A, uid="2.25.1")
     of_b = study(store, B, uid="2.25.2")
     study(store, C, uid="2.25.3")
     study(store, PatientKey("OTHER", A.patient_id), uid="2.25.4")
-    study(store, A, uid="2.25.5", is_complete=False)
+    # Another transaction may be completing it.
+    received = study(store, A, uid="2.25.5", is_complete=False)
     say_merged(store, survivor=B, retired=A, now=NOW + HOUR)
-    assert marked(store) == {of_a: NOW + HOUR, of_b: NOW + HOUR}
+    assert marked(store) == dict.fromkeys((of_a, of_b), NOW + HOUR)
+    assembly.sweep(store, wants=WANTS, limit_s=100, now=NOW + timedelta(seconds=10))
+    assert marked(store) == dict.fromkeys((of_a, of_b, received), NOW + HOUR)
     with store.begin() as conn:
-        studies.note_record_seen(conn, of_a, changed_at=NOW + HOUR)
-        studies.note_record_seen(conn, of_b, changed_at=NOW)
-    assert marked(store) == {of_b: NOW + HOUR}, "a change that came meanwhile stays"
+        studies.note_record_seen(conn, of_a, changed_at=NOW + HOUR, version=1)
+        studies.note_record_seen(conn, of_b, changed_at=NOW, version=1)
+    assert marked(store) == dict.fromkeys((of_b, received), NOW + HOUR), "a change that came meanwhile stays"
 
 
 @pytest.mark.requirement("F3")
@@ -248,6 +258,19 @@ def test_a_correction_under_the_survivor_stands_for_what_came_under_the_retired(
 
 def order(store: Store, key: PatientKey, placer: str, priority: int, *, is_cancelled: bool = False) -> None:
     apply(store, RecordUpdate(Patient(key), has_demographics=False, orders=(Order("ACC", placer, "", priority, is_cancelled),)))
+
+
+def test_an_order_that_is_urgent_again_is_urgent(store: Store) -> None:
+    for urgency in (STAT, ROUTINE, STAT):
+        order(store, A, "P1", urgency)
+    assert priority(store, A) == STAT
+
+
+def test_orders_without_a_number_are_their_sources_own(store: Store) -> None:
+    for source, is_cancelled in (("ONE", False), ("TWO", True)):
+        order = Order("ACC", "", "", STAT, is_cancelled)
+        apply(store, RecordUpdate(Patient(A), source=source, orders=(order,)))
+    assert priority(store, A) == STAT
 
 
 def priority(store: Store, key: PatientKey, accession_number: str = "ACC") -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +13,9 @@ from alembic import command
 from alembic.config import Config as AlembicConfig
 
 import worker.store
-from tests.conformance.test_records import HOUR, NOW, A, B, apply, fact, marked, say, say_merged, study, undo, values, view
+from tests.conformance.test_records import CRP, HOUR, NOW, A, B, apply, fact, marked, say, say_merged, study, undo, values, view
 from worker.config import Config, PatientIds, Records
-from worker.domain import STAT, Header, Merge, Order, Patient, PatientKey, RecordUpdate
+from worker.domain import STAT, Code, Header, Merge, Observation, Order, Patient, PatientKey, RecordUpdate
 from worker.record_feeds import identified, localized
 from worker.store import feeds, records, schema, studies
 from worker.store.database import Store
@@ -103,7 +104,7 @@ def test_a_day_that_is_replayed_changes_nothing(store: Store) -> None:
     for _, update in day():
         apply(store, update, now=NOW)
     with store.begin() as conn:
-        studies.note_record_seen(conn, answered, changed_at=NOW)
+        studies.note_record_seen(conn, answered, changed_at=NOW, version=1)
     before, counts = repr(view(store, A)), rows(store)
     for _, update in day():
         assert apply(store, update, now=NOW + HOUR) == 0
@@ -145,6 +146,52 @@ def test_a_value_that_is_said_again_after_another_stands(store: Store) -> None:
         for value, at in arrivals:
             apply(store, RecordUpdate(Patient(key), (fact(value, key="k"),), at=at))
         assert values(store, key) == [1.0]
+
+
+@pytest.mark.requirement("F6")
+def test_a_fact_that_tells_its_own_time_is_compared_by_it(store: Store) -> None:
+    """A bundle's time is that of its newest resource."""
+    for value, said_at in ((1.0, NOW - HOUR), (2.0, NOW - 2 * HOUR)):
+        apply(store, RecordUpdate(Patient(A), (replace(fact(value, key="k"), said_at=said_at),), at=NOW))
+    assert values(store, A) == [1.0]
+
+
+@pytest.mark.requirement("F2")
+def test_sources_and_codes_that_share_a_key_keep_their_facts(store: Store) -> None:
+    other = replace(fact(2.0, key="k"), code=Code("718-7", "LN", "Hb"))
+    apply(store, RecordUpdate(Patient(A), (fact(1.0, key="k"), other), "ONE"))
+    apply(store, RecordUpdate(Patient(A), (fact(3.0, key="k/1"), fact(3.0, key="k", status="D")), "TWO"))
+    assert values(store, A) == [1.0, 2.0, 3.0]
+
+
+@pytest.mark.requirement("F2")
+def test_who_somebody_is_in_passing_counts_until_an_admission_says_so(store: Store) -> None:
+    with store.read() as conn:
+        assert records.person(conn, A) is None
+    for name, is_admission in (("Lab^Ada", False), ("Test^Ada", True), ("Other^Eva", False)):
+        apply(store, RecordUpdate(Patient(A, name), has_demographics=is_admission, at=NOW))
+        with store.read() as conn:
+            found = records.person(conn, A)
+        assert found == Patient(A, name if name != "Other^Eva" else "Test^Ada")
+    say_merged(store, survivor=B, retired=A)
+    apply(store, RecordUpdate(Patient(B, "Lab^Bea"), has_demographics=False))
+    with store.read() as conn:
+        assert records.person(conn, B) == Patient(B, "Test^Ada")
+
+
+@pytest.mark.requirement("F6")
+def test_two_messages_that_come_together_are_applied_one_after_the_other(store: Store) -> None:
+    update = RecordUpdate(Patient(B), (fact(1.0, key=""),), "LAB", merges=(Merge(B, A),), at=NOW)
+    for key in (A, B):
+        apply(store, RecordUpdate(Patient(key)))
+    with ThreadPoolExecutor(1) as pool:
+        with store.begin() as conn:
+            records.apply(conn, update, now=NOW)
+            second = pool.submit(apply, store, update)
+            with pytest.raises(TimeoutError):
+                second.result(timeout=0.3)
+        assert second.result(timeout=20) == 0
+    assert (rows(store)["observation"], rows(store)["merge"]) == (1, 1)
 
 
 def test_nobody_knew_a_patient_before_the_first_message(store: Store) -> None:
@@ -199,11 +246,21 @@ def test_the_first_releases_records_are_there_after_the_upgrade(kind: str, tmp_p
             "INSERT INTO observation (patient_pk, code, scheme, meaning, at, value, unit, status, key, source, received_at) "
             f"SELECT id, '1988-5', 'LN', 'CRP', '{at}', 7.5, 'mg/L', 'F', 'k', 'LAB', '{at}' FROM patient"
         )
+        conn.exec_driver_sql(
+            "INSERT INTO observation (patient_pk, code, at, text, key, source, received_at) "
+            f"SELECT id, '1', '{at}', 'Words.', 't', 'LAB', '{at}' FROM patient"
+        )
     old.close()
     store = migrate(url, "head")
     found = view(store, A)
     assert found.patient == Patient(A, "Test^Ada", "19700101", "F")
-    assert [(one.value, one.kind, one.received_at, one.source) for one in found.observations] == [(7.5, "number", NOW, "LAB")]
+    assert [(one.value, one.kind, one.received_at, one.source) for one in found.observations] == [
+        (7.5, "number", NOW, "LAB"),
+        (None, "text", NOW, "LAB"),
+    ]
+    told = RecordUpdate(Patient(A), (Observation(CRP, NOW, 7.5, unit="mg/L", key="k"),), "LAB", at=NOW - HOUR)
+    assert apply(store, told, now=NOW + HOUR) == 0, "what the first release kept without its time is known"
+    assert apply(store, replace(told, at=NOW + HOUR), now=NOW + HOUR) == 1, "what was said after that came is news"
     say_merged(store, survivor=B, retired=A, now=NOW + HOUR)
     assert view(store, B).patient.name == "Test^Ada"
     store.close()

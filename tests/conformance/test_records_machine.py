@@ -27,6 +27,8 @@ A, B, C, D = (PatientKey("SITE", name) for name in "ABCD")
 #: The same ID as A's from another issuer, in no merge.
 STRANGER = PatientKey("OTHER", "A")
 KEYS = (A, B, C, D, STRANGER)
+IN_PASSING = datetime(1900, 1, 1, tzinfo=UTC)
+CODES = (Code("1988-5", "LN", "CRP"), Code("718-7", "LN", "Hb"))
 RANK = {"P": 0, "F": 1, "C": 2, "D": 2, "W": 2, "X": 2}
 
 
@@ -58,11 +60,13 @@ class Undo:
 def _said(key: PatientKey, facts: Sequence[Observation], told: tuple[str, str, str], merges: Sequence[Merge], late_h: int | None) -> Say:
     # The text says whose fact it is, so that a fact of somebody else can be told.
     mine = tuple(replace(fact, text=f"{key.issuer}/{key.patient_id}", source="LAB") for fact in facts)
-    return Say(RecordUpdate(Patient(key, *told), mine, "LAB", has_demographics=any(told), merges=tuple(merges)), late_h)
+    # Those who know a birth date are no admission, so that both are told.
+    return Say(RecordUpdate(Patient(key, *told), mine, "LAB", has_demographics=not told[1], merges=tuple(merges)), late_h)
 
 
 FACTS = st.builds(
-    lambda key, status, value, hours: Observation(Code("1988-5", "LN", "CRP"), START + hours * HOUR, value, status=status, key=key),
+    lambda code, key, status, value, hours: Observation(code, START + hours * HOUR, value, status=status, key=key),
+    st.sampled_from([CODES[0], *CODES]),
     st.sampled_from(["", "panel", "panel/a", "panels", "other"]),
     st.sampled_from(["F", "P", "C", "W", "D", "X"]),
     st.sampled_from([1.0, 2.0, 3.0]),
@@ -79,7 +83,7 @@ SAYS = st.builds(
 )
 STEPS = st.lists(st.one_of(SAYS, SAYS, st.builds(Again, st.integers(0, 9)), st.builds(Undo, st.integers(0, 3))), min_size=1, max_size=10)
 
-#: One line of the log: when it came, and what was said or which merge was undone.
+#: One line of the log: when it came, and what was said or undone.
 Entry = tuple[datetime, RecordUpdate | Merge]
 
 
@@ -87,19 +91,18 @@ Entry = tuple[datetime, RecordUpdate | Merge]
 
 
 def standing_merges(log: Sequence[Entry]) -> list[Merge]:
-    """The merges that stand at the log's end; one said before it was undone does not come back."""
-    standing: list[Merge] = []
-    undone: list[tuple[Merge, datetime]] = []
-    for at, what in log:
+    """The merges that stand at the log's end, the last said last; one that a person undid does not come back: there is one source."""
+    standing: dict[Merge, tuple[datetime, int]] = {}
+    undone = set()
+    for n, (at, what) in enumerate(log):
         if isinstance(what, Merge):
-            standing.remove(what)
-            undone.append((what, at))
+            del standing[what]
+            undone.add(what)
             continue
-        for one in what.merges:
-            was_undone_later = any(one == other and (what.at is None or what.at <= when) for other, when in undone)
-            if one.survivor != one.retired and one not in standing and not was_undone_later:
-                standing.append(one)
-    return standing
+        for m, one in enumerate(what.merges):
+            if one.survivor != one.retired and one not in standing and one not in undone:
+                standing[one] = (what.at or at, 10 * n + m)
+    return sorted(standing, key=lambda one: standing[one])
 
 
 def person(key: PatientKey, merges: Sequence[Merge]) -> set[PatientKey]:
@@ -112,17 +115,26 @@ def person(key: PatientKey, merges: Sequence[Merge]) -> set[PatientKey]:
     return found
 
 
+def is_same(
+    told: tuple[datetime | None, PatientKey, Observation], known: tuple[datetime, datetime | None, PatientKey, Observation]
+) -> bool:
+    """Whether a fact is a repetition; one known without its time was said before it came."""
+    return told[1:] == known[2:] and (
+        told[0] == known[1] or (known[1] is None and (not known[3].key or (told[0] is not None and told[0] <= known[0])))
+    )
+
+
 def what_stands(says: Sequence[tuple[datetime, RecordUpdate]], group: set[PatientKey]) -> list[tuple[datetime, Observation]]:
     """Of each key the best statement, repetitions and components of withdrawn panels aside; with its arrival."""
     heard: list[tuple[datetime, datetime | None, PatientKey, Observation]] = []
     for at, what in says:
         for fact in what.observations:
-            if not any((what.at, what.patient.key, fact) == known[1:] for known in heard):
+            if not any(is_same((what.at, what.patient.key, fact), known) for known in heard):
                 heard.append((at, what.at, what.patient.key, fact))
     mine = [(at, said or at, fact) for at, said, whose, fact in heard if whose in group]
     standing = [(at, fact) for at, _, fact in mine if not fact.key]
-    for name in {fact.key for _, _, fact in mine} - {""}:
-        of_name = [(RANK[fact.status], said, n) for n, (_, said, fact) in enumerate(mine) if fact.key == name]
+    for name in {(fact.key, fact.code) for _, _, fact in mine if fact.key}:
+        of_name = [(RANK[fact.status], said, n) for n, (_, said, fact) in enumerate(mine) if (fact.key, fact.code) == name]
         at, _, fact = mine[max(of_name)[2]]
         standing.append((at, fact))
     gone = [fact.key for _, fact in standing if fact.key and fact.status in "DWX"]
@@ -133,11 +145,12 @@ def what_was_told(says: Sequence[tuple[datetime, RecordUpdate]], group: set[Pati
     """Of each part of the demographics the last said of the survivor, else of the others."""
     lines: list[tuple[datetime, datetime | None, Patient]] = []
     for at, what in says:
-        if what.has_demographics and not any((what.at, what.patient) == known[1:] for known in lines):
-            lines.append((at, what.at, what.patient))
-    of_person = [(said.key == survivor, said_at or at, said) for at, said_at, said in lines if said.key in group]
+        said_at = what.at if what.has_demographics else IN_PASSING
+        if any((what.patient.name, what.patient.birth_date, what.patient.sex)) and (said_at, what.patient) not in [x[1:] for x in lines]:
+            lines.append((at, said_at, what.patient))
+    of_person = [(said_at != IN_PASSING, said.key == survivor, said_at or at, said) for at, said_at, said in lines if said.key in group]
     told = {"name": "", "birth_date": "", "sex": ""}
-    for _, _, said in sorted(of_person, key=lambda one: one[:2]):
+    for *_, said in sorted(of_person, key=lambda one: one[:3]):
         told |= {part: value for part in told if (value := getattr(said, part))}
     return told
 
@@ -234,9 +247,8 @@ def check_the_stream(store: Store, steps: Sequence[Say | Again | Undo]) -> None:
     """The view equals the reference, now and as known after each step; and nothing in it is of another or from after `as_of`."""
     with world(store) as one:
         before: list[tuple[datetime, PatientKey, str]] = []
-        for number, step in enumerate(steps):
+        for step, key in zip(steps, KEYS * 2, strict=False):
             one.step(step)
-            key = KEYS[number % len(KEYS)]
             before.append((one.now, key, repr(one.view(key, as_of=START + 60 * HOUR))))
         for key in KEYS:
             for as_of in (START, START + 60 * HOUR):
@@ -247,10 +259,27 @@ def check_the_stream(store: Store, steps: Sequence[Say | Again | Undo]) -> None:
                     assert fact.at <= as_of
                     assert fact.text in whose
                     assert (key == STRANGER) == (fact.text == "OTHER/A")
+            check_the_part(one, key, known_at=before[len(before) // 2][0])
         for at, key, was in before:
             assert repr(one.view(key, as_of=START + 60 * HOUR, known_at=at)) == was
             half = [entry for entry in one.log if entry[0] <= at]
             assert_same(one.view(A, as_of=START, known_at=at), reference(half, A, as_of=START))
+
+
+def check_the_part(one: World, key: PatientKey, *, known_at: datetime) -> None:
+    """The facts of some codes and times are those of the whole view."""
+    crp = (CODES[0].value, CODES[0].scheme)
+    for codes, since, known in (([crp], None, None), (None, START, known_at), ([crp], START, None), ([], None, known_at)):
+        whole = records.view(one.conn, key, as_of=START + 60 * HOUR, known_at=known)
+        part = records.view(one.conn, key, as_of=START + 60 * HOUR, known_at=known, codes=codes, since=since)
+
+        def is_wanted(fact: Observation, codes: Sequence[tuple[str, str]] | None = codes, since: datetime | None = since) -> bool:
+            return (codes is None or (fact.code.value, fact.code.scheme) in codes) and (since is None or fact.at >= since)
+
+        wanted = whole and replace(
+            whole, observations=tuple(filter(is_wanted, whole.observations)), unusable=tuple(filter(is_wanted, whole.unusable))
+        )
+        assert repr(part) == repr(wanted)
 
 
 def check_twice(store: Store, steps: Sequence[Say | Again | Undo]) -> None:
@@ -271,21 +300,21 @@ def check_the_undoing(store: Store, steps: Sequence[Say | Again | Undo], since: 
         for step in steps:
             one.step(step)
         known = [key for key in KEYS if one.view(key, as_of=START) is not None]
-        if merge.survivor == merge.retired or merge in standing_merges(one.log):
+        if merge.survivor == merge.retired or merge in [*standing_merges(one.log), *(what for _, what in one.log)]:
             return
         views = one.views(known)
-        one.say(RecordUpdate(Patient(merge.survivor), has_demographics=False, merges=(merge,), at=one.now + HOUR))
-        one.undo(merge)
-        assert one.views(known) == views
-        one.say(RecordUpdate(Patient(merge.survivor), has_demographics=False, merges=(merge,), at=one.now + HOUR))
+        update = RecordUpdate(Patient(merge.survivor), has_demographics=False, merges=(merge,), at=one.now + HOUR)
         start = len(one.log)
+        one.say(update)
         for step in since:
-            # Said again meanwhile, it would stand without the first.
             one.step(replace(step, update=replace(step.update, merges=tuple(m for m in step.update.merges if m != merge))))
         one.undo(merge)
-        without = [entry for n, entry in enumerate(one.log) if n != start - 1 and not (n >= start and entry[1] == merge)]
+        assert since or one.views(known) == views
+        without = [entry for n, entry in enumerate(one.log) if n != start and entry[1] != merge]
         for key in known:
             assert_same(one.view(key, as_of=START + 60 * HOUR), reference(without, key, as_of=START + 60 * HOUR))
+        one.say(replace(update, at=one.now + HOUR))
+        assert all(row[1:3] != (merge.survivor, merge.retired) for row in records.merges_of(one.conn, merge.survivor))
 
 
 def check_any_order(store: Store, says: Sequence[Say], order: Sequence[int]) -> None:

@@ -15,7 +15,7 @@ from tests.conftest import SHARED
 from tests.fhir_records import KEY, LONG_AGO, SENTINEL, SYSTEM, connecting, crp, fill, person, pull, values
 from tests.fhir_server import FhirServer, Reply
 from worker.domain import Merge, Observation, PatientKey, RecordUpdate
-from worker.errors import PeerRefused, PeerUnavailable, RecordError
+from worker.errors import PatientAmbiguous, PeerRefused, PeerUnavailable, RecordError
 from worker.intake import fhir
 from worker.intake.fhir_client import Client
 
@@ -81,7 +81,7 @@ def test_a_patient_whom_the_server_does_not_know_gives_nothing(server: FhirServe
 def test_of_two_patients_with_one_identifier_none_is_chosen(server: FhirServer, connect: Callable[..., Client]) -> None:
     fill(server)
     server.put(person("p2"))
-    with pytest.raises(RecordError, match="2 patients") as caught:
+    with pytest.raises(PatientAmbiguous, match="2 patients") as caught:
         pull(connect())
     assert SENTINEL not in str(caught.value)
 
@@ -124,12 +124,10 @@ def test_a_link_to_a_patient_of_the_same_server_is_a_merge(server: FhirServer, c
     assert merges == [Merge(KEY, other) if kind == "replaces" else Merge(other, KEY)]
 
 
-def test_a_type_that_the_server_does_not_know_is_passed_by_and_named(server: FhirServer, connect: Callable[..., Client]) -> None:
+def test_a_type_that_the_server_does_not_know_is_passed_by(server: FhirServer, connect: Callable[..., Client]) -> None:
     fill(server)
     server.known_types -= {"MedicationStatement"}
-    client = connect()
-    assert values(pull(client)) == [0.0]
-    assert client.unsupported == {"MedicationStatement"}
+    assert values(pull(connect())) == [0.0]
 
 
 def test_a_server_without_patients_is_a_wrong_url_and_not_an_unknown_patient(server: FhirServer, connect: Callable[..., Client]) -> None:
@@ -147,6 +145,17 @@ def test_a_medication_that_is_a_resource_of_its_own_comes_along(server: FhirServ
     assert [(one.code.value, one.code.scheme, one.value) for one in update.observations] == [("11289", "RXNORM", 1.0)]
 
 
+def test_two_servers_of_one_site_do_not_share_the_names_of_their_facts(server: FhirServer, connect: Callable[..., Client]) -> None:
+    """Each counts its resources from 1."""
+    fill(server)
+    (update,) = pull(connect())
+    host = server.origin.split("/")[2].split(":")[0]
+    assert update.source == f"FHIR {host}"
+    assert [(one.source, one.key) for one in update.observations] == [(f"FHIR {host}", f"FHIR {host}/Observation/o0")]
+    (update,) = pull(connect(source="HIS"))
+    assert [one.key for one in update.observations] == ["HIS/Observation/o0"]
+
+
 # --- later pulls
 
 
@@ -157,7 +166,7 @@ def test_a_later_pull_asks_only_for_what_is_new(server: FhirServer, connect: Cal
     client.committed(KEY)
     server.put(crp("o1", 8.0, status="corrected"))
     (update,) = pull(client)
-    assert [(one.value, one.status, one.key) for one in update.observations] == [(8.0, "C", "FHIR/Observation/o1")]
+    assert [(one.value, one.status, one.key) for one in update.observations] == [(8.0, "C", f"{client.source}/Observation/o1")]
     assert update.patient.birth_date == "19800229"
     read = [one.headers.get("if-none-match") for one in server.asked if one.line == "GET /fhir/Patient/p1"]
     assert read == [None, 'W/"1"']
@@ -211,7 +220,7 @@ def same_by_file_and_by_server(paths: list[Path], *, system: str, issuer: str) -
         server.max_page = 50
         for path in paths:
             server.load(json.loads(path.read_bytes()))
-        client = Client(server.base, zone=UTC, issuers={system: issuer}, schemes={"urn:mhh:lab": "L"})
+        client = Client(server.base, zone=UTC, issuers={system: issuer}, schemes={"urn:mhh:lab": "L"}, source="FHIR")
         for path in paths:
             imported = fhir.parse(path.read_bytes(), zone=UTC, issuers={system: issuer}, schemes={"urn:mhh:lab": "L"})
             (key,) = facts(imported)

@@ -6,20 +6,17 @@ import json
 import logging
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 from tests import factories
 from tests.conftest import Captured
-from tests.installation import BUNDLES
-from worker.cli import app
+from tests.record_site import Site, installed, line_with
 from worker.domain import Code, Merge, Observation, Patient, PatientKey, RecordUpdate
-from worker.errors import WorkerError
 from worker.record_feeds import clock
 from worker.store import feeds, records, studies
 from worker.store.database import Store
@@ -31,40 +28,10 @@ PLANTED = ("Zyxhuber", "Quillon", "P-7731", "P-0042", "19330224", "SECRETWORDS")
 WORDS = "Frau Zyxhuber, born 24.02.1933, had 120 mg/dL. SECRETWORDS follow here and there, twice."
 
 
-@dataclass
-class Site:
-    """A configured installation without a daemon."""
-
-    folder: Path
-    store: Store
-
-    def run(self, *words: str, answer: str = "") -> tuple[int, str]:
-        """One command; its exit code as `main` would give it, and all it said."""
-        done = CliRunner().invoke(app, [*words, "--config", str(self.folder / "synoptic.toml")], input=answer, env={"COLUMNS": "120"})
-        if isinstance(done.exception, WorkerError):
-            return 1, done.output + str(done.exception)
-        assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
-        return done.exit_code, done.output
-
-    def say(self, update: RecordUpdate, *, control_id: str, at: datetime) -> None:
-        with self.store.begin() as conn:
-            sent = str(at - timedelta(seconds=90))
-            words: dict[str, Any] = {"sender": "LAB|SITE", "control_id": control_id, "sent_at": sent, "trigger": "ORU^R01"}
-            number = feeds.note_message(conn, **words, result="applied", now=at)
-            records.apply(conn, update, now=at, message_id=number)
-
-
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[Site]:
-    (tmp_path / "synoptic.toml").write_text(
-        f'[site]\ndata = "data"\nissuer = "SITE"\ntimezone = "+01:00"\n[records]\nsilent_after_s = 3600\n'
-        f'[receive]\nlow_water_mb = 1\n[run]\nbundles = ["{BUNDLES / "cxr-severity"}"]\n',
-        "utf-8",
-    )
-    made = Store(f"sqlite:///{tmp_path / 'data' / 'synoptic.db'}")
-    made.migrate()
-    yield Site(tmp_path, made)
-    made.close()
+    with installed(tmp_path) as made:
+        yield made
 
 
 @pytest.fixture
@@ -82,7 +49,7 @@ def told(site: Site) -> Site:
     )
     site.say(RecordUpdate(who, facts, source="LAB|SITE"), control_id="CTRL-1", at=STUDY_AT - timedelta(hours=4))
     late = replace(crp, value=99.0, comparator="", status="C")
-    site.say(RecordUpdate(who, (late,), has_demographics=False), control_id="CTRL-2", at=STUDY_AT + timedelta(hours=1))
+    site.say(RecordUpdate(who, (late,), source="LAB|SITE", has_demographics=False), control_id="CTRL-2", at=STUDY_AT + timedelta(hours=1))
     old = Patient(RETIRED, "Oldname^Quillon", "19330224", "F")
     moved = replace(crp, code=Code("2744-1", "LN", "pH"), value=7.35, comparator="", unit="[pH]", key="9")
     site.say(RecordUpdate(old, (moved,)), control_id="CTRL-3", at=STUDY_AT - timedelta(hours=3))
@@ -90,20 +57,15 @@ def told(site: Site) -> Site:
     return site
 
 
-def _line(said: str, word: str) -> str:
-    (line,) = (line for line in said.splitlines() if word in line)
-    return " ".join(line.split())
-
-
 def test_a_record_is_shown_with_values_ages_status_and_the_message_each_came_from(told: Site) -> None:
     code, said = told.run("patient", KEY.patient_id, "--at", "2024-01-02T12:30", "--known", "2024-01-02T12:30")
     assert code == 0
-    assert _line(said, "1988-5") == "2024-01-02 06:30 1988-5 LN C reactive protein <7.5 mg/L final 6.0 h +2.0 h 1"
-    assert "3.5 to 5.1 mmol/L" in _line(said, "6298-4")
-    assert "1 : 40" in _line(said, "5048-4")
-    assert "preliminary" in _line(said, "2160-0")
-    assert "dated after it was received" in _line(said, "2345-7")
-    assert _line(said, "CTRL-1").startswith("1 2024-01-02 08:30 LAB|SITE ORU^R01")
+    assert line_with(said, "1988-5") == "2024-01-02 06:30 1988-5 LN C reactive protein <7.5 mg/L final 6.0 h +2.0 h 1"
+    assert "3.5 to 5.1 mmol/L" in line_with(said, "6298-4")
+    assert "1 : 40" in line_with(said, "5048-4")
+    assert "preliminary" in line_with(said, "2160-0")
+    assert "dated after it was received" in line_with(said, "2345-7")
+    assert line_with(said, "CTRL-1").startswith("1 2024-01-02 08:30 LAB|SITE ORU^R01")
     assert "Zyxhuber^Quillon, born 19330224, sex F" in said
     assert "P-7731 of SITE; P-0042 of SITE" in said
     assert "Oldname^Quillon" in said
@@ -269,7 +231,7 @@ def test_feeds_are_shown_with_counts_lag_and_silence_and_refused_messages_withou
     assert not by_sender["LAB|SITE"]["is_silent"], "not heard for years: no feed any more"
     code, said = told.run("records")
     assert code == 0
-    assert "silent, 2.0 h ago" in _line(said, "ADT|SITE")
+    assert "silent 2.0 h" in line_with(said, "ADT|SITE")
     assert "MSH-9 is empty." in said
     assert not any(planted in said for planted in PLANTED)
     assert "MSH-9" not in told.run("records", "--rejected", "0")[1]
@@ -336,3 +298,21 @@ def test_none_of_these_verbs_writes_of_a_patient_to_the_log(told: Site, captured
     assert "Zyxhuber" in said, "the plant never arrived: the test would prove nothing"
     assert [planted for planted in PLANTED if planted in caplog.text] == []
     assert [planted for planted in PLANTED if planted in str(captured)] == []
+
+
+def test_before_anybody_is_asked_it_is_known_whether_there_is_anything_to_erase_and_where_it_is_told(told: Site) -> None:
+    receipt = told.folder / "receipt.json"
+    words = ("patient", KEY.patient_id, "--erase", "--receipt", str(receipt))
+    code, said = told.run("patient", "NOBODY", "--erase", "--receipt", str(receipt), answer="y\n")
+    assert (code, "will be deleted" in said, "Delete it?" in said) == (1, False, False)
+    code, said = told.run(*words, answer="n\n")
+    assert "7 facts" in said
+    assert "will be deleted" in said
+    with told.store.read() as conn:
+        assert records.is_known(conn, KEY)
+        assert len(records.merges_of(conn, KEY)) == 1
+    receipt.write_text("another's")
+    code, said = told.run(*words, answer="y\n")
+    assert (code, "there already" in said, "Delete it?" in said) == (1, True, False)
+    code, said = told.run("patient", KEY.patient_id, "--erase", "--receipt", str(told.folder / "none" / "r.json"), answer="y\n")
+    assert (code, "folder" in said, "Delete it?" in said) == (1, True, False)

@@ -17,7 +17,7 @@ from worker.config import Config, Records, Site, Table
 from worker.domain import Code, PatientKey, PatientRecord, RecordUpdate
 from worker.errors import RecordError
 from worker.intake.tables import Tally
-from worker.store import feeds, records, warehouse
+from worker.store import feeds, records, schema, warehouse
 from worker.store.database import DatabaseUnavailable, Store
 from worker.tables_feed import import_tables, read_view
 
@@ -159,11 +159,11 @@ def test_a_drop_folder_leaves_what_is_being_written_for_the_next_time(store: Sto
     half = drop("2,P1,DOE^J,2020-05-06 11:00,F,6", name="half.csv")
     half.write_bytes(half.read_bytes()[:-5])
     os.utime(half, (1.6e9, 1.6e9))
-    assert take(half.parent, leave_unfinished=True).counts["file left for the next time"] == 1
+    assert take(half.parent).counts["file left for the next time"] == 1
     assert values(store, "P1") == [5]
     assert "half written" in next(iter(take(half).reasons))
     drop("2,P1,DOE^J,2020-05-06 11:00,F,6", name="half.csv")
-    assert take(half.parent, leave_unfinished=True).counts["file left for the next time"] == 0
+    assert take(half.parent).counts["file left for the next time"] == 0
     assert values(store, "P1") == [5, 6]
 
 
@@ -294,13 +294,14 @@ def test_a_view_is_read_on_from_where_it_ended(
 
 
 def test_a_watermark_is_kept_as_the_database_gave_it(store: Store) -> None:
-    now = datetime(2024, 1, 1, tzinfo=UTC)
+    now, numbers = datetime(2024, 1, 1, tzinfo=UTC), set[int]()
     for reached in (now, now.replace(tzinfo=None), now.date(), 2**40, "2024-01-01 00:00:00.5"):
         with store.begin() as conn:
             warehouse.note_watermark(conn, "w", reached, now=now)
         with store.read() as conn:
             assert warehouse.watermark(conn, "w") == reached
-    assert rows(store)["message"] == 1
+            numbers.add(conn.execute(sa.select(schema.message.c.id)).scalar_one())
+    assert len(numbers) == 1, "one row, changed in place: a row deleted and made anew at each reading bloats the table"
     with store.begin() as conn, pytest.raises(RecordError):
         warehouse.note_watermark(conn, "w", SENTINEL, now=now)
 

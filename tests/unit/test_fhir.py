@@ -346,3 +346,52 @@ def test_no_content_of_a_field_gives_anything_but_updates_or_a_refusal(field: st
         updates(person(identifier=value))
     except RecordError:
         return
+
+
+# --- when it was said, and under what name
+
+
+@pytest.mark.requirement("F6")
+@pytest.mark.parametrize(
+    ("changes", "said_at"),
+    [
+        ({"meta": {"lastUpdated": "2020-05-08T00:00:00Z"}, "issued": "2020-05-07T00:00:00Z"}, "2020-05-08T00:00:00+00:00"),
+        ({"issued": "2020-05-07T00:00:00Z"}, "2020-05-07T00:00:00+00:00"),
+        ({"meta": {"versionId": "2"}}, None),
+    ],
+    ids=["changed", "issued", "neither"],
+)
+def test_a_fact_was_said_when_its_own_resource_was_changed(changes: Json, said_at: str | None) -> None:
+    """The patient's own resource changes with an address: an old result in a new bundle must not stand before its later version."""
+    (update,) = updates(person(meta={"lastUpdated": "2024-01-01T00:00:00Z"}), observation(**changes))
+    (fact,) = update.observations
+    assert update.at is not None
+    assert update.at.year == 2024
+    assert (fact.said_at.isoformat() if fact.said_at else None) == said_at
+
+
+@pytest.mark.requirement("F6")
+def test_no_id_is_the_beginning_of_another() -> None:
+    """A withdrawal takes back all whose key begins with its own and a slash."""
+    one, other = (fact.key for fact in facts(observation(id="77"), observation(id="77/2")))
+    assert not other.startswith(f"{one}/")
+    (percent,) = facts(observation(id="77%2F2"))
+    assert percent.key != other
+
+
+@pytest.mark.parametrize(
+    ("resources", "field"),
+    [
+        ([person(identifier=[{"system": "s", "value": SENTINEL * 7}])], "Patient.identifier.value has 70 characters; the limit is 64"),
+        ([person(), observation(code={"coding": [{"code": SENTINEL * 7}]})], "Observation.code has 70 characters"),
+        ([person(), observation(id=SENTINEL * 50)], "Observation.id .* has 517 characters"),
+        ([person(identifier=[{"system": SENTINEL * 60, "value": "1"}])], "system or assigner of Patient.identifier has 600"),
+    ],
+    ids=["patient", "code", "key", "issuer"],
+)
+def test_what_no_index_can_hold_is_refused_by_its_field(resources: list[Json], field: str) -> None:
+    """The database would refuse it for ever, and say so with its content."""
+    with pytest.raises(RecordError, match=field) as caught:
+        updates(*resources)
+    assert SENTINEL not in str(caught.value)
+    assert updates(person(identifier=[{"system": "s", "value": "x" * 64}]))

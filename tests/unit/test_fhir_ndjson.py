@@ -21,8 +21,8 @@ def lines(*resources: Json | bytes) -> bytes:
     return b"\n".join(one if isinstance(one, bytes) else json.dumps(one).encode() for one in resources)
 
 
-def read(*files: bytes, patients: dict[str, PatientKey] | None = None) -> tuple[list[RecordUpdate], list[str]]:
-    return parse_ndjson(files, zone=CET, issuers={}, patients=patients)
+def read(*files: bytes) -> tuple[list[RecordUpdate], list[str]]:
+    return parse_ndjson(files, zone=CET, issuers={})
 
 
 def by_patient(updates: list[RecordUpdate]) -> dict[PatientKey, tuple[Patient, set[str]]]:
@@ -39,12 +39,6 @@ def test_lines_in_any_order_and_of_any_file_say_what_the_bundle_says(order: list
 def test_one_file_is_given_as_bytes() -> None:
     updates, errors = parse_ndjson(lines(*MANY) + b"\n", zone=CET, issuers={})
     assert (len(updates), errors) == (2, [])
-
-
-def test_a_patient_may_be_known_from_elsewhere() -> None:
-    key = PatientKey("HOSP", "4711")
-    (update,), errors = read(lines(observation()), patients={"Patient/p1": key})
-    assert (update.patient, update.has_demographics, len(update.observations), errors) == (Patient(key), False, 1, [])
 
 
 def test_a_bad_line_is_named_and_the_others_go_on() -> None:

@@ -207,6 +207,15 @@ def test_only_what_is_ordered_of_imaging_is_an_order(one: Json, count: int) -> N
     assert len(orders(one)) == count
 
 
+def test_orders_without_numbers_of_their_own_are_told_apart_by_their_resource() -> None:
+    """Else the cancellation of one of two orders of a study cancels both."""
+    first, second = orders(request(), request(id="r2", status="revoked"))
+    assert (first.placer, second.placer) == ("ServiceRequest/r1", "ServiceRequest/r2")
+    assert (first.is_cancelled, second.is_cancelled) == (False, True)
+    (numbered,) = orders(request(identifier=[identifier("ACSN", "A1"), identifier("FILL", "F1")]))
+    assert (numbered.placer, numbered.filler) == ("", "F1")
+
+
 # --- values
 
 

@@ -164,3 +164,12 @@ def test_a_document_without_a_number_is_known_by_its_type_and_time() -> None:
     first, second = note(txa(f12=""), *TEXTS), note(txa(f12="", f4="20200507"), *TEXTS)
     assert first.key != second.key
     assert "DS/2020-05-06" in first.key
+
+
+@pytest.mark.requirement("F6")
+def test_no_document_number_is_the_beginning_of_another() -> None:
+    """Document 77 is withdrawn, 77/2 is not."""
+    one, other = (note(txa(f12=number), *TEXTS).key for number in ("77", "77/2"))
+    assert not other.startswith(f"{one}/")
+    unnumbered = note(txa(f12="", f2="77"), *TEXTS).key
+    assert not unnumbered.startswith(f"{one}/")

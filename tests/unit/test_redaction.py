@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from worker import redaction
-from worker.redaction import fold, redact
+from worker.redaction import fold, redact, redact_value
 
 NAME = "Müller-Lüdenscheidt^José María^^Dr.=山田^太郎"
 
@@ -217,3 +217,15 @@ def test_a_megabyte_of_notes_takes_a_bounded_time() -> None:
     left = redact(note * (2**20 // len(note.encode())), names=[NAME])
     assert time.process_time() - started < 20
     assert left.startswith("[date], [time]: Frau [name], CRP 120 mg/L, Tel. [number], seen by Prof. Dr. med. [name]; [link]")
+
+
+@pytest.mark.parametrize("text", ["1e400", ">1E+99", "-2.5e-10", "1:640", "1:1280", "120/80", "<0.5", "7,35", " 350 "])
+def test_a_text_that_is_a_measured_value_stays(text: str) -> None:
+    assert redact_value(text) == text
+
+
+@pytest.mark.parametrize(
+    "text", ["24.02.1933", "1933-02-24", "19330224", "10203", "0511-5321234", "24/02/33", "1e400 Huber", "77311e4 77", "Huber"]
+)
+def test_a_text_that_is_more_than_a_value_is_redacted(text: str) -> None:
+    assert redact_value(text, names=["Huber"]) == redact(text, names=["Huber"]) != text

@@ -18,12 +18,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, tzinfo
 from typing import Final
 
 from worker.domain import Merge, Observation, Order, Patient, PatientKey, RecordUpdate
 from worker.errors import RecordError
+from worker.intake.facts import MAX_CONTROL_ID, MAX_ID, MAX_KEY, bounded, part
 from worker.intake.fhir_elements import SCHEMES, Elements, Json, birth_date_of, object_of, objects_of, text_of, texts_of
 from worker.intake.fhir_resources import READERS
 
@@ -86,7 +87,6 @@ def parse_ndjson(
     schemes: Mapping[str, str] | None = None,
     source: str = "FHIR",
     max_bytes: int = 2**30,
-    patients: Mapping[str, PatientKey] | None = None,
 ) -> tuple[list[RecordUpdate], list[str]]:
     """Read a bulk export: one resource a line, in any order, of one file or of several that belong together.
 
@@ -96,8 +96,6 @@ def parse_ndjson(
     ----------
     raw
         The bytes of one file, or of each: a subject may be in another file than what is said of it.
-    patients
-        Reference (`Patient/123`) → key of patients that are in none of them.
     max_bytes
         Of all files together.
 
@@ -114,7 +112,7 @@ def parse_ndjson(
     files = [raw] if isinstance(raw, bytes) else list(raw)
     if (size := sum(map(len, files))) > max_bytes:
         raise RecordError(f"The files have {size} bytes; the limit is {max_bytes}.")
-    assembly = Assembly(Elements(zone, issuers, {**SCHEMES, **(schemes or {})}, source), references=dict(patients or {}))
+    assembly = Assembly(Elements(zone, issuers, {**SCHEMES, **(schemes or {})}, source))
     errors: dict[tuple[int, int], str] = {}
 
     def each(take: Callable[[Json], None], words: tuple[bytes, ...]) -> None:
@@ -178,11 +176,11 @@ def _refuse(_: str) -> float:
 class Assembly:
     """What is being said of several patients: `introduce` them all, then `add` what is said, then take the `updates`.
 
-    ``references`` names those who are known before; None marks a reference that two patients claim.
+    None in ``_references`` marks a reference that two patients claim.
     """
 
     elements: Elements
-    references: dict[str, PatientKey | None] = field(default_factory=dict)
+    _references: dict[str, PatientKey | None] = field(init=False, default_factory=dict)
     _patients: dict[PatientKey, tuple[Patient, datetime | None]] = field(init=False, default_factory=dict)
     _facts: dict[PatientKey, list[Observation]] = field(init=False, default_factory=dict)
     _orders: dict[PatientKey, list[Order]] = field(init=False, default_factory=dict)
@@ -202,8 +200,8 @@ class Assembly:
         for link in links:  # what is wrong with one is this patient's fault, and known before anything is taken
             self._merge(patient.key, link)
         for name in names:
-            if self.references.setdefault(name, patient.key) != patient.key:
-                self.references[name] = None
+            if self._references.setdefault(name, patient.key) != patient.key:
+                self._references[name] = None
                 raise RecordError("Two patients of the bundle have the same reference.")
         said = text_of(object_of(resource, "meta"), "lastUpdated")
         at = self.elements.moment(said, "Patient.meta.lastUpdated") if said else None
@@ -220,10 +218,14 @@ class Assembly:
             return
         name = text_of(resource, "id") or url
         # Without a name of its own a fact supersedes nothing and nothing supersedes it.
-        found = list(READERS[kind](self.elements, resource, f"{self.elements.source}/{kind}/{name}" if name else ""))
+        own = f"{part(self.elements.source)}/{kind}/{part(name)}" if name else ""
+        found = list(READERS[kind](self.elements, resource, own))
         if found:
-            key = self.subject(resource)
-            self._facts.setdefault(key, []).extend(one for one in found if isinstance(one, Observation))
+            key, said_at = self.subject(resource), self.elements.said_at(resource)
+            for one in found:
+                _check(one, kind)
+            # The patient's own time is when an address was changed, and says nothing of the results.
+            self._facts.setdefault(key, []).extend(replace(one, said_at=said_at) for one in found if isinstance(one, Observation))
             self._orders.setdefault(key, []).extend(one for one in found if isinstance(one, Order))
 
     def subject(self, resource: Json) -> PatientKey:
@@ -260,7 +262,7 @@ class Assembly:
         name = re.sub(r"/_history/.*$", "", text_of(reference, "reference"))
         if not name and (identifier := object_of(reference, "identifier")):
             return self.elements.key([identifier])
-        return self.references.get(name)
+        return self._references.get(name)
 
     def _merge(self, key: PatientKey, link: Json) -> Merge | None:
         """Read Patient.link; what is only alike ("seealso") or cannot be found is not one."""
@@ -271,6 +273,16 @@ class Assembly:
         if linked is None or linked == key:
             return None
         return Merge(linked, key) if kind == "replaced-by" else Merge(key, linked)
+
+
+def _check(one: Observation | Order, kind: str) -> None:
+    """Refuse what is too long to be a name of anything."""
+    if isinstance(one, Observation):
+        bounded(one.code.value, MAX_ID, f"{kind}.code")
+        bounded(one.key, MAX_KEY, f"{kind}.id with the codes of its parts")
+    else:
+        for number in (one.accession_number, one.placer, one.filler):
+            bounded(number, MAX_CONTROL_ID, f"{kind}.identifier")
 
 
 def _patient(resource: Json, key: PatientKey) -> Patient:

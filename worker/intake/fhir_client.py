@@ -2,7 +2,7 @@
 
 ::
 
-    POST Patient/_search identifier=system|value ── 0 ▶ []   1 ▶ on   more ▶ RecordError: never guessed
+    POST Patient/_search identifier=system|value ── 0 ▶ []   1 ▶ on   more ▶ PatientAmbiguous: never guessed
     GET  Patient/<id>                               If-None-Match: its ETag of last time
     GET  Observation?patient=<id>&_lastUpdated=gt…  each type of RESOURCES, page by page, of the same origin only
     Assembly ─▶ RecordUpdate                        committed(key): what is asked for next time begins here
@@ -27,7 +27,7 @@ from typing import Any, Final
 import httpx2
 
 from worker.domain import PatientKey, RecordUpdate
-from worker.errors import PeerRefused, PeerUnavailable, RecordError
+from worker.errors import PatientAmbiguous, PeerRefused, PeerUnavailable, RecordError
 from worker.intake.fhir import Assembly
 from worker.intake.fhir_elements import SCHEMES, Elements, Json, object_of, objects_of, raw_of, text_of
 from worker.intake.fhir_http import Answer, Budget, Transport, check, checked_url, origin_of, tls_context, words_of, worst_issue
@@ -73,8 +73,10 @@ class Client:
     ----------
     base_url
         `https://host/path`; http for a server on this very machine only.
-    zone, issuers, schemes, source
+    zone, issuers, schemes
         As in `fhir.parse`, so that facts pulled and imported are the same.
+    source
+        Of the facts; "FHIR" and the server's host where it is left out, so that no two servers' IDs are one.
     token_url, client_id, client_secret, key_file, key_id, scope
         OAuth 2.0 client credentials, by secret or by private key (a JWK, or PEM with `key_id`); without `token_url` none.
     ca
@@ -101,7 +103,7 @@ class Client:
         zone: tzinfo,
         issuers: Mapping[str, str],
         schemes: Mapping[str, str] | None = None,
-        source: str = "FHIR",
+        source: str = "",
         token_url: str = "",
         client_id: str = "",
         client_secret: str = "",
@@ -126,7 +128,8 @@ class Client:
             raise ValueError("A token needs client_id and either client_secret or key_file.")
         token_at = checked_url(token_url, "The URL of the token server") if token_url else self._base
         key = read_key(Path(key_file), key_id=key_id) if token_url and key_file else None
-        self._elements = (zone, issuers, {**SCHEMES, **(schemes or {})}, source)
+        self.source: Final = source or f"FHIR {self._base.host}"
+        self._elements = (zone, issuers, {**SCHEMES, **(schemes or {})}, self.source)
         self._deadline_s, self._max_bytes = deadline_s, max_bytes
         self._page_size, self._max_pages = page_size, max_pages
         self._resources, self._refused, self._clock = tuple(resources), refused, clock
@@ -145,8 +148,6 @@ class Client:
         self._known: OrderedDict[PatientKey, _Known] = OrderedDict()
         self._pulled: OrderedDict[PatientKey, _Known] = OrderedDict()
         self._posts_searches = True
-        #: Types that the server does not know.
-        self.unsupported: set[str] = set()
 
     def close(self) -> None:
         """Close the connections."""
@@ -167,8 +168,10 @@ class Client:
 
         Raises
         ------
+        PatientAmbiguous
+            More than one patient has this identifier.
         RecordError
-            More than one patient has this identifier, or a resource cannot be understood and `refused` was not given.
+            The patient found does not have it, or a resource cannot be understood and `refused` was not given.
         PeerUnavailable
             There is no answer now.
         PeerRefused
@@ -214,7 +217,7 @@ class Client:
             if resource.get("resourceType") == "Patient" and text_of(object_of(entry, "search"), "mode") in ("", "match")
         }
         if len(found) > 1:
-            raise RecordError(f"{len(found)} patients of the FHIR server have the identifier asked for; exactly one is needed.")
+            raise PatientAmbiguous(f"{len(found)} patients of the FHIR server have the identifier asked for; exactly one is needed.")
         if found and not _ID.fullmatch(next(iter(found))):
             raise RecordError("Patient.id is not an id.")
         return next(iter(found), None)
@@ -273,8 +276,7 @@ class Client:
     def _search(self, kind: str, asked: Mapping[str, str], *, by_post: bool = False) -> Iterator[Json]:
         """Give each entry of each page of a search."""
         answer = self._first_page(kind, asked, by_post=by_post)
-        if answer.status == 404 and kind != "Patient":
-            self.unsupported.add(kind)
+        if answer.status == 404 and kind != "Patient":  # a type that the server does not know
             return
         url, seen = self._base.join(kind), set[str]()
         for _ in range(self._max_pages):

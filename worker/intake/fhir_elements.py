@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple
 
 from worker.domain import Code, PatientKey
 from worker.errors import RecordError
-from worker.intake.facts import COMPARATORS, Comparator, clean, latest_instant, token
+from worker.intake.facts import COMPARATORS, MAX_ID, MAX_KEY, Comparator, bounded, clean, latest_instant, token
 
 Json = dict[str, Any]
 
@@ -35,7 +35,8 @@ SCHEMES: Final = {
     "http://www.ama-assn.org/go/cpt": "C4",
 }
 _UCUM: Final = "http://unitsofmeasure.org"
-_NO_CODE: Final = Code("", "", "")
+#: When a resource was made available, not what it is about: Observation and DiagnosticReport, DocumentReference.
+_ISSUED: Final = ("issued", "date")
 _TIME: Final = re.compile(
     r"([0-9]{4})(?:-([0-9]{2})(?:-([0-9]{2})(?:T([0-9]{2}):([0-9]{2}):([0-9]{2})(?:\.([0-9]+))?(Z|[+-][0-9]{2}:[0-9]{2}))?)?)?"
 )
@@ -75,7 +76,8 @@ class Elements:
         issuer = next((self.issuers[name] for name in names if name in self.issuers), assigner or system)
         if not issuer:
             raise RecordError("Patient.identifier has neither a system nor an assigner.")
-        return PatientKey(issuer, text_of(chosen, "value"))
+        patient_id = bounded(text_of(chosen, "value"), MAX_ID, "Patient.identifier.value")
+        return PatientKey(bounded(issuer, MAX_KEY, "The system or assigner of Patient.identifier"), patient_id)
 
     def types(self, identifier: Json) -> list[str]:
         """Return the codes of an Identifier's type (HL7 table 0203)."""
@@ -107,6 +109,12 @@ class Elements:
             if found:
                 return self.moment(found, f"{resource['resourceType']}.{name}")
         raise RecordError(f"{resource['resourceType']} has no {names[0]}, nor another time.")
+
+    def said_at(self, resource: Json) -> datetime | None:
+        """Return when a resource was last changed, else when it was issued; None where it does not say."""
+        changed = text_of(object_of(resource, "meta"), "lastUpdated")
+        said = (("meta.lastUpdated", changed), *((name, text_of(resource, name)) for name in _ISSUED))
+        return next((self.moment(text, f"{resource['resourceType']}.{name}") for name, text in said if text), None)
 
     def moment(self, text: str, name: str) -> datetime:
         """Read a date, dateTime or instant (FHIR R4 §2.24.0.1); what it leaves open is the latest it may be."""

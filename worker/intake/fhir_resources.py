@@ -21,7 +21,7 @@ from typing import Any, Final, NamedTuple
 
 from worker.domain import ROUTINE, STAT, Code, Observation, Order, ValueKind
 from worker.errors import RecordError
-from worker.intake.facts import SUPERSEDING, Comparator, clean, preferred
+from worker.intake.facts import SUPERSEDING, Comparator, clean, part, preferred
 from worker.intake.fhir_elements import Elements, Json, amount_of, number_of, object_of, objects_of, raw_of, text_of, words_of
 
 #: There is no result yet, or only an intention: nothing is told.
@@ -89,13 +89,13 @@ def observation(elements: Elements, resource: Json, key: str) -> Iterator[Observ
         return
     at: datetime | None = None
     repeats: Counter[str] = Counter()
-    for position, part in enumerate((resource, *objects_of(resource, "component"))):
-        code = preferred(elements.codes(object_of(part, "code")))
-        content = content_of(elements, part)
+    for position, element in enumerate((resource, *objects_of(resource, "component"))):
+        code = preferred(elements.codes(object_of(element, "code")))
+        content = content_of(elements, element)
         if not code.value or (content.is_empty and status not in SUPERSEDING):
             continue
         at = at or elements.first_time(resource, ("effectiveDateTime", "effectivePeriod", "effectiveInstant", "issued"))
-        own = f"{key}/{code.scheme}/{code.value}" if key and position else key
+        own = f"{key}/{part(code.scheme)}/{part(code.value)}" if key and position else key
         repeats[own] += 1
         own = f"{own}#{repeats[own]}" if own and repeats[own] > 1 else own
         yield Observation(code, at, status=status, key=own, source=elements.source, **content._asdict())
@@ -189,10 +189,13 @@ def request(elements: Elements, resource: Json, key: str) -> Iterator[Observatio
     numbers = {kind: text_of(one, "value") for one in objects_of(resource, "identifier") for kind in elements.types(one)}
     if not status or text_of(resource, "intent") in _NOT_ORDERED or not is_imaging(elements, resource, "ACSN" in numbers):
         return
+    # A site that numbers no orders still has several of one study: the logical ID tells them apart.
+    resource_id = text_of(resource, "id")
+    own_number = f"ServiceRequest/{resource_id}" if resource_id and not numbers.keys() & {"PLAC", "FILL"} else ""
     is_cancelled = resource["status"] in _CANCELLED or resource.get("doNotPerform") is True
     yield Order(
         accession_number=numbers.get("ACSN", ""),
-        placer=numbers.get("PLAC", ""),
+        placer=numbers.get("PLAC", own_number),
         filler=numbers.get("FILL", ""),
         priority=STAT if text_of(resource, "priority") in _URGENT else ROUTINE,
         is_cancelled=is_cancelled,

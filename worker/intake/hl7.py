@@ -25,6 +25,7 @@ from typing import Final
 from worker.domain import Patient, RecordUpdate
 from worker.errors import RecordError
 from worker.intake.envelope import read_envelope
+from worker.intake.facts import MAX_CONTROL_ID, MAX_SENDER, bounded
 from worker.intake.hl7_documents import document
 from worker.intake.hl7_fields import Reader, at, decoded, offset_of, segments
 from worker.intake.hl7_orders import orders
@@ -97,6 +98,7 @@ def parse(
     control_id = reader.value(at(msh, 9))
     if not control_id:
         raise RecordError("MSH-10 has no message control ID.")
+    bounded(control_id, MAX_CONTROL_ID, "MSH-10")
     _read_header(reader, msh)
     update, note = _update(reader, found)
     return ParsedMessage(control_id, reader.sender, reader.sent_at, envelope.trigger, update, reader.skipped, note)
@@ -110,7 +112,7 @@ def _read_header(reader: Reader, msh: list[str]) -> None:
         # A site that writes its own zone's offset means its zone: a winter draw sent in summer has winter's offset.
         if reader.sent_at.astimezone(reader.zone).utcoffset() != offset.utcoffset(None):
             reader.zone = offset
-    reader.sender = "|".join(reader.authority(at(msh, index), 1)[0] for index in (2, 3))
+    reader.sender = bounded("|".join(reader.authority(at(msh, index), 1)[0] for index in (2, 3)), MAX_SENDER, "MSH-3 with MSH-4")
     reader.said_at = reader.sent_at
 
 

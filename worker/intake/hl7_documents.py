@@ -11,7 +11,7 @@ from typing import Final
 
 from worker.domain import Code, Observation
 from worker.errors import RecordError
-from worker.intake.facts import preferred, token
+from worker.intake.facts import MAX_CONTROL_ID, MAX_ID, bounded, preferred, token
 from worker.intake.hl7_fields import Reader, at
 from worker.intake.hl7_results import NO_RESULT, content, status_of
 
@@ -52,6 +52,9 @@ def document(reader: Reader, segments: list[list[str]]) -> tuple[Observation, ..
     if is_cancelled and not number:
         raise RecordError("TXA-12 has no document number: which document is cancelled is not said.")
     code = _code(reader, txa, texts)
+    bounded(code.value, MAX_ID, "TXA-2")
+    for name, text in (("TXA-12", number), ("TXA-13", parent)):
+        bounded(text, MAX_CONTROL_ID, name)
     if not code.value:
         raise RecordError("TXA-2 has no document type.")
     when = max(_times(reader, txa), default=reader.said_at)
@@ -59,12 +62,12 @@ def document(reader: Reader, segments: list[list[str]]) -> tuple[Observation, ..
     status = "W" if is_cancelled else _status(reader, txa, texts)
     if not words and status not in "DW":
         return ()
-    key = f"{reader.sender}/document/{number or f'{code.value}/{when.isoformat()}'}"
+    key = reader.key("document", *((number,) if number else ("", code.value, when.isoformat())))
     if trigger == _ADDING and number == parent:  # an addendum under its document's own number must not hide the document
         key = f"{key}/addendum/{when.isoformat()}"
     found = [Observation(code, when, text=words, status=status, key=key, source=reader.sender, kind="text")]
     if trigger == _REPLACING and parent not in ("", number):
-        key = f"{reader.sender}/document/{parent}"
+        key = reader.key("document", parent)
         found.append(Observation(code, when, status="D", key=key, source=reader.sender, kind="text"))
     return tuple(found)
 

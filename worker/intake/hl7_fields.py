@@ -18,7 +18,7 @@ from typing import Final
 from worker.domain import Code
 from worker.errors import RecordError
 from worker.intake.envelope import BOM, Envelope
-from worker.intake.facts import clean, latest_instant, preferred, token
+from worker.intake.facts import MAX_KEY, bounded, clean, latest_instant, part, preferred, token
 
 # HL7 v2.5.1 table 0211. UTF-16 and UTF-32 would break the framing.
 _CODECS: Final = {
@@ -159,6 +159,11 @@ class Reader:
             return latest_instant(match.groups()[:7], offset_of(match[8]) if match[8] else self.zone)
         except (ValueError, OverflowError):
             raise RecordError(f"{name} is not a time.") from None
+
+    def key(self, *parts: str) -> str:
+        """Return the key of a fact of this sender."""
+        key = "/".join(part(one) for one in (self.sender, *parts))
+        return bounded(key, MAX_KEY, "The sender's name with the numbers and codes of a fact")
 
     def authority(self, text: str, level: int) -> tuple[str, str]:
         """Return the name and the universal ID of an HD, whose parts are split at `level`; the name may be that ID."""

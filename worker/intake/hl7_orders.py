@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from worker.domain import ROUTINE, STAT, Code, Observation, Order
-from worker.intake.facts import token
+from worker.intake.facts import MAX_CONTROL_ID, bounded, token
 from worker.intake.hl7_fields import Reader, at
 
 #: LOINC, as the documents of radiology name them.
@@ -59,9 +59,9 @@ def orders(reader: Reader, segments: list[list[str]]) -> tuple[tuple[Order, ...]
             reader.skipped += 1
             continue
         order = Order(
-            accession_number=_accession(reader, group),
-            placer=reader.first(group.number(2)),
-            filler=reader.first(group.number(3)),
+            accession_number=bounded(_accession(reader, group), MAX_CONTROL_ID, "The accession number"),
+            placer=bounded(reader.first(group.number(2)), MAX_CONTROL_ID, "ORC-2"),
+            filler=bounded(reader.first(group.number(3)), MAX_CONTROL_ID, "ORC-3"),
             priority=_priority(reader, group),
             is_cancelled=is_cancelled,
         )
@@ -120,7 +120,7 @@ def _reasons(reader: Reader, group: _Group, order: Order) -> Iterator[Observatio
     said = (("ORC-9", reader.first(at(group.orc, 9))), ("OBR-7", reader.first(at(group.obr, 7))))
     when = next((reader.moment(text, name) for name, text in said if text), reader.sent_at)
     for code, words in ((REASON, reader.words(at(group.obr, 31))), (CLINICAL, _information(reader, at(group.obr, 13)))):
-        key = "/".join((reader.sender, number, code.scheme, code.value)) if number else ""
+        key = reader.key(number, code.scheme, code.value) if number else ""
         if order.is_cancelled and key:
             yield Observation(code, when, status="D", key=key, source=reader.sender, kind="text")
         elif words and not order.is_cancelled:

@@ -9,6 +9,7 @@ from typing import Final, NamedTuple
 
 from worker.domain import Merge, Patient, PatientKey
 from worker.errors import RecordError
+from worker.intake.facts import MAX_ID, MAX_KEY, bounded
 from worker.intake.hl7_fields import TIME, Reader, at
 
 _SEXES: Final = {"M": "M", "F": "F", "O": "O", "A": "O"}  # table 0001 → PS3.3 §C.7.1.1
@@ -42,9 +43,8 @@ def patient(reader: Reader, segments: list[list[str]]) -> Patient:
         born = None
     if born is None:
         raise RecordError("PID-7 is not a date.")
-    return Patient(
-        _chosen(_identifiers(reader, at(pid, 3), "PID-3")), _name(reader, at(pid, 5)), birth_date, _SEXES.get(reader.first(at(pid, 8)), "")
-    )
+    key = _bounded(_chosen(_identifiers(reader, at(pid, 3), "PID-3")), "PID-3")
+    return Patient(key, _name(reader, at(pid, 5)), birth_date, _SEXES.get(reader.first(at(pid, 8)), ""))
 
 
 def merges(reader: Reader, segments: list[list[str]]) -> tuple[Merge, ...]:
@@ -87,6 +87,9 @@ def _pairs(reader: Reader, pid: list[str], mrg: list[str]) -> list[Merge]:
     if not pairs:
         raise RecordError(f"{name} has no identifier of the kind that PID-3 has.")
     pairs = [pair for pair in pairs if pair.survivor != pair.retired]
+    for pair in pairs:
+        _bounded(pair.survivor, "PID-3")
+        _bounded(pair.retired, name)
     if not pairs:
         raise RecordError(f"{name} is the identifier of PID-3: a patient cannot be merged with itself.")
     return pairs
@@ -124,6 +127,12 @@ def _identifiers(reader: Reader, text: str, name: str) -> list[_Identifier]:
     if not _best(found).key.issuer:
         raise RecordError(f"{name}.4 has no assigning authority.")
     return [one for one in found if one.key.issuer]
+
+
+def _bounded(key: PatientKey, name: str) -> PatientKey:
+    bounded(key.patient_id, MAX_ID, f"{name}.1")
+    bounded(key.issuer, MAX_KEY, f"{name}.4")
+    return key
 
 
 def _issuer(reader: Reader, text: str) -> str:

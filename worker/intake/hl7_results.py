@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 
 from worker.domain import Code, Observation, ValueKind
 from worker.errors import RecordError
-from worker.intake.facts import COMPARATORS, SUPERSEDING, Comparator, clean, number, preferred, token
+from worker.intake.facts import COMPARATORS, MAX_ID, SUPERSEDING, Comparator, bounded, clean, number, preferred, token
 from worker.intake.hl7_fields import Reader, at
 
 # HL7 v2.5.1 table 0085 → the statuses of domain.Observation. Not here: I, N, O (there is no result yet or at all).
@@ -80,6 +80,7 @@ def _observation(reader: Reader, obx: list[str], obr: list[str]) -> Observation 
     is_empty = said.value is None and not said.text
     if not code.value or status in NO_RESULT or (is_empty and status not in SUPERSEDING):
         return None
+    bounded(code.value, MAX_ID, "OBX-3")
     if status not in _STATUSES:
         raise RecordError("OBX-11 is not an observation result status." if status else "OBX-11 has no status.")
     # OBR-22, when the result was reported, is later than when it was drawn: late, but never too early.
@@ -99,7 +100,7 @@ def _observation(reader: Reader, obx: list[str], obr: list[str]) -> Observation 
         unit=reader.unit(at(obx, 6)) if said.value is not None else "",
         text=said.text,
         status=_STATUSES[status],
-        key="/".join((reader.sender, order, code.scheme, code.value, reader.value(at(obx, 4)), "" if order else found[0].isoformat())),
+        key=reader.key(order, code.scheme, code.value, reader.value(at(obx, 4)), "" if order else found[0].isoformat()),
         source=reader.sender,
         kind=said.kind,
         high=said.high,

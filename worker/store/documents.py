@@ -29,7 +29,7 @@ def add(
 ) -> int:
     """Store a report and its findings; returns the document's row.
 
-    The UID is derived from the input, so a job run twice finds its document there already.
+    The UID is derived from the input and the predecessor, so a job run twice finds its document there already.
     """
     added = insert_or_ignore(
         conn,
@@ -89,12 +89,23 @@ def predecessor(conn: Connection, study_id: int, *, bundle: str, before_version:
     return None if row is None else _document(row)
 
 
-def record_digests(conn: Connection, study_id: int, *, input_version: int) -> dict[str, str]:
-    """Bundle → what its report on this version of the study was made from of the patient's record."""
+def is_repeated(conn: Connection, study_id: int, *, bundle: str, before_version: int, input_sha256: str) -> bool:
+    """Whether the bundle's last report, on whatever earlier version, rests on this very input: the same would be said again."""
+    last = (
+        sa.select(document.c.input_sha256)
+        .where(document.c.study_id == study_id, document.c.bundle == bundle, document.c.input_version < before_version)
+        .order_by(document.c.input_version.desc(), document.c.id.desc())
+        .limit(1)
+    )
+    return bool(conn.execute(last).scalar() == input_sha256)
+
+
+def record_digests(conn: Connection, study_id: int) -> dict[str, str | None]:
+    """Bundle → what its last report on the study, of whatever version, was made from of the patient's record; None: not known."""
     rows = conn.execute(
         sa.select(document.c.bundle, document.c.record_sha256)
-        .where(document.c.study_id == study_id, document.c.input_version == input_version)
-        .order_by(document.c.id)
+        .where(document.c.study_id == study_id)
+        .order_by(document.c.input_version, document.c.id)
     )
     return dict(rows.tuples().all())
 

@@ -28,6 +28,7 @@ from worker.errors import WorkerError
 from worker.store import history, records
 from worker.store.database import Store
 from worker.store.schema import (
+    AnyRow,
     demographics,
     document,
     event,
@@ -43,8 +44,10 @@ from worker.store.schema import (
     study,
 )
 
-#: Patients looked at in one transaction: SQLite's other writers wait for it, about a second.
-BATCH: Final = 2000
+#: Patients, and messages, of one transaction: SQLite's other writers wait for it, some tenths of a second.
+BATCH: Final = 100
+#: Facts looked at in one reading.
+_PAGE: Final = 2000
 _UNFINISHED: Final = ("available", "leased")
 _ENCODINGS: Final = ("utf-8", "latin-1", "utf-16-le", "utf-16-be")
 SCOPE: Final = (
@@ -76,37 +79,61 @@ class Receipt(TypedDict):
 # --- by the calendar
 
 
-def expire(conn: Connection, *, now: datetime, keep_raw_days: int, keep_values_days: int, keep_texts_days: int) -> dict[str, int]:
+def expire(store: Store, *, now: datetime, keep_raw_days: int, keep_values_days: int, keep_texts_days: int) -> dict[str, int]:
     """Delete what was received longer ago than so many days (0: keep for ever); returns how many went, by kind.
 
     Raw bytes go, their rows stay and are counted. Facts stay while a study of the person is received or a job of it is not
-    finished, and while a later statement of the same fact stays, which might otherwise stand uncorrected. At most `BATCH` patients
-    a call. Keep values longer than the look-back of a bundle and the time in which reports are made anew, or those will miss them.
+    finished, and while a later statement of the same fact stays, which might otherwise stand uncorrected. Candidates are sought
+    without a lock, and go `BATCH` by `BATCH`, each its own transaction. Keep values longer than the look-back of a bundle and the
+    time in which reports are made anew, or those will miss them.
     """
-    cutoffs = {"values": keep_values_days, "texts": keep_texts_days}
-    gone = {"raw": _expire_raw(conn, now - timedelta(days=keep_raw_days)) if keep_raw_days > 0 else 0}
-    busy = _busy(conn) if max(cutoffs.values()) > 0 else frozenset()
-    for name, days in cutoffs.items():
-        gone[name] = _expire_facts(conn, now - timedelta(days=days), busy, is_text=name == "texts") if days > 0 else 0
+    gone = {"raw": _expire_raw(store, now - timedelta(days=keep_raw_days)) if keep_raw_days > 0 else 0}
+    for name, days in {"values": keep_values_days, "texts": keep_texts_days}.items():
+        gone[name] = _expire_facts(store, now - timedelta(days=days), is_text=name == "texts") if days > 0 else 0
     return gone
 
 
-def _expire_raw(conn: Connection, before: datetime) -> int:
-    return conn.execute(sa.update(message).where(message.c.raw.is_not(None), message.c.received_at < before).values(raw=None)).rowcount
-
-
-def _expire_facts(conn: Connection, before: datetime, busy: frozenset[int], *, is_text: bool) -> int:
-    old = sa.and_(observation.c.received_at < before, (observation.c.kind == "text") if is_text else (observation.c.kind != "text"))
-    # In no order, so that patients whose facts must stay do not keep the others from their turn.
-    due = sa.select(observation.c.patient_pk).where(old).group_by(observation.c.patient_pk).order_by(sa.func.random()).limit(BATCH)
+def _expire_raw(store: Store, before: datetime) -> int:
     gone = 0
-    for patient_pk in conn.scalars(due).all():
-        person = records.person_of(conn, patient_pk)
-        if busy.isdisjoint(person):
-            gone += conn.execute(
-                sa.delete(observation).where(observation.c.patient_pk == patient_pk, old, _is_past(person, before))
-            ).rowcount
+    for rows in _pages(store, message.c.id, sa.and_(message.c.raw.is_not(None), message.c.received_at < before), size=BATCH):
+        with store.begin() as conn:
+            gone += conn.execute(sa.update(message).where(message.c.id.in_([row.id for row in rows])).values(raw=None)).rowcount
     return gone
+
+
+def _expire_facts(store: Store, before: datetime, *, is_text: bool) -> int:
+    old = sa.and_(observation.c.received_at < before, (observation.c.kind == "text") if is_text else (observation.c.kind != "text"))
+    gone, seen = 0, set[int]()
+    for rows in _pages(store, observation.c.patient_pk, old, size=_PAGE):
+        patients = sorted({row.patient_pk for row in rows} - seen)
+        seen.update(patients)
+        for start in range(0, len(patients), BATCH):
+            with store.begin() as conn:
+                gone += sum(_expire_of(conn, patient_pk, old, before) for patient_pk in patients[start : start + BATCH])
+    return gone
+
+
+def _expire_of(conn: Connection, patient_pk: int, old: sa.ColumnElement[bool], before: datetime) -> int:
+    person = records.person_of(conn, patient_pk)
+    if _is_busy(conn, person):
+        return 0
+    return _delete(conn, observation, sa.and_(observation.c.patient_pk == patient_pk, old, _is_past(person, before)))
+
+
+def _pages(store: Store, column: sa.Column[int], due: sa.ColumnElement[bool], *, size: int) -> Iterator[Sequence[AnyRow]]:
+    """Yield one column of the rows that are due, by the index of when they were received; nothing is locked between two pages."""
+    table = column.table
+    at, number, wanted = table.c.received_at, table.c.id, sa.select(column, table.c.received_at, table.c.id).where(due)
+    rest: sa.ColumnElement[bool] = sa.true()
+    while True:
+        with store.read() as conn:
+            rows = conn.execute(wanted.where(rest).order_by(at, number).limit(size)).all()
+        if rows:
+            yield rows
+        if len(rows) < size:
+            return
+        last = rows[-1]
+        rest = sa.and_(at >= last.received_at, sa.or_(at > last.received_at, number > last.id))
 
 
 def _is_past(person: Sequence[int], before: datetime) -> sa.ColumnElement[bool]:
@@ -116,12 +143,12 @@ def _is_past(person: Sequence[int], before: datetime) -> sa.ColumnElement[bool]:
     return sa.not_(sa.or_(is_said_again, sa.and_(observation.c.status.in_(records.WITHDRAWN), sa.exists(later))))
 
 
-def _busy(conn: Connection) -> frozenset[int]:
-    """Patients, merges followed, whose record is still wanted."""
-    unfinished = sa.select(job.c.study_id).where(job.c.state.in_(_UNFINISHED))
-    wanted = sa.select(patient.c.id).join(study, sa.and_(study.c.issuer == patient.c.issuer, study.c.patient_id == patient.c.patient_id))
-    rows = conn.scalars(wanted.where(sa.or_(study.c.state == "receiving", study.c.id.in_(unfinished))).distinct()).all()
-    return frozenset(pk for row in rows for pk in records.person_of(conn, row))
+def _is_busy(conn: Connection, person: Sequence[int]) -> bool:
+    """Whether the record of a person is still wanted, by whatever key."""
+    unfinished = sa.select(job.c.id).where(job.c.study_id == study.c.id, job.c.state.in_(_UNFINISHED)).exists()
+    wanted = sa.select(study.c.id).join(patient, sa.and_(study.c.issuer == patient.c.issuer, study.c.patient_id == patient.c.patient_id))
+    wanted = wanted.where(patient.c.id.in_(person), sa.or_(study.c.state == "receiving", unfinished))
+    return conn.execute(wanted.limit(1)).first() is not None
 
 
 # --- by request

@@ -5,7 +5,7 @@
     available ──lease──▶ leased ──complete──▶ completed
         ▲                  │ ├────discard───▶ discarded   (dead letter: a person looks)
         └─ snooze, retry, ─┘ └────cancel────▶ cancelled
-           rescue
+           rescue                revive: back to available when the cause is gone; an operator's retry does so whatever the cause
 
 A lease carries a generation (a fencing token). Every verdict is
 ``UPDATE … WHERE id = ? AND lease_generation = ? AND state = 'leased'``; no row means that the job
@@ -168,7 +168,8 @@ def complete(conn: Connection, one: Job, *, now: datetime, **facts: object) -> N
 def discard(conn: Connection, one: Job, *, error: WorkerError | Exception, now: datetime) -> None:
     """Verdict: no attempt will help; kept as a dead letter with its reason."""
     _settle(conn, one, "discarded", reason=_sentence(error), now=now)
-    history.note(conn, one.study_id, name=f"{one.kind}.discarded", now=now, **_facts(one), reason=_sentence(error))
+    facts = {"reason": _sentence(error), "error": type(error).__name__}
+    history.note(conn, one.study_id, name=f"{one.kind}.discarded", now=now, **_facts(one), **facts)
 
 
 def cancel(conn: Connection, one: Job, *, reason: str, now: datetime) -> None:
@@ -262,6 +263,18 @@ def operator_retry(conn: Connection, study_id: int, *, now: datetime) -> int:
     if changed:
         history.note(conn, study_id, name="operator.retried", now=now, jobs=changed)
     return changed
+
+
+def revive(conn: Connection, study_id: int, *, input_version: int, bundles: Iterable[str], now: datetime) -> None:
+    """Put back discarded analyses whose cause is gone."""
+    wanted = (job.c.kind == "infer", job.c.study_id == study_id, job.c.input_version == input_version, job.c.bundle.in_(list(bundles)))
+    changed = conn.execute(
+        sa.update(job)
+        .where(*wanted, job.c.state == "discarded")
+        .values(state="available", attempt=0, is_snoozed=False, reason="", not_before=now, started_at=None, finished_at=None)
+    ).rowcount
+    if changed:
+        history.note(conn, study_id, name="infer.revived", now=now, version=input_version, jobs=changed)
 
 
 def operator_cancel(conn: Connection, study_id: int, *, now: datetime) -> int:

@@ -105,6 +105,7 @@ demographics = sa.Table(
     sa.Column("received_at", UtcDateTime, nullable=False),
     _ref("message_id", "message.id", nullable=True),
     sa.Index("ix_demographics_patient_pk", "patient_pk"),
+    sa.Index("ix_demographics_message_id", "message_id"),
 )
 
 #: `retired` and `survivor` are one person, until it is undone. Facts stay with the key they came under.
@@ -115,6 +116,7 @@ merge = sa.Table(
     _ref("survivor_pk", "patient.id"),
     _ref("retired_pk", "patient.id"),
     _text("source"),
+    sa.Column("said_at", UtcDateTime, nullable=True),
     sa.Column("received_at", UtcDateTime, nullable=False),
     _ref("message_id", "message.id", nullable=True),
     sa.Column("undone_at", UtcDateTime, nullable=True),
@@ -122,6 +124,15 @@ merge = sa.Table(
     sa.CheckConstraint("survivor_pk <> retired_pk", name="two"),
     sa.Index("ix_merge_survivor_pk", "survivor_pk"),
     sa.Index("ix_merge_retired_pk", "retired_pk"),
+    sa.Index("ix_merge_message_id", "message_id"),
+    sa.Index(
+        "uq_merge_standing",
+        "survivor_pk",
+        "retired_pk",
+        unique=True,
+        sqlite_where=sa.text("undone_at IS NULL"),
+        postgresql_where=sa.text("undone_at IS NULL"),
+    ),
 )
 
 imaging_order = sa.Table(
@@ -135,9 +146,11 @@ imaging_order = sa.Table(
     sa.Column("priority", sa.Integer, nullable=False),
     sa.Column("is_cancelled", sa.Boolean, nullable=False, server_default=sa.text("false")),
     _text("source"),
+    sa.Column("said_at", UtcDateTime, nullable=True),
     sa.Column("received_at", UtcDateTime, nullable=False),
     _ref("message_id", "message.id", nullable=True),
     sa.Index("ix_imaging_order_patient_accession", "patient_pk", "accession_number"),
+    sa.Index("ix_imaging_order_message_id", "message_id"),
 )
 
 observation = sa.Table(
@@ -167,6 +180,9 @@ observation = sa.Table(
     _ref("message_id", "message.id", nullable=True),
     sa.CheckConstraint(_in("kind", ("number", "text", "coded", "range", "ratio")), name="kind"),
     sa.Index("ix_observation_patient_at", "patient_pk", "at"),
+    sa.Index("ix_observation_message_id", "message_id"),
+    # What is past its time is asked for by when it came.
+    sa.Index("ix_observation_received_at", "received_at"),
 )
 
 message = sa.Table(
@@ -195,6 +211,7 @@ message = sa.Table(
         postgresql_where=sa.text("result <> 'refused'"),
     ),
     sa.Index("ix_message_sender", "sender", "received_at"),
+    sa.Index("ix_message_received_at", "received_at"),
 )
 
 study = sa.Table(
@@ -221,7 +238,7 @@ study = sa.Table(
     _text("calling_ae"),
     _text("address"),
     _text("hold"),
-    # The record of its patient changed after it was complete: its reports may have to be made anew.
+    # The record of its patient changed, whatever its state was: reports may have to be made anew.
     sa.Column("record_changed_at", UtcDateTime, nullable=True),
     sa.CheckConstraint(_in("state", STUDY_STATES), name="state"),
     sa.Index(
@@ -282,7 +299,8 @@ document = sa.Table(
     sa.Column("input_version", sa.Integer, nullable=False),
     _text("input_sha256"),
     # Of the record's part of the input alone: to see whether a change of the record changes anything.
-    _text("record_sha256"),
+    # NULL: made before it was kept, cannot be compared.
+    sa.Column("record_sha256", sa.Text, nullable=True),
     _text("predecessor_uid"),
     _text("failure"),
     sa.Column("sha256", sa.Text, nullable=False),

@@ -236,14 +236,25 @@ def complete(conn: Connection, pending: Pending, *, cause: str, now: datetime) -
 
 
 def record_changed(conn: Connection) -> list[tuple[int, datetime]]:
-    """Complete studies whose patient's record changed since they were analysed, and when; the longest waiting first."""
-    changed = sa.select(study.c.id, study.c.record_changed_at).where(study.c.record_changed_at.is_not(None))
+    """Complete studies whose patient's record changed since they were analysed, and when; the longest waiting first.
+
+    Those that are being received stay marked until they are complete.
+    """
+    is_marked = study.c.record_changed_at.is_not(None), study.c.state == "complete"
+    changed = sa.select(study.c.id, study.c.record_changed_at).where(*is_marked)
     return [(row.id, row.record_changed_at) for row in conn.execute(changed.order_by(study.c.record_changed_at))]
 
 
-def note_record_seen(conn: Connection, study_id: int, *, changed_at: datetime) -> None:
-    """The change of `changed_at` has been looked at; one that came meanwhile stays."""
-    conn.execute(sa.update(study).where(study.c.id == study_id, study.c.record_changed_at == changed_at).values(record_changed_at=None))
+def record_changed_at(conn: Connection, study_id: int) -> datetime | None:
+    """When the patient's record last changed; None if that was looked at. It moves with every change while jobs are unfinished."""
+    found: datetime | None = conn.execute(sa.select(study.c.record_changed_at).where(study.c.id == study_id)).scalar_one()
+    return found
+
+
+def note_record_seen(conn: Connection, study_id: int, *, changed_at: datetime, version: int) -> bool:
+    """The change of `changed_at` has been looked at, for this version; False where record or study changed meanwhile: it stays marked."""
+    as_seen = study.c.record_changed_at == changed_at, study.c.version == version, study.c.state == "complete"
+    return conn.execute(sa.update(study).where(study.c.id == study_id, *as_seen).values(record_changed_at=None)).rowcount == 1
 
 
 def new_version(conn: Connection, study_id: int, *, now: datetime, cause: str) -> int:

@@ -135,13 +135,18 @@ def _reason(exc: BaseException) -> str:
 
 def watermark(conn: Connection, sender: str) -> Watermark | None:
     """How far this view was read; None if it never was."""
-    wanted = sa.select(message.c.control_id).where(message.c.sender == sender, message.c.trigger == _TRIGGER)
-    text = conn.execute(wanted.order_by(message.c.id.desc()).limit(1)).scalar()
-    if text is None:
+    row = conn.execute(_reached(sender)).first()
+    if row is None:
         return None
-    kind, value = text.split(" ", 1)
+    kind, value = row.control_id.split(" ", 1)
     readers: dict[str, Any] = {"time": datetime.fromisoformat, "day": date.fromisoformat, "number": int, "text": str}
     return readers[kind](value)  # type: ignore[no-any-return]
+
+
+def _reached(sender: str) -> sa.Select[tuple[int, str]]:
+    """The row that stands, by the index of the last received; should two processes have made one each, the later of them."""
+    wanted = sa.select(message.c.id, message.c.control_id).where(message.c.sender == sender, message.c.trigger == _TRIGGER)
+    return wanted.order_by(message.c.received_at.desc(), message.c.id.desc()).limit(1)
 
 
 def note_watermark(conn: Connection, sender: str, reached: Watermark, *, now: datetime) -> None:
@@ -156,8 +161,12 @@ def note_watermark(conn: Connection, sender: str, reached: Watermark, *, now: da
         raise RecordError("The column of the mapping's [changed] is a text that is neither a time nor a count.")
     kind = next(name for type_, name in ((datetime, "time"), (date, "day"), (int, "number"), (str, "text")) if isinstance(reached, type_))
     value = reached.isoformat() if isinstance(reached, date) else str(reached)
-    conn.execute(sa.delete(message).where(message.c.sender == sender, message.c.trigger == _TRIGGER))
-    feeds.note_message(conn, sender=sender, control_id=f"{kind} {value}", sent_at="", trigger=_TRIGGER, result="ignored", now=now)
+    said = f"{kind} {value}"
+    row = conn.execute(_reached(sender)).first()
+    if row is None:
+        feeds.note_message(conn, sender=sender, control_id=said, sent_at="", trigger=_TRIGGER, result="ignored", now=now)
+    elif row.control_id != said:
+        conn.execute(sa.update(message).where(message.c.id == row.id).values(control_id=said, received_at=now))
 
 
 def note_refused(conn: Connection, *, sender: str, trigger: str, reason: str, digest: str, now: datetime) -> None:

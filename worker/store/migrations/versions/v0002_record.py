@@ -42,6 +42,7 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name="pk_demographics"),
     )
     op.create_index("ix_demographics_patient_pk", "demographics", ["patient_pk"])
+    op.create_index("ix_demographics_message_id", "demographics", ["message_id"])
     op.execute(
         "INSERT INTO demographics (patient_pk, name, birth_date, sex, source, at, received_at) "
         "SELECT id, name, birth_date, sex, source, updated_at, updated_at FROM patient"
@@ -56,6 +57,7 @@ def upgrade() -> None:
         *_ref("survivor_pk", "patient.id", table="merge"),
         *_ref("retired_pk", "patient.id", table="merge"),
         _text("source"),
+        _time("said_at", nullable=True),
         _time("received_at"),
         *_ref("message_id", "message.id", table="merge", nullable=True),
         _time("undone_at", nullable=True),
@@ -65,6 +67,15 @@ def upgrade() -> None:
     )
     op.create_index("ix_merge_survivor_pk", "merge", ["survivor_pk"])
     op.create_index("ix_merge_retired_pk", "merge", ["retired_pk"])
+    op.create_index("ix_merge_message_id", "merge", ["message_id"])
+    op.create_index(
+        "uq_merge_standing",
+        "merge",
+        ["survivor_pk", "retired_pk"],
+        unique=True,
+        sqlite_where=sa.text("undone_at IS NULL"),
+        postgresql_where=sa.text("undone_at IS NULL"),
+    )
     op.create_table(
         "imaging_order",
         _id(),
@@ -75,11 +86,13 @@ def upgrade() -> None:
         sa.Column("priority", sa.Integer(), nullable=False),
         sa.Column("is_cancelled", sa.Boolean(), server_default=sa.text("false"), nullable=False),
         _text("source"),
+        _time("said_at", nullable=True),
         _time("received_at"),
         *_ref("message_id", "message.id", table="imaging_order", nullable=True),
         sa.PrimaryKeyConstraint("id", name="pk_imaging_order"),
     )
     op.create_index("ix_imaging_order_patient_accession", "imaging_order", ["patient_pk", "accession_number"])
+    op.create_index("ix_imaging_order_message_id", "imaging_order", ["message_id"])
     with op.batch_alter_table("observation") as observation:
         observation.add_column(sa.Column("kind", sa.Text(), server_default="number", nullable=False))
         observation.add_column(sa.Column("high", sa.Double(), nullable=True))
@@ -89,6 +102,11 @@ def upgrade() -> None:
         observation.add_column(sa.Column("message_id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=True))
         observation.create_foreign_key("fk_observation_message_id", "message", ["message_id"], ["id"])
         observation.create_check_constraint("ck_observation_kind", "kind IN ('number', 'text', 'coded', 'range', 'ratio')")
+    # The first release knew numbers and texts, and did not say which.
+    op.execute("UPDATE observation SET kind = 'text' WHERE value IS NULL AND text <> ''")
+    op.create_index("ix_observation_message_id", "observation", ["message_id"])
+    op.create_index("ix_observation_received_at", "observation", ["received_at"])
+    op.create_index("ix_message_received_at", "message", ["received_at"])
     op.create_index("ix_message_sender", "message", ["sender", "received_at"])
     op.add_column("study", _time("record_changed_at", nullable=True))
     op.create_index(
@@ -98,4 +116,5 @@ def upgrade() -> None:
         sqlite_where=sa.text("record_changed_at IS NOT NULL"),
         postgresql_where=sa.text("record_changed_at IS NOT NULL"),
     )
-    op.add_column("document", _text("record_sha256"))
+    # NULL for what the first release made: nobody knows what it was made from.
+    op.add_column("document", sa.Column("record_sha256", sa.Text(), nullable=True))
