@@ -25,7 +25,7 @@ from sqlalchemy.engine import Connection
 from worker import __version__
 from worker.domain import PatientKey
 from worker.errors import WorkerError
-from worker.store import history, records
+from worker.store import history, persons, records
 from worker.store.database import Store
 from worker.store.schema import (
     AnyRow,
@@ -165,6 +165,9 @@ def erase(conn: Connection, key: PatientKey, *, now: datetime) -> Receipt:
         Nobody knows the patient, or a study of the patient is still being received or worked on.
     """
     of_key = (study.c.issuer == key.issuer, study.c.patient_id == key.patient_id)
+    known = persons.find(conn, key)
+    if known is not None:  # the patient before the studies, as messages do: else the two wait for each other
+        persons.lock(conn, [known])
     rows = conn.execute(sa.select(study.c.id, study.c.state).where(*of_key).order_by(study.c.id).with_for_update()).all()
     named = sa.select(patient.c.id).where(patient.c.issuer == key.issuer, patient.c.patient_id == key.patient_id)
     patient_pk = conn.execute(named.with_for_update()).scalar()

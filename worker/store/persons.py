@@ -76,7 +76,7 @@ def lock(conn: Connection, rows: Iterable[int]) -> bool:
         if not named <= held:
             return False
         # Whoever held them may have merged them with others.
-        wanted = {pk for one in named for pk in person_of(conn, one)} - held
+        wanted = set(people(conn, named)) - held
     return True
 
 
@@ -123,11 +123,20 @@ def _chain(conn: Connection, patient_pk: int, known_at: datetime | None = None) 
     found: dict[int, AnyRow] = {}
     todo, seen = {patient_pk}, {patient_pk}
     while todo:
-        for one in todo:
-            found |= {row.id: row for row in _merges(conn, one, known_at)}
-        todo = {pk for row in found.values() for pk in (row.survivor_pk, row.retired_pk)} - seen
+        new = {row.id: row for one in todo for row in _merges(conn, one, known_at)}
+        found |= new
+        todo = {pk for row in new.values() for pk in (row.survivor_pk, row.retired_pk)} - seen
         seen |= todo
     return sorted(found.values(), key=lambda row: (row.said_at or row.received_at, row.id))
+
+
+def people(conn: Connection, rows: Iterable[int]) -> list[int]:
+    """All rows of several persons, each person looked up once: a message may name a hundred keys of one."""
+    found: dict[int, None] = {}
+    for one in sorted(set(rows)):
+        if one not in found:
+            found |= dict.fromkeys(person_of(conn, one))
+    return list(found)
 
 
 def person_of(conn: Connection, patient_pk: int, known_at: datetime | None = None) -> list[int]:

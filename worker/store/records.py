@@ -14,6 +14,7 @@ Not here: messages and feeds (feeds.py), what a study is given of a record (work
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
@@ -68,6 +69,8 @@ def apply(conn: Connection, update: RecordUpdate, *, now: datetime, message_id: 
         The number of facts added; what was said before, in the same words and at the same time, is not added again.
     """
     said = {"source": update.source, "received_at": now, "message_id": message_id}
+    if update.at is not None and update.at > now:  # a clock that is ahead must not rule until its time has come
+        update = replace(update, at=now)
     pairs = [(one.survivor, one.retired) for one in update.merges]
     rows = persons.locked(conn, [update.patient.key, *(key for pair in pairs for key in pair)], said)
     patient_pk = rows[update.patient.key]
@@ -75,8 +78,8 @@ def apply(conn: Connection, update: RecordUpdate, *, now: datetime, message_id: 
     for survivor, retired in pairs:
         changed += persons.add_merge(conn, rows[survivor], rows[retired], said_at=update.at, said=said)
     ordered = [order for order in update.orders if orders.add(conn, patient_pk, order, said_at=update.at, said=said)]
-    added = sum(_add_fact(conn, patient_pk, fact, update, said) for fact in update.observations)
-    keys = persons.keys(conn, list(dict.fromkeys(pk for one in sorted(rows.values()) for pk in person_of(conn, one))))
+    added = sum(_add_fact(conn, patient_pk, fact, update, said, now=now) for fact in update.observations)
+    keys = persons.keys(conn, persons.people(conn, rows.values()))
     queue.wake(conn, keys=keys, now=now)
     if changed or added:
         mark_changed(conn, keys, now=now)
@@ -110,7 +113,9 @@ _SAID: Final = sa.select(*_WORDS, observation.c.source, observation.c.said_at, o
 _INSERT: Final = sa.insert(observation)
 
 
-def _add_fact(conn: Connection, patient_pk: int, fact: Observation, update: RecordUpdate, said: dict[str, object]) -> bool:
+def _add_fact(
+    conn: Connection, patient_pk: int, fact: Observation, update: RecordUpdate, said: dict[str, object], *, now: datetime
+) -> bool:
     coded = fact.coded or Code("", "", "")
     row = {
         **said,
@@ -131,7 +136,7 @@ def _add_fact(conn: Connection, patient_pk: int, fact: Observation, update: Reco
         "coded_value": coded.value,
         "coded_scheme": coded.scheme,
         "coded_meaning": coded.meaning,
-        "said_at": fact.said_at or update.at,
+        "said_at": min(fact.said_at, now) if fact.said_at else update.at,
     }
     if _is_known(conn, row):  # also when something newer stands: a replayed day undoes nothing
         return False

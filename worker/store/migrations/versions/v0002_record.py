@@ -104,6 +104,8 @@ def upgrade() -> None:
         observation.create_check_constraint("ck_observation_kind", "kind IN ('number', 'text', 'coded', 'range', 'ratio')")
     # The first release knew numbers and texts, and did not say which.
     op.execute("UPDATE observation SET kind = 'text' WHERE value IS NULL AND text <> ''")
+    op.drop_index("ix_observation_patient_at", "observation")
+    op.create_index("ix_observation_patient_at", "observation", ["patient_pk", "at", "key"])
     op.create_index("ix_observation_message_id", "observation", ["message_id"])
     op.create_index("ix_observation_received_at", "observation", ["received_at"])
     op.create_index("ix_message_received_at", "message", ["received_at"])
