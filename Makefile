@@ -29,6 +29,7 @@ fix: .venv/.installed  ## format and mend what can be mended by itself
 bench: .venv/.installed  ## the long measurements, one JSON line each; results are quoted in deploy/README.md
 	$(BIN)/python -m tests.bench.line
 	$(BIN)/python -m tests.bench.receive
+	$(BIN)/python -m tests.bench.records
 
 gate: .venv/.installed  ## every validator, PixelMed too, on all 188 reports of the real cohort: a quarter of an hour
 	JAVA_SAMPLE=188 $(BIN)/python -m pytest -s -o timeout=3000 tests/integration/test_line.py -k cohort

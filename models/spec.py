@@ -12,6 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
+#: How much a study needs of its record: what is there, what is worth waiting for, what it is not analysed without.
+Need = Literal["optional", "wanted", "required"]
+
 #: Keys of a sample that are no image (transforms.py), and the modalities of the record.
 RESERVED: Final = frozenset({"values", "history", "text", "genes", "numbers", "signs", "number", "ages", "words", "context"})
 _NAME: Final = re.compile(r"[a-z][a-z0-9_]*")
@@ -93,8 +96,9 @@ class ImageSpec:
 class ValueSpec:
     """One laboratory value the network can use.
 
-    `conversions` maps a foreign unit to the factor that turns it into `unit` (UCUM). Outside
-    `plausible` (in `unit`) a value is taken as missing.
+    `conversions` maps a foreign unit to the factor that turns it into `unit` (UCUM); units of the same kind are converted anyway.
+    Outside `plausible` (in `unit`) a value is taken as missing. `need`: a study waits for what is "wanted" as long as the record's
+    `wait_s`; without what is "required" it is not analysed even then, and the report says so.
     """
 
     name: str
@@ -104,6 +108,7 @@ class ValueSpec:
     synonyms: tuple[Code, ...] = ()
     conversions: Mapping[str, float] = field(default_factory=dict)
     transform: Literal["none", "log"] = "none"
+    need: Need = "optional"
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,13 +125,15 @@ class TextSpec:
     kind: Literal["note", "variants", "expression"] = "note"
     genes: tuple[str, ...] = ()
     attribute: Literal["", "StudyDescription", "SeriesDescription"] = ""
+    need: Need = "optional"
 
 
 @dataclass(frozen=True, slots=True)
 class RecordRule:
     """What the network wants of the patient's record, how far back and how long after the study, and how long a study waits for it.
 
-    `values` are the latest of each, `histories` all of each in their own look-back, oldest first.
+    `values` are the latest of each, `histories` all of each in their own look-back, oldest first. `pull`: the site's FHIR server is
+    asked anew just before.
     """
 
     wait_s: float
@@ -136,6 +143,7 @@ class RecordRule:
     values: tuple[ValueSpec, ...] = ()
     histories: tuple[ValueSpec, ...] = ()
     texts: tuple[TextSpec, ...] = ()
+    pull: bool = False
 
     @property
     def notes(self) -> tuple[TextSpec, ...]:
@@ -267,6 +275,7 @@ def broken_rules(
 ) -> list[str]:
     """What a bundle says that cannot be, each as "key: the rule"; types are right already, NaN keeps no rule."""
     values = (*record.values, *record.histories)
+    asked: tuple[ValueSpec | TextSpec, ...] = (*values, *record.texts)
     hours = {"wait_s": record.wait_s, "look_back_h": record.look_back_h, "horizon_h": record.horizon_h, "history_h": record.history_h}
     rules = {
         "findings: at least one is needed": bool(findings),
@@ -276,6 +285,12 @@ def broken_rules(
         "record.texts: names must differ": _differ(t.name for t in record.texts),
         **{f"record.{key} must be finite and not negative": 0 <= hour < math.inf for key, hour in hours.items()},
         "record.history_h must be above 0 where there are histories": not record.histories or record.history_h > 0,
+        "record.wait_s must be above 0 where something is wanted: wanted is what a study waits for": record.wait_s > 0
+        or all(one.need != "wanted" for one in asked),
+        "record.texts: need belongs to the record, a text of the images does not come later": all(
+            t.need == "optional" or not t.attribute for t in record.texts
+        ),
+        "record: conversions must be above 0": all(times > 0 for v in values for times in v.conversions.values()),
         "record.texts: genes belong to kind expression, and it needs some": all(
             (t.kind == "expression") == bool(t.genes) for t in record.texts
         ),

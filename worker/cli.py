@@ -8,23 +8,28 @@ import sys
 from collections.abc import Callable
 from datetime import UTC
 from pathlib import Path
-from typing import Annotated, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
 
 import typer
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from worker import __version__, config, lab
+from worker import __version__, config, lab, record_cli
 from worker.config import Config, ConfigError, config_file
 from worker.errors import WorkerError
 from worker.store.database import DatabaseUnavailable, Store
 from worker.store.spool import Spool, SpoolError
 
+if TYPE_CHECKING:
+    from worker import importing
+    from worker.intake import tables
+
 #: Exit codes (sysexits.h where one fits).
 EXIT_FAILED: Final = 1
+EXIT_USAGE: Final = 2
 EXIT_NOT_FOUND: Final = 3
 EXIT_UNAVAILABLE: Final = 69
 EXIT_CONFIG: Final = 78
@@ -150,8 +155,8 @@ def migrate(given: ConfigFile = None) -> None:
 @app.command()
 def status(given: ConfigFile = None, as_json: Annotated[bool, typer.Option("--json", help="For a monitoring system.")] = False) -> None:
     """How many studies, jobs, reports and messages are where, and how much disk is left."""
-    from worker.roles import clock
-    from worker.store import queue, records
+    from worker.record_feeds import clock
+    from worker.store import feeds, queue
     from worker.store import studies as rows
 
     settings, store = _open(given)
@@ -161,7 +166,7 @@ def status(given: ConfigFile = None, as_json: Annotated[bool, typer.Option("--js
             "studies": rows.counts(conn),
             "jobs": {f"{kind} {state}": count for (kind, state), count in sorted(queue.counts(conn).items())},
             "waiting_because": queue.waiting(conn),
-            "messages": records.message_counts(conn),
+            "messages": feeds.counts(conn),
             "oldest_due_job_s": queue.oldest_due_s(conn, now=clock()),
         }
     spool = Spool(settings.spool, low_water_bytes=settings.receive.low_water_mb * 2**20)
@@ -234,7 +239,7 @@ def retry(
     study: StudyArg, given: ConfigFile = None, stat: Annotated[bool, typer.Option("--stat", help="Before everything else.")] = False
 ) -> None:
     """Put a study's failed, cancelled or waiting jobs back to the front of their wait."""
-    from worker.roles import clock
+    from worker.record_feeds import clock
     from worker.store import queue
 
     _, store = _open(given)
@@ -249,7 +254,7 @@ def retry(
 @app.command()
 def cancel(study: StudyArg, given: ConfigFile = None) -> None:
     """Cancel a study's unfinished jobs. What was delivered stays delivered."""
-    from worker.roles import clock
+    from worker.record_feeds import clock
     from worker.store import queue
 
     _, store = _open(given)
@@ -260,8 +265,15 @@ def cancel(study: StudyArg, given: ConfigFile = None) -> None:
 
 @app.command(name="import")
 def import_(
-    paths: Annotated[list[Path], typer.Argument(exists=True, help="Files or folders: DICOM, HL7 v2 (*.hl7), FHIR R4 bundles (*.json).")],
+    paths: Annotated[
+        list[Path], typer.Argument(exists=True, help="Files or folders: DICOM, HL7 v2, FHIR R4 (bundles, *.ndjson); tables with --mapping.")
+    ],
     given: ConfigFile = None,
+    mapping: Annotated[
+        Path | None,
+        typer.Option(help="The files are tables of delimited text, and this says how to read them: deploy/tables.example.toml."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="With --mapping: read everything, change nothing.")] = False,
 ) -> None:
     """Take in files as if they had come over the network. Repeating it changes nothing."""
     from worker import importing
@@ -269,10 +281,36 @@ def import_(
 
     log.silence()
     settings, store = _open(given)
+    if mapping is not None:
+        _import_tables(paths, mapping, settings, store, dry_run=dry_run)
+        return
+    if dry_run:
+        _fail("--dry-run goes with --mapping.", EXIT_USAGE)
     spool = Spool(settings.spool, low_water_bytes=settings.receive.low_water_mb * 2**20)
     todo = list(importing.files(paths))
     with bar("importing", len(todo)) as advance:
         tally = importing.import_files(todo, config=settings, store=store, spool=spool, progress=advance)
+    _print_tally(tally)
+
+
+def _import_tables(paths: list[Path], mapping: Path, settings: Config, store: Store, *, dry_run: bool) -> None:
+    from worker import tables_feed
+
+    size = sum(path.stat().st_size for path in tables_feed.files(paths))
+    with Progress(TextColumn("importing"), BarColumn(), DownloadColumn(), TimeRemainingColumn(), console=err) as progress:
+        task = progress.add_task("importing", total=size)
+        tally = tables_feed.import_tables(
+            paths, mapping, config=settings, store=store, dry_run=dry_run, progress=lambda read: progress.advance(task, read)
+        )
+    for path, line, reason in tally.errors[:20]:
+        where = f"{path.name if path else 'table'}{f', line {line}' if line else ''}"
+        out.print(escape(f"{where}: {reason}"), soft_wrap=True)
+    _print_tally(tally)
+    if dry_run:
+        out.print("A dry run: nothing was changed.")
+
+
+def _print_tally(tally: importing.Tally | tables.Tally) -> None:
     table = Table("outcome", "count")
     for name, count in sorted(tally.counts.items()):
         table.add_row(name, str(count))
@@ -311,6 +349,7 @@ def doctor(given: ConfigFile = None) -> None:
 
 
 lab.register(app)
+record_cli.register(app, _open)
 
 
 @app.command()

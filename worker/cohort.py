@@ -35,7 +35,7 @@ from safetensors.torch import load_file, save_file
 from models.bundle import Bundle
 from models.training import Labeled
 from models.transforms import Sample
-from worker import __version__, pipeline
+from worker import __version__, joining, pipeline
 from worker.config import Config, ConfigError
 from worker.decoding import DecoderPool
 from worker.domain import Inputs, Study, Volume
@@ -44,7 +44,7 @@ from worker.importing import files, import_files
 from worker.infer import prepare
 from worker.inputs import select_inputs
 from worker.scratch import scratch
-from worker.store import studies
+from worker.store import records, studies
 from worker.store.database import Store
 from worker.store.spool import Spool
 
@@ -272,7 +272,7 @@ def _read(folder: Path, bundle: Bundle, config: Config, *, wanted: Sequence[str]
                 wanted = studies.uids(conn)
         for uid in wanted:
             try:
-                known[uid] = _study(uid, store=store, root=root / "spool" / "instances", pool=pool, bundle=bundle)
+                known[uid] = _study(uid, config=config, store=store, pool=pool, bundle=bundle)
             except (Unanalysable, DecoderDied) as exc:  # one study that kills its decoder does not end the others
                 refused[uid] = str(exc)
             advance()
@@ -280,17 +280,20 @@ def _read(folder: Path, bundle: Bundle, config: Config, *, wanted: Sequence[str]
     return _Found(known, refused, dict(tally.reasons))
 
 
-def _study(uid: str, *, store: Store, root: Path, pool: DecoderPool, bundle: Bundle) -> _Known:
+def _study(uid: str, *, config: Config, store: Store, pool: DecoderPool, bundle: Bundle) -> _Known:
     with store.read() as conn:
         found = [number for number, one in studies.find(conn, uid) if one.study_instance_uid == uid]
         if not found:
             raise Unanalysable(_ABSENT)
-        study = studies.load(conn, found[0], root=root)
+        study = studies.load(conn, found[0], root=config.spool / "instances")
         record = pipeline.record_of(conn, study, bundle)
+        doubt = joining.ambiguous(study, records.issuers_of(conn, study.patient.key.patient_id))
     # The daemon gives no answer to these: a network must not learn from them either.
-    if reason := pipeline.conflict(study, record):
+    if reason := doubt or joining.conflict(study, record, must_agree=config.records.must_agree):
         raise Unanalysable(reason)
     inputs = select_inputs(study, record, bundle)
+    if reason := joining.incomplete(inputs, bundle.record):
+        raise Unanalysable(reason)
     images = pipeline.load_images(bundle, inputs, pool)
     prepared = prepare(bundle, images, inputs)
     return _Known(prepared.tensors, study.patient.key.patient_id, _facts(study, inputs, images), used_modalities(inputs, bundle))

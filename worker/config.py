@@ -9,12 +9,9 @@ Nothing here reads a database or opens a socket.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import ipaddress
 import os
 import tomllib
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta, timezone, tzinfo
@@ -22,11 +19,10 @@ from pathlib import Path
 from typing import Any, Final
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
+from worker.config_tables import ConfigError as ConfigError
+from worker.config_tables import Text, build
+
 ENVIRONMENT_PREFIX: Final = "SYNOPTIC_"
-
-
-class ConfigError(Exception):
-    """A key or value of the configuration is wrong; the text names it and what would be right."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,8 +77,25 @@ class Assembly:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PatientIds:
+    """How patient IDs are compared: exactly, unless this says otherwise. A change counts for what comes after it."""
+
+    strip_leading_zeros: bool = False
+    upper_case: bool = False
+    narrow_digits: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CodeMapping:
+    """One code of the site's own and the code that bundles ask for."""
+
+    local: tuple[str, ...]
+    standard: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Records:
-    """The HL7 v2 listener and how identifiers are read."""
+    """The HL7 v2 listener, how identifiers are read, and what follows from a change."""
 
     enabled: bool = True
     host: str = "127.0.0.1"
@@ -91,7 +104,47 @@ class Records:
     encoding: str = "utf-8"
     issuers: Mapping[str, str] = field(default_factory=dict)
     schemes: Mapping[str, str] = field(default_factory=dict)
+    mappings: tuple[CodeMapping, ...] = ()
+    patient_ids: PatientIds = field(default_factory=PatientIds)
+    must_agree: tuple[str, ...] = ("birth_date", "sex", "name")
     max_message_mb: int = 8
+    tls_certificate: str = ""
+    tls_key: str = ""
+    tls_client_ca: str = ""
+    silent_after_s: float = 0.0
+    reissue: bool = True
+    reissue_within_h: float = 720.0
+    keep_raw_days: int = 30
+    keep_values_days: int = 0
+    keep_texts_days: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FhirServer:
+    """A FHIR R4 server that is asked for a patient's record just before a study is analysed. The secret belongs in the environment."""
+
+    url: str = ""
+    issuer_system: str = ""
+    token_url: str = ""
+    client_id: str = ""
+    client_secret: str = ""
+    key_file: str = ""
+    key_id: str = ""
+    scope: str = "system/*.read"
+    ca: str = ""
+    timeout_s: float = 10.0
+    fresh_s: float = 300.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """A view or query of the site's data warehouse, read again and again from where it ended; not at all where `every_s` is 0."""
+
+    name: str
+    database: str
+    query: str
+    mapping: Path
+    every_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,6 +202,8 @@ class Config:
     senders: tuple[Sender, ...] = ()
     assembly: Assembly = field(default_factory=Assembly)
     records: Records = field(default_factory=Records)
+    fhir: FhirServer = field(default_factory=FhirServer)
+    tables: tuple[Table, ...] = ()
     run: Run = field(default_factory=Run)
     destinations: tuple[Destination, ...] = ()
     deliver: Deliver = field(default_factory=Deliver)
@@ -207,12 +262,13 @@ def read(path: Path | None, environ: Mapping[str, str] = os.environ) -> Config:
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
             raise ConfigError(f"{path} is not TOML: {exc}.") from exc
     _add_environment(table, environ)
-    config: Config = _build(Config, table, where="")
+    config: Config = build(Config, table, where="")
     # Relative folders are relative to the file, so that the daemon may be started anywhere.
     base = path.resolve().parent if path else Path.cwd()
     site = dataclasses.replace(config.site, data=base / config.site.data)
     run = dataclasses.replace(config.run, bundles=tuple(base / folder for folder in config.run.bundles))
-    config = dataclasses.replace(config, site=site, run=run)
+    tables = tuple(dataclasses.replace(table, mapping=base / table.mapping) for table in config.tables)
+    config = dataclasses.replace(config, site=site, run=run, tables=tables)
     _check(config)
     return config
 
@@ -224,75 +280,7 @@ def _add_environment(table: dict[str, Any], environ: Mapping[str, str]) -> None:
         section, key = name.removeprefix(ENVIRONMENT_PREFIX).lower().split("__", 1)
         if not isinstance(found := table.setdefault(section, {}), dict):
             raise ConfigError(f"{name}: [[{section}]] is a list; it can be set in the file only.")
-        found[key] = _Text(value)
-
-
-class _Text(str):
-    """A value of the environment: to be converted to the field's type."""
-
-    __slots__ = ()
-
-
-def _build(cls: type[Any], table: Mapping[str, Any], *, where: str) -> Any:
-    hints = typing.get_type_hints(cls)
-    for key in table:
-        if key not in hints:
-            near = difflib.get_close_matches(key, hints, n=1, cutoff=0.4)
-            hint = f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(hints)}."
-            raise ConfigError(f"Unknown key {key!r} in [{where or 'top level'}].{hint}")
-    values = {key: _convert(hints[key], value, where=f"{where}.{key}".strip(".")) for key, value in table.items()}
-    needed = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
-    for key in needed:
-        if key not in values:
-            raise ConfigError(f"[{where}] needs the key {key!r}.")
-    return cls(**values)
-
-
-def _convert(hint: Any, value: Any, *, where: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{where} must be a section: [{where}].")
-        return _build(typing.cast("type[Any]", hint), value, where=where)
-    origin = typing.get_origin(hint)
-    if origin is tuple:
-        item = typing.get_args(hint)[0]
-        if isinstance(value, _Text):
-            value = [_Text(part.strip()) for part in value.split(",") if part.strip()]
-        if not isinstance(value, list):
-            raise ConfigError(f"{where} must be a list.")
-        return tuple(_convert(item, one, where=where) for one in value)
-    if origin in (Mapping, dict, types.MappingProxyType) or (origin is not None and issubclass(origin, Mapping)):
-        item = typing.get_args(hint)[1]
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{where} must be a table: {{ name = value }}.")
-        return {str(key): _convert(item, one, where=f"{where}.{key}") for key, one in value.items()}
-    return _scalar(hint, value, where=where)
-
-
-_WORDS: Final[Mapping[type, str]] = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "text in quotes",
-    Path: "a path in quotes",
-    list: "a list",
-    dict: "a table",
-}
-
-
-def _scalar(hint: Any, value: Any, *, where: str) -> Any:
-    try:
-        if isinstance(value, _Text):
-            return value.lower() in {"1", "true", "yes", "on"} if hint is bool else hint(str(value))
-        if hint is Path and isinstance(value, str):
-            return Path(value)
-        if hint is float and isinstance(value, int) and not isinstance(value, bool):
-            return float(value)
-        if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
-            return value
-    except ValueError as exc:
-        raise ConfigError(f"{where}: {str(value)!r} is not {_WORDS[hint]}.") from exc
-    raise ConfigError(f"{where} must be {_WORDS[hint]}, not {_WORDS.get(type(value), type(value).__name__)}.")
+        found[key] = Text(value)
 
 
 def _check(config: Config) -> None:
@@ -312,8 +300,19 @@ def _check(config: Config) -> None:
         raise ConfigError("destinations: two have the same name.")
     if config.receive.processes < 1 or config.run.processes < 1:
         raise ConfigError("receive.processes and run.processes are at least 1.")
+    _check_records(config)
     _check_numbers(config)
     parse_zone(config.site.timezone)
+
+
+def _check_records(config: Config) -> None:
+    if strange := sorted(set(config.records.must_agree) - {"birth_date", "sex", "name"}):
+        raise ConfigError(f"records.must_agree: {strange[0]!r} is none of birth_date, sex, name.")
+    for one in config.records.mappings:
+        if len(one.local) != 2 or len(one.standard) != 3:
+            raise ConfigError("records.mappings: local is [code, scheme], standard is [code, scheme, meaning].")
+    if config.fhir.url and not config.fhir.issuer_system:
+        raise ConfigError("fhir.issuer_system must name the Identifier.system under which the FHIR server keeps patient IDs.")
 
 
 def _check_numbers(config: Config) -> None:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import psutil
 from rich.console import Console
@@ -21,10 +21,17 @@ from rich.markup import escape
 from rich.table import Table
 
 from worker import __version__, daemon, guards, roles
-from worker.config import Config
-from worker.errors import WorkerError
+from worker.config import Config, ConfigError
+from worker.errors import PeerRefused, PeerUnavailable, WorkerError
 from worker.store.database import Store
 from worker.store.spool import Spool, SpoolError
+
+if TYPE_CHECKING:
+    from worker.intake import fhir_http
+
+#: So long and so much a FHIR server may take to say what it is; a large one's statement is a few megabytes.
+FHIR_S: Final = 5.0
+_FHIR_BYTES: Final = 32 * 2**20
 
 #: (what, found, is it well)
 Check = tuple[str, str, bool]
@@ -52,6 +59,8 @@ def checks(config: Config, config_file: Path | None) -> Iterator[Check]:
     yield _tried("spool", lambda: _spool(config))
     yield from _bundles(config)
     yield from _peers(config)
+    if config.fhir.url:
+        yield _tried("FHIR server", lambda: _fhir(config))
     yield from _roles(config_file)
     yield from _idle(config, config_file)
 
@@ -59,7 +68,7 @@ def checks(config: Config, config_file: Path | None) -> Iterator[Check]:
 def _tried(what: str, check: Callable[[], str]) -> Check:
     try:
         return what, check(), True
-    except (WorkerError, SpoolError, OSError) as exc:
+    except (WorkerError, ConfigError, SpoolError, OSError, ValueError) as exc:
         return what, str(exc), False
 
 
@@ -116,6 +125,38 @@ def _peers(config: Config) -> Iterator[Check]:
             yield _tried(f"C-ECHO {sender.ae_title}", lambda peer=asked: f"asked for counts, {cstore.echo(peer) * 1000:.0f} ms")  # type: ignore[misc]
     if not config.senders:
         yield "senders", "none is configured: nobody may store. Add [[senders]].", False
+
+
+def _fhir(config: Config) -> str:
+    """Ask the FHIR server what it is (R4 §3.1.0.9), without a token, which that may not need; no patient is asked for."""
+    from worker.fhir_feed import Puller
+    from worker.intake import fhir_http
+
+    Puller(config, Store(config.database_url))  # reads keys and certificates, connects to nothing
+    url = fhir_http.checked_url(f"{config.fhir.url.rstrip('/')}/metadata", "fhir.url")
+    transport = fhir_http.Transport(fhir_http.tls_context(config.fhir.ca), FHIR_S, attempts=1)
+    budget = fhir_http.Budget(_FHIR_BYTES, time.monotonic() + FHIR_S)
+    try:
+        answer = transport.ask("GET", url, budget=budget, headers={"Accept": "application/fhir+json"})
+    except WorkerError as exc:
+        raise PeerUnavailable(f"{exc} Check fhir.url and fhir.ca, and that this host may reach {url.host}.") from exc
+    finally:
+        transport.close()
+    return _said(answer, url.host)
+
+
+def _said(answer: fhir_http.Answer, host: str) -> str:
+    """What a FHIR server is by its answer to /metadata."""
+    if answer.status in (401, 403):
+        return f"{host} answers, and shows what it is only to who has a token; the first study asks for one"
+    if answer.status != 200:
+        raise PeerRefused(f"{host} answers /metadata with status {answer.status}: fhir.url must be the base URL, without /metadata.")
+    release = answer.content.get("fhirVersion")
+    if answer.content.get("resourceType") != "CapabilityStatement" or not isinstance(release, str):
+        raise PeerRefused(f"{host} answers /metadata with no CapabilityStatement: fhir.url must be a FHIR server's base URL.")
+    if not release.startswith("4."):
+        raise PeerRefused(f"{host} does not speak FHIR R4: set fhir.url to the server's R4 base URL.")
+    return f"{host} speaks FHIR {release if len(release) < 16 else 'R4'}"
 
 
 def _roles(config_file: Path | None) -> Iterator[Check]:

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 JobKind = Literal["infer", "deliver"]
 JobState = Literal["available", "leased", "completed", "discarded", "cancelled"]
 Verdict = Literal["positive", "negative", "uncertain"]
+#: What an observation's value is: one number, a text, a code, a range (value to high) or a ratio (value : high).
+ValueKind = Literal["number", "text", "coded", "range", "ratio"]
 #: The plane an image lies in, to within 30 degrees; "" is oblique or not known.
 Orientation = Literal["", "axial", "coronal", "sagittal"]
 
@@ -59,6 +61,9 @@ class Observation:
 
     ``status`` is HL7 table 0085: F final, C corrected, P preliminary, D deleted, W wrong, X cannot be obtained.
     ``key`` names the fact within its source: a later fact with the same key supersedes it.
+    ``kind`` says how to read the value: of a "range" `value` to `high`, of a "ratio" `value` : `high`, of a "coded" one `coded`
+    with its words in `text`. ``received_at``, ``message_id`` and ``message`` (row and control ID of the source message) are known of
+    what comes out of the store. ``said_at``: when this very fact was said, where that is not the update's ``at``.
     """
 
     code: Code
@@ -70,25 +75,64 @@ class Observation:
     status: str = "F"
     key: str = ""
     source: str = ""
+    kind: ValueKind = "number"
+    high: float | None = None
+    coded: Code | None = None
+    received_at: datetime | None = field(default=None, compare=False)
+    message_id: int | None = field(default=None, compare=False)
+    message: str = field(default="", compare=False)
+    said_at: datetime | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """One patient known under two keys: HL7 v2 ADT^A40, A34 (merge) and A47 (change of identifier). `retired` is no longer issued."""
+
+    survivor: PatientKey
+    retired: PatientKey
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """An imaging order (ORM^O01, OMI^O23, ServiceRequest): which study it is of, how urgent, whether it stands."""
+
+    accession_number: str
+    placer: str = ""
+    filler: str = ""
+    priority: int = ROUTINE
+    is_cancelled: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class RecordUpdate:
-    """What one HL7 message or FHIR bundle says of one patient; applied in one transaction."""
+    """What one HL7 message, FHIR bundle or table says of one patient; applied in one transaction.
+
+    ``at`` is when it was said (EVN-2, MSH-7, meta.lastUpdated), None if not told: of demographics the last said counts, not the last come.
+    """
 
     patient: Patient
     observations: tuple[Observation, ...] = ()
     source: str = ""
     has_demographics: bool = True
+    merges: tuple[Merge, ...] = ()
+    orders: tuple[Order, ...] = ()
+    at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class PatientRecord:
-    """All that is known of a patient, as of a time: nothing in it is later than `as_of`."""
+    """All that is known of a patient, as of a time: nothing in it is later than `as_of`.
+
+    ``keys`` are all that the patient was ever known by, merges followed; ``unusable`` are facts dated after they were received.
+    ``stamp`` changes with every merge and its undoing.
+    """
 
     patient: Patient
     as_of: datetime
     observations: tuple[Observation, ...] = ()
+    keys: tuple[PatientKey, ...] = ()
+    unusable: tuple[Observation, ...] = ()
+    stamp: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +202,10 @@ class Volume:
 
 @dataclass(frozen=True, slots=True)
 class UsedValue:
-    """A value the network was given, and where it came from; `age_h` is hours before the study, negative after it."""
+    """A value the network was given, and where it came from: who said it, in which message (its control ID, which the sender knows too).
+
+    `age_h` is hours before the study, negative after it.
+    """
 
     name: str
     code: Code
@@ -168,6 +215,7 @@ class UsedValue:
     at: datetime
     source: str
     age_h: float = 0.0
+    message: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +236,7 @@ class UsedText:
     text: str
     at: datetime
     source: str
+    message: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,10 @@
         ├── StoredFileLost         our own disk lost or changed what was received: send it again, then retry
         ├── BundleError            weights, digest or metadata are not what they should be
         ├── RecordError            a message or resource that cannot be understood
+        │   └── PatientAmbiguous   a server has several patients under one identifier
         └── Unanalysable           the images cannot be analysed: a report says so
             ├── NoSuitableSeries
+            ├── RecordIncomplete   what the bundle requires of the record did not come in time
             ├── GeometryError
             └── PixelError
 
@@ -92,12 +94,20 @@ class RecordError(Reject):
     """A message or resource that cannot be understood; the text says which field."""
 
 
+class PatientAmbiguous(RecordError):
+    """More than one patient has the identifier asked for: nobody may say whose record it is."""
+
+
 class Unanalysable(Reject):
     """The images cannot be analysed; the report says why."""
 
 
 class NoSuitableSeries(Unanalysable):
     """No series of the study fits the bundle's rule."""
+
+
+class RecordIncomplete(Unanalysable):
+    """What the bundle requires of the patient's record did not come in its waiting time."""
 
 
 class GeometryError(Unanalysable):

@@ -18,6 +18,8 @@ NAMES: Final = frozenset(
         "instance.quarantined",  # same UID, other bytes; or another patient's
         "message.accepted",  # one line per HL7 message
         "message.refused",
+        "feed.silent",  # once a silence
+        "feed.heard",
         "study.completed",
         "study.excluded",
         "study.reopened",
@@ -28,6 +30,8 @@ NAMES: Final = frozenset(
         "job.cancelled",
         "job.rescued",
         "job.fenced",  # a late owner's verdict was turned away
+        "report.outdated",  # the record changed after it
+        "record.expired",  # retention
         "explanation.failed",  # the findings are reported all the same
         "spool.swept",
         "role.started",

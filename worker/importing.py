@@ -6,8 +6,9 @@ A file that cannot be taken is counted with its reason and the next one goes on.
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -15,17 +16,20 @@ from typing import Final
 from pydicom.filereader import dcmread
 from pydicom.uid import UID
 
-from worker import roles
+from worker import record_feeds, roles
 from worker.config import Config
 from worker.decoding import decodable_transfer_syntaxes
-from worker.domain import Received
+from worker.domain import PatientKey, Received, RecordUpdate
 from worker.errors import RecordError, Reject
 from worker.intake import fhir, hl7, mllp
 from worker.intake.header import read_header
-from worker.store import records
+from worker.store import feeds, records
 from worker.store.database import Store
 from worker.store.spool import Spool
 
+#: Patients of a FHIR file in one transaction: the feeds wait for it, and it for them.
+BATCH: Final = 20
+_FHIR_SENDER: Final = "FHIR import"
 #: Who sent what was imported from files.
 IMPORT_AE: Final = "IMPORT"
 _META_TAGS: Final = ["MediaStorageSOPClassUID"]
@@ -58,7 +62,14 @@ def import_files(
 ) -> Tally:
     """Take each file by what it holds: DICOM, HL7 v2 or FHIR JSON."""
     tally = Tally()
-    for path in paths:
+    several = list(paths)
+    exports = [path for path in several if path.suffix == ".ndjson"]
+    if exports:  # together: a subject may be in another file than what is said of it
+        _import_ndjson(exports, tally, config=config, store=store)
+    for path in several:
+        if path.suffix == ".ndjson":
+            progress()
+            continue
         try:
             _import(path, tally, config=config, store=store, spool=spool)
         except Reject as exc:
@@ -122,9 +133,9 @@ def _import_hl7(path: Path, tally: Tally, *, config: Config, store: Store) -> No
     for raw in mllp.split_messages(path.read_bytes()):
         try:
             message = hl7.parse(raw, zone=config.zone, issuers=settings.issuers, schemes=settings.schemes, encoding=settings.encoding)
-            is_new = roles.apply_message(store, message, raw)
+            is_new = record_feeds.apply_message(config, store, message, raw)
         except RecordError as exc:
-            roles.keep_refused(store, str(exc), raw)
+            record_feeds.keep_refused(store, str(exc), raw)
             tally.refuse(str(exc))
             continue
         tally.counts["message applied" if is_new and message.update else "message ignored" if is_new else "message repeated"] += 1
@@ -132,8 +143,39 @@ def _import_hl7(path: Path, tally: Tally, *, config: Config, store: Store) -> No
 
 def _import_fhir(path: Path, tally: Tally, *, config: Config, store: Store) -> None:
     settings = config.records
-    for update in fhir.parse(path.read_bytes(), zone=config.zone, issuers=settings.issuers, schemes=settings.schemes):
+    raw = path.read_bytes()
+    updates = fhir.parse(raw, zone=config.zone, issuers=settings.issuers, schemes=settings.schemes)
+    _apply_fhir(updates, raw, tally, config=config, store=store)
+
+
+def _import_ndjson(paths: Sequence[Path], tally: Tally, *, config: Config, store: Store) -> None:
+    settings = config.records
+    raws = [path.read_bytes() for path in paths]
+    updates, errors = fhir.parse_ndjson(raws, zone=config.zone, issuers=settings.issuers, schemes=settings.schemes)
+    for sentence in errors:
+        tally.refuse(sentence)
+    _apply_fhir(updates, b"".join(raws), tally, config=config, store=store)
+
+
+def _apply_fhir(updates: Iterable[RecordUpdate], raw: bytes, tally: Tally, *, config: Config, store: Store) -> None:
+    """A file's patients in batches, with the row that says where they came from; a known file too, for codes may be mapped anew.
+
+    One that was cut off is imported again: what is known is not added twice.
+    """
+    digest = hashlib.sha256(raw).hexdigest()
+    # Writers that name patients in one order cannot wait for each other.
+    several = sorted((record_feeds.localized(config, one) for one in updates), key=lambda one: _order(one.patient.key))
+    for start in range(0, max(len(several), 1), BATCH):
+        batch, now = several[start : start + BATCH], record_feeds.clock()
         with store.begin() as conn:
-            added = records.apply(conn, update, now=roles.clock())
-        tally.counts["patient updated"] += 1
+            number = feeds.note_message(
+                conn, sender=_FHIR_SENDER, control_id="", sent_at="", trigger="Bundle", result="applied", digest=digest, now=now
+            )
+            number = number or feeds.row_of(conn, sender=_FHIR_SENDER, digest=digest)
+            added = sum(records.apply(conn, update, now=now, message_id=number) for update in batch)
+        tally.counts["patient updated"] += len(batch)
         tally.counts["fact added"] += added
+
+
+def _order(key: PatientKey) -> tuple[str, str]:
+    return key.issuer, key.patient_id

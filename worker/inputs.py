@@ -5,7 +5,7 @@
     study ──▶ each image's suitable_series ──▶ the one with most instances that serves no other image (but of another view)
           └─▶ age, sex, descriptions
     record ─▶ per wanted code: latest usable observation in [study − look-back, study + horizon] ─▶ value or text
-          │                                              └─ none, unit unknown, implausible ─▶ missing, and why
+          │                                              └─ none, of no such unit, implausible … ─▶ missing, and why
           └─▶ per history: every usable observation in [study − its look-back, study], oldest first
 
 Pure functions of what they are given. Not here: tensors (infer.py), the join of record and study (store/records.py).
@@ -15,7 +15,8 @@ A wrong value is worse than none: a newer result that cannot be used is never re
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 from typing import Final, Protocol
 
@@ -23,12 +24,15 @@ from models.spec import Code as WantedCode
 from models.spec import ImageSpec, RecordRule, TextSpec, ValueSpec
 from worker.domain import Code, Inputs, Observation, PatientRecord, Series, Study, UsedHistory, UsedText, UsedValue
 from worker.errors import NoSuitableSeries
+from worker.units import factor, readable
 
 #: HL7 table 0085, best first. Within one key a correction replaces a final result, a withdrawal replaces both
 #: unless corrected; only C and F may be used.
 _STATUS_RANK: Final = {"C": 0, "D": 1, "W": 1, "X": 1, "F": 2}
 _USABLE: Final = frozenset({"F", "C"})
 _NO_RECORD: Final = "no patient record"
+_AHEAD: Final = "the latest result is dated after it was received"
+_KINDS: Final = {"range": "range", "ratio": "ratio", "coded": "code", "text": "text"}
 
 #: Modalities without an image. Reports come back to us, our own among them: "any modality" is never these.
 _NO_IMAGES: Final = frozenset({"SR", "KO", "PR"})
@@ -78,28 +82,27 @@ def select_inputs(study: Study, record: PatientRecord | None, spec: Spec) -> Inp
     """
     series = _choose(study, spec.images)
     rule = spec.record
-    known = _standing(record.observations) if record else ()
-    horizon = study.study_at + timedelta(hours=rule.horizon_h)
-    recent = _within(known, study.study_at - timedelta(hours=rule.look_back_h), horizon)
-    before = _within(known, study.study_at - timedelta(hours=rule.history_h), study.study_at)
+    known = _standing((*record.observations, *record.unusable)) if record else ()
+    recent = _Window.of(study, record, known, look_back_h=rule.look_back_h, horizon_h=rule.horizon_h)
+    before = _Window.of(study, record, known, look_back_h=rule.history_h, horizon_h=0.0)
     missing: list[tuple[Code, str]] = []
     values: list[UsedValue] = []
     for value_wanted in rule.values:
-        value = _value(study, record, recent, value_wanted)
+        value = _value(recent, record, value_wanted)
         if isinstance(value, UsedValue):
             values.append(value)
         else:
             missing.append((_code(value_wanted.code), value))
     histories: list[UsedHistory] = []
     for value_wanted in rule.histories:
-        history = _history(study, before, value_wanted)
-        if history.points:
+        history = _history(before, value_wanted)
+        if isinstance(history, UsedHistory):
             histories.append(history)
         elif _code(value_wanted.code) not in (code for code, _ in missing):
-            missing.append((_code(value_wanted.code), "no usable result in time" if record else _NO_RECORD))
+            missing.append((_code(value_wanted.code), history))
     texts: list[UsedText] = []
     for text_wanted in rule.texts:
-        text = _of_images(study, series, text_wanted) if text_wanted.attribute else _text(record, recent, text_wanted)
+        text = _of_images(study, series, text_wanted) if text_wanted.attribute else _text(recent, text_wanted)
         if isinstance(text, UsedText):
             texts.append(text)
         else:
@@ -114,6 +117,22 @@ def select_inputs(study: Study, record: PatientRecord | None, spec: Spec) -> Inp
         histories=tuple(histories),
         missing_images=tuple(image.name for image in spec.images if image.name not in series),
     )
+
+
+def lacking(inputs: Inputs, rule: RecordRule) -> tuple[tuple[Code, ...], tuple[Code, ...]]:
+    """What `rule` requires and `inputs` does not have, and what it wants and `inputs` does not have; none is in both.
+
+    A value whose code also names a history may be there while the other is not: each is asked for by itself.
+    """
+    asked = (
+        (rule.values, {used.name for used in inputs.values}),
+        (rule.histories, {used.name for used in inputs.histories}),
+        (rule.texts, {used.name for used in inputs.texts}),
+    )
+    absent = [(spec.need, _code(spec.code)) for specs, there in asked for spec in specs if spec.name not in there]
+    required = dict.fromkeys(code for need, code in absent if need == "required")
+    wanted = dict.fromkeys(code for need, code in absent if need == "wanted" and code not in required)
+    return tuple(required), tuple(wanted)
 
 
 # --- images --------------------------------------------------------------------------------------
@@ -219,14 +238,58 @@ def _rank(one: Observation) -> tuple[object, ...]:
     return (_STATUS_RANK.get(one.status, 3), -one.at.timestamp(), numeric, one.comparator, one.unit, one.text, one.source, one.key)
 
 
-def _within(known: Iterable[Observation], first: datetime, last: datetime) -> list[Observation]:
-    return [one for one in known if one.status in _USABLE and first <= one.at <= last]
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """The standing facts of a record, and from when to when a bundle takes them.
 
+    ``ahead`` are the ids of those dated after they were received: of when they are nobody knows. By their own date they stand
+    before older ones like any result that cannot be used; where there is no other they are the reason.
+    """
 
-def _candidates(known: Iterable[Observation], wanted: TextSpec | ValueSpec) -> Iterator[Observation]:
-    """Observations under the wanted codes; the best is the smallest by `_latest`."""
-    codes = {(c.scheme, c.value) for c in (wanted.code, *wanted.synonyms)}
-    return (one for one in known if (one.code.scheme, one.code.value) in codes)
+    study: Study
+    has_record: bool
+    look_back_h: float
+    first: datetime
+    last: datetime
+    by_code: Mapping[tuple[str, str], Sequence[Observation]]
+    ahead: frozenset[int]
+
+    @classmethod
+    def of(
+        cls, study: Study, record: PatientRecord | None, known: Iterable[Observation], *, look_back_h: float, horizon_h: float
+    ) -> _Window:
+        first, last = study.study_at - timedelta(hours=look_back_h), study.study_at + timedelta(hours=horizon_h)
+        ahead = frozenset(id(one) for one in record.unusable) if record else frozenset()
+        by_code: dict[tuple[str, str], list[Observation]] = {}
+        for one in known:
+            # What is of after the horizon may not even be a reason.
+            if one.at <= last or id(one) in ahead:
+                by_code.setdefault((one.code.scheme, one.code.value), []).append(one)
+        return cls(study, record is not None, look_back_h, first, last, by_code, ahead)
+
+    def candidates(self, wanted: TextSpec | ValueSpec) -> list[Observation]:
+        """Of these the smallest by `_latest` is the answer, be it of use or not."""
+        return [one for one in self._under(wanted) if one.status in _USABLE and self.first <= one.at <= self.last]
+
+    def absence(self, wanted: TextSpec | ValueSpec) -> str:
+        """Why there is no candidate."""
+        if not self.has_record:
+            return _NO_RECORD
+        under = self._under(wanted)
+        usable = [one for one in under if one.status in _USABLE]
+        if any(id(one) in self.ahead for one in usable):
+            return _AHEAD
+        if any(one.status not in _USABLE and self.first <= one.at for one in under):
+            return "all that is known in time is preliminary or withdrawn"
+        if usable:
+            hours = (self.study.study_at - max(one.at for one in usable)).total_seconds() / 3600
+            # Rounded up: 24.01 h must not read as within 24 h.
+            return f"the latest is {math.ceil(hours * 10) / 10:g} h before the study, and the bundle looks back {self.look_back_h:g} h"
+        return "all that is known is preliminary or withdrawn" if under else "nothing is known under its code"
+
+    def _under(self, wanted: TextSpec | ValueSpec) -> list[Observation]:
+        codes = {(c.scheme, c.value) for c in (wanted.code, *wanted.synonyms)}
+        return [one for code in codes for one in self.by_code.get(code, ())]
 
 
 def _latest(one: Observation, wanted: TextSpec | ValueSpec) -> tuple[object, ...]:
@@ -234,35 +297,42 @@ def _latest(one: Observation, wanted: TextSpec | ValueSpec) -> tuple[object, ...
     return (-one.at.timestamp(), one.status != "C", not primary, *_rank(one))
 
 
-def _value(study: Study, record: PatientRecord | None, recent: Iterable[Observation], wanted: ValueSpec) -> UsedValue | str:
+def _value(window: _Window, record: PatientRecord | None, wanted: ValueSpec) -> UsedValue | str:
     """The latest value in the wanted unit, or why there is none; demographics answer first where they are asked for."""
-    told = _demographics(study, record, wanted)
+    told = _demographics(window, record, wanted)
     if isinstance(told, UsedValue):
         return told
-    latest = min(_candidates(recent, wanted), key=lambda one: _latest(one, wanted), default=None)
+    latest = min(window.candidates(wanted), key=lambda one: _latest(one, wanted), default=None)
     if latest is None:
-        return told or ("no result in time" if record else _NO_RECORD)
-    return _used(latest, study, wanted)
+        return told or window.absence(wanted)
+    return _used(latest, window, wanted)
 
 
-def _history(study: Study, before: Iterable[Observation], wanted: ValueSpec) -> UsedHistory:
-    """Every usable value, oldest first. Of several at one time only that counts which would be the latest value's."""
+def _history(window: _Window, wanted: ValueSpec) -> UsedHistory | str:
+    """Every usable value, oldest first, or why there is none. Of several at one time only that counts which would be the latest value's."""
     best: dict[datetime, Observation] = {}
-    for one in _candidates(before, wanted):
+    for one in window.candidates(wanted):
         if one.at not in best or _latest(one, wanted) < _latest(best[one.at], wanted):
             best[one.at] = one
-    tried = (_used(best[at], study, wanted) for at in sorted(best))
-    return UsedHistory(wanted.name, _code(wanted.code), tuple(point for point in tried if isinstance(point, UsedValue)))
+    if not best:
+        return window.absence(wanted)
+    tried = [_used(best[at], window, wanted) for at in sorted(best)]
+    points = tuple(point for point in tried if isinstance(point, UsedValue))
+    return UsedHistory(wanted.name, _code(wanted.code), points) if points else f"no result in time can be used: {tried[-1]}"
 
 
-def _used(one: Observation, study: Study, wanted: ValueSpec) -> UsedValue | str:
-    """Return `one` in the wanted unit, or why it cannot be used."""
+def _used(one: Observation, window: _Window, wanted: ValueSpec) -> UsedValue | str:
+    """Return `one` in the wanted unit, or why it cannot be used. The bundle's own conversions come before UCUM's."""
+    if id(one) in window.ahead:
+        return _AHEAD
+    if one.kind != "number":
+        return f"the latest result is a {_KINDS[one.kind]}, not a number"
     if one.value is None or not math.isfinite(one.value):
         return "the latest result is not a number"
-    factor = 1.0 if one.unit == wanted.unit else wanted.conversions.get(one.unit)
-    if factor is None:
-        return f"the latest result is in {one.unit or 'no unit'}, which does not convert to {wanted.unit}"
-    value = one.value * factor
+    times = 1.0 if one.unit == wanted.unit else wanted.conversions.get(one.unit) or factor(one.unit, wanted.unit)
+    if times is None:
+        return f"the latest result is in {readable(one.unit)}, which does not convert to {wanted.unit}"
+    value = one.value * times
     low, high = wanted.plausible
     if not low <= value <= high:
         return f"the latest result is not plausible (outside {low:g} to {high:g} {wanted.unit})"
@@ -274,24 +344,29 @@ def _used(one: Observation, study: Study, wanted: ValueSpec) -> UsedValue | str:
         unit=wanted.unit,
         at=one.at,
         source=one.source,
-        age_h=(study.study_at - one.at).total_seconds() / 3600,
+        age_h=(window.study.study_at - one.at).total_seconds() / 3600,
+        message=one.message,
     )
 
 
-def _text(record: PatientRecord | None, recent: Iterable[Observation], wanted: TextSpec) -> UsedText | str:
+def _text(window: _Window, wanted: TextSpec) -> UsedText | str:
     """The latest text with words in it, or why there is none."""
-    written = (one for one in _candidates(recent, wanted) if one.text.strip())
-    latest = min(written, key=lambda one: _latest(one, wanted), default=None)
-    if latest is None:
-        return "no text in time" if record else _NO_RECORD
-    return UsedText(name=wanted.name, code=_code(wanted.code), text=latest.text, at=latest.at, source=latest.source)
+    found = window.candidates(wanted)
+    written = [one for one in found if one.text.strip()]
+    if not written:
+        return "the texts in time are empty" if found else window.absence(wanted)
+    latest = min(written, key=lambda one: _latest(one, wanted))
+    if id(latest) in window.ahead:
+        return _AHEAD
+    return UsedText(name=wanted.name, code=_code(wanted.code), text=latest.text, at=latest.at, source=latest.source, message=latest.message)
 
 
 # --- demographics --------------------------------------------------------------------------------
 
 
-def _demographics(study: Study, record: PatientRecord | None, wanted: ValueSpec) -> UsedValue | str:
+def _demographics(window: _Window, record: PatientRecord | None, wanted: ValueSpec) -> UsedValue | str:
     """Age or sex as a value, or why it is not known; '' when something else is wanted."""
+    study = window.study
     code = (wanted.code.value, wanted.code.scheme)
     people = (study.patient, record.patient) if record else (study.patient,)
     if code == AGE:
@@ -304,7 +379,7 @@ def _demographics(study: Study, record: PatientRecord | None, wanted: ValueSpec)
         return ""
     if value is None:
         return unknown
-    return _used(Observation(_code(wanted.code), study.study_at, value, unit=unit, source="demographics"), study, wanted)
+    return _used(Observation(_code(wanted.code), study.study_at, value, unit=unit, source="demographics"), window, wanted)
 
 
 def _age(birth_date: str, at: datetime) -> float | None:

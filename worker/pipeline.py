@@ -11,19 +11,33 @@ branch of the error tree it sits on (errors.py). `Unanalysable` is not the end: 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
+from typing import Final
 
 from models.bundle import Bundle
-from worker import __version__, events, volume
+from worker import __version__, events, joining, volume
 from worker.decoding import DecoderPool
-from worker.domain import Code, Document, Finding, Inputs, Job, PatientRecord, Study, Volume
-from worker.errors import NoSuitableSeries, PatientConflict, RecordPending, Reject, Retry, Snooze, Superseded, Unanalysable, WorkerError
+from worker.domain import Code, Document, Finding, Inputs, Job, PatientKey, PatientRecord, Study, Volume
+from worker.errors import (
+    NoSuitableSeries,
+    PatientAmbiguous,
+    PatientConflict,
+    PeerRefused,
+    RecordError,
+    RecordIncomplete,
+    RecordPending,
+    Reject,
+    Retry,
+    Snooze,
+    Superseded,
+    Unanalysable,
+    WorkerError,
+)
+from worker.fingerprint import digest, record_digest
 from worker.infer import Model, Place, Prepared, places
 from worker.inputs import select_inputs, takes
 from worker.ops.log import places as places_of
@@ -32,7 +46,7 @@ from worker.store import documents, queue, records, studies
 from worker.store.database import Connection, Store
 
 #: How soon to look again at a study that was opened again by a late image.
-REOPENED_S = 1.0
+REOPENED_S: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +61,10 @@ class Line:
     clock: Callable[[], datetime]
     #: Below which the instances' files lie.
     instances: Path = Path()
+    #: What images and record may not contradict each other in.
+    must_agree: tuple[str, ...] = joining.MUST_AGREE
+    #: Brings a patient's record from where it is kept; raises Retry where that is away.
+    pull: Callable[[PatientKey], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +81,10 @@ class Case:
     findings: tuple[Finding, ...] = ()
     report: Document | None = None
     input_sha256: str = ""
+    #: Of the record's patient: who else they were known to be when we looked.
+    stamp: str = ""
+    #: When the record had last changed when we looked.
+    record_changed_at: datetime | None = None
     error: Exception | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
 
@@ -102,10 +124,14 @@ def gather(line: Line, case: Case) -> Case:
     job, model = case.job, line.models[case.job.bundle]
     with line.store.read() as conn:
         study = studies.load(conn, job.study_id, root=line.instances)
+        doubt = joining.ambiguous(study, records.issuers_of(conn, study.patient.key.patient_id))
+    trouble = _pulled(line, study, model.bundle)
+    with line.store.read() as conn:
+        changed_at = studies.record_changed_at(conn, job.study_id)  # before the view: what comes between is looked at again
         record = record_of(conn, study, model.bundle)
         earlier = documents.predecessor(conn, job.study_id, bundle=job.bundle, before_version=job.input_version)
-    case = replace(case, study=study, predecessor=earlier)
-    if reason := conflict(study, record):
+    case = replace(case, study=study, predecessor=earlier, stamp=record.stamp if record else "", record_changed_at=changed_at)
+    if reason := doubt or joining.conflict(study, record, must_agree=line.must_agree):
         raise PatientConflict(reason)
     if not study.is_complete:
         raise Snooze("An image came after the study was complete; its series are being received.", delay_s=REOPENED_S)
@@ -115,9 +141,11 @@ def gather(line: Line, case: Case) -> Case:
         inputs = select_inputs(study, record, model.bundle)
     except NoSuitableSeries as exc:  # no record would change that: the report need not wait for one
         return replace(case, error=exc)
-    if pending := _pending(study, record, model.bundle, now=line.clock()):
-        raise pending
-    return replace(case, inputs=inputs)
+    if pending := joining.pending(study, record, inputs, model.bundle.record, now=line.clock(), trouble=trouble):
+        return replace(case, error=pending)  # not raised: the verdict needs to know of what record
+    case = replace(case, inputs=inputs)
+    reason = joining.incomplete(inputs, model.bundle.record)
+    return replace(case, error=RecordIncomplete(reason)) if reason else case
 
 
 def record_of(conn: Connection, study: Study, bundle: Bundle) -> PatientRecord | None:
@@ -125,32 +153,19 @@ def record_of(conn: Connection, study: Study, bundle: Bundle) -> PatientRecord |
     return records.view(conn, study.patient.key, as_of=study.study_at + timedelta(hours=bundle.record.horizon_h))
 
 
-def _pending(study: Study, record: PatientRecord | None, bundle: Bundle, *, now: datetime) -> Snooze | None:
-    """What the study must wait for, if anything: its patient's record, and the end of the time whose values the bundle may use."""
-    if study.completed_at is None:
-        return None
-    record_left = study.completed_at + timedelta(seconds=bundle.record.wait_s) - now
-    if record is None and record_left > timedelta():
-        return RecordPending("The patient's record has not arrived yet.", delay_s=record_left.total_seconds())
-    # The network learned from all that was known at the horizon. A date of after the images came is a wrong one: it may not park a study.
-    left = min(study.study_at, study.completed_at) + timedelta(hours=bundle.record.horizon_h) - now
-    if bundle.record.horizon_h > 0 and left > timedelta():
-        return Snooze("Values of after the study may still come, and the bundle uses them.", delay_s=left.total_seconds())
-    return None
+def _pulled(line: Line, study: Study, bundle: Bundle) -> str:
+    """Ask the site's FHIR server for the patient, if the bundle wants that; what is wrong with the answer, '' if nothing.
 
-
-def conflict(study: Study, record: PatientRecord | None) -> str:
-    """Why nobody may say whose this study is; '' if nothing speaks against it. Training leaves out what service discards.
-
-    Its images name two patients, or the record cannot be of the person on the images, though ID and issuer agree.
+    A server that is away or answers nonsense costs the waiting time, not the study; only several patients are a conflict.
     """
-    if study.hold or record is None:
-        return study.hold
-    images, told = study.patient, record.patient
-    if images.birth_date and told.birth_date and images.birth_date[:8] != told.birth_date[:8]:
-        return "The birth dates of the images and of the patient's record differ."
-    if {images.sex, told.sex} == {"F", "M"}:
-        return "The sexes of the images and of the patient's record differ."
+    if not bundle.record.pull or line.pull is None or not study.patient.key.issuer:
+        return ""
+    try:
+        line.pull(study.patient.key)
+    except PatientAmbiguous as exc:
+        raise PatientConflict(str(exc)) from exc
+    except (Retry, PeerRefused, RecordError) as exc:
+        return str(exc)
     return ""
 
 
@@ -248,26 +263,6 @@ def report(line: Line, case: Case) -> Case:
     return replace(case, report=document, input_sha256=input_sha256)
 
 
-def digest(bundle: str, inputs: Inputs | None, instances: Sequence[tuple[str, str]], failure: str) -> str:
-    """Hash all that an answer and its report rest on, so that the same input gives the same object."""
-    facts: dict[str, object] = {"bundle": bundle, "instances": sorted(instances), "failure": failure}
-    if inputs:
-        facts["found"] = inputs.record_found
-        facts["lacking"] = sorted((code.scheme, code.value) for code in inputs.missing)
-        facts["values"] = sorted(
-            (v.code.scheme, v.code.value, v.comparator, v.value, v.unit, v.at.isoformat(), v.source) for v in inputs.values
-        )
-        facts["histories"] = sorted(
-            (h.code.scheme, h.code.value, p.comparator, p.value, p.unit, p.at.isoformat(), p.source)
-            for h in inputs.histories
-            for p in h.points
-        )
-        facts["texts"] = sorted(
-            (t.code.scheme, t.code.value, hashlib.sha256(t.text.encode()).hexdigest(), t.at.isoformat(), t.source) for t in inputs.texts
-        )
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
 def settle(line: Line, case: Case) -> Case:
     """Give the verdict in one transaction (commit 4): report, findings, deliveries and the job, or none of them."""
     started = time.perf_counter()
@@ -295,31 +290,56 @@ def settle(line: Line, case: Case) -> Case:
 def _settle(line: Line, case: Case, facts: dict[str, object]) -> str:
     now = line.clock()
     with line.store.begin() as conn:
-        error = _last_look(conn, case)
+        error = _last_look(conn, line, case)
         if error is not None:
             facts["reason"] = str(error) if isinstance(error, WorkerError) else type(error).__name__
         if case.report is not None and (error is None or isinstance(error, Unanalysable)):
-            _file(conn, line, case, failure=str(error or ""), now=now)
+            if not _file(conn, line, case, failure=str(error or ""), now=now):
+                facts["is_repeated"] = True
             return "job.completed"
         return _verdict(conn, case, error or RuntimeError("no report and no error"), facts, now=now)
 
 
-def _last_look(conn: Connection, case: Case) -> Exception | None:
-    """What happened to the study while we worked outweighs what came of the work."""
+def _last_look(conn: Connection, line: Line, case: Case) -> Exception | None:
+    """What happened to the study and its patient while we worked outweighs what came of the work."""
     hold, version = studies.standing(conn, case.job.study_id)
     if hold:
         return PatientConflict(hold)
     if version > case.job.input_version:
         return Superseded(f"Version {version} of the study is queued.")
+    if case.study is None or not (case.error is None or isinstance(case.error, Unanalysable)):
+        return case.error
+    doubt = joining.ambiguous(case.study, records.issuers_of(conn, case.study.patient.key.patient_id))
+    if not doubt and _has_moved(conn, case):
+        doubt = joining.conflict(case.study, record_of(conn, case.study, line.models[case.job.bundle].bundle), must_agree=line.must_agree)
+    if doubt:
+        return PatientConflict(doubt)
+    if case.inputs is not None and records.stamp_of(conn, case.study.patient.key) != case.stamp:
+        return Snooze("The patient was merged with another, or parted, while the study was analysed.", delay_s=0.0)
     return case.error
 
 
-def _file(conn: Connection, line: Line, case: Case, *, failure: str, now: datetime) -> None:
-    """The outbox: report, findings and deliveries with the job's completion."""
+def _has_moved(conn: Connection, case: Case) -> bool:
+    """Whether the patient's record changed since we looked."""
+    return studies.record_changed_at(conn, case.job.study_id) != case.record_changed_at
+
+
+def _file(conn: Connection, line: Line, case: Case, *, failure: str, now: datetime) -> bool:
+    """The outbox: report, findings and deliveries with the job's completion; False if the last report says it all already."""
     assert case.report is not None  # noqa: S101  asked by the caller
     job = case.job
+    if documents.is_repeated(conn, job.study_id, bundle=job.bundle, before_version=job.input_version, input_sha256=case.input_sha256):
+        queue.complete(conn, job, now=now, findings=_summary(case), failure=failure, is_repeated=True)
+        return False
     document_id = documents.add(
-        conn, job, report=case.report, findings=case.findings, input_sha256=case.input_sha256, failure=failure, now=now
+        conn,
+        job,
+        report=case.report,
+        findings=case.findings,
+        input_sha256=case.input_sha256,
+        record_sha256=record_digest(case.inputs),
+        failure=failure,
+        now=now,
     )
     for destination in line.destinations:
         queue.enqueue_deliver(
@@ -333,6 +353,7 @@ def _file(conn: Connection, line: Line, case: Case, *, failure: str, now: dateti
             now=now,
         )
     queue.complete(conn, job, now=now, findings=_summary(case), failure=failure)
+    return True
 
 
 def _verdict(conn: Connection, case: Case, error: Exception, facts: dict[str, object], *, now: datetime) -> str:
@@ -342,8 +363,9 @@ def _verdict(conn: Connection, case: Case, error: Exception, facts: dict[str, ob
             queue.cancel(conn, job, reason=str(error), now=now)
             return "job.cancelled"
         case Snooze():
-            # The record may have come between our look and now; nobody would wake us then.
-            is_here = isinstance(error, RecordPending) and case.study is not None and records.is_known(conn, case.study.patient.key)
+            # The record, or what was lacking in it, may have come between our look and now; nobody would wake us then.
+            is_known = isinstance(error, RecordPending) and case.study is not None and records.is_known(conn, case.study.patient.key)
+            is_here = is_known or (case.study is not None and _has_moved(conn, case))
             queue.snooze(conn, job, delay_s=0.0 if is_here else error.delay_s, reason=str(error), now=now)
             return "job.snoozed"
         case Reject():

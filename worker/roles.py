@@ -3,7 +3,6 @@
 ::
 
     receive   StorageScp → spool → studies.add_instance          (n processes, one listening socket)
-    records   MLLP listener → records.apply                      (a thread of the supervisor)
     run       lease → pipeline.process, a heartbeat beside it    (the only one that loads torch)
     deliver   lease → deliver.send, one thread a destination
 
@@ -13,14 +12,11 @@ Imports are late on purpose: a role loads only what it needs, the receiver never
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import socket
-import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone, tzinfo
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -28,29 +24,24 @@ from typing import TYPE_CHECKING, Final
 import psutil
 
 from worker import events
-from worker.config import Config, ConfigError, Destination, Receive
+from worker.config import Config, Destination
 from worker.domain import Header, Job, Received
 from worker.errors import BundleError
-from worker.store import queue, records, studies
+from worker.record_feeds import clock, identified
+from worker.store import queue, studies
 from worker.store.database import Connection, DatabaseUnavailable, Store
 from worker.store.group import GroupCommit
 from worker.store.spool import Spool, Stored
+from worker.tls import server_context
 
 if TYPE_CHECKING:
     from models.bundle import Bundle
     from worker.deliver.cstore import Peer
-    from worker.intake.hl7 import ParsedMessage
-    from worker.intake.mllp import MllpServer
     from worker.intake.negotiation import Peer as Sender
 
 
 #: Seconds that transfers under way have to finish after SIGTERM.
 RECEIVE_GRACE_S: Final = 10.0
-
-
-def clock() -> datetime:
-    """The time, aware."""
-    return datetime.now(UTC)
 
 
 def owner() -> str:
@@ -85,11 +76,17 @@ def read_bundles(config: Config) -> list[Bundle]:
 # --- receive
 
 
+#: No image is older; a date of before it is a device's idea of "unknown".
+FIRST_XRAY: Final = 1895
+
+
 def study_time(header: Header, zone: tzinfo) -> datetime | None:
-    """When a study was made: its date and time in its own offset, else the site's zone; None without a date."""
+    """When a study was made: its date and time in its own offset, else the site's zone; None without a date that can be."""
     text = header.study_date + (header.study_time.split(".")[0] + "000000")[:6]
     with contextlib.suppress(ValueError, OverflowError):  # 0001-01-01 east of Greenwich is before the calendar
         naive = datetime.strptime(text, "%Y%m%d%H%M%S")  # noqa: DTZ007  the zone is put on in the next line
+        if naive.year < FIRST_XRAY:
+            return None
         return naive.replace(tzinfo=_offset(header.timezone_offset) or zone).astimezone(UTC)
     return None
 
@@ -102,17 +99,11 @@ def _offset(text: str) -> tzinfo | None:
     return timezone(-delta if text[0] == "-" else delta)
 
 
-def with_issuer(header: Header, issuer: str) -> Header:
-    """The same header; a patient without an issuer becomes one of `issuer`'s."""
-    key = header.patient.key
-    return header if key.issuer else replace(header, patient=replace(header.patient, key=replace(key, issuer=issuer)))
-
-
 def add_instance(conn: Connection, config: Config, header: Header, stored: Stored, *, calling_ae: str, address: str) -> Received:
     """Commit 1: the row of a file that is durable already."""
     return studies.add_instance(
         conn,
-        with_issuer(header, config.site.issuer),
+        identified(header, config),
         # Below the spool, not absolute: a spool that was moved or restored elsewhere is still ours.
         path=Path(stored.path.parent.name) / stored.path.name,
         sha256=stored.sha256,
@@ -123,28 +114,6 @@ def add_instance(conn: Connection, config: Config, header: Header, stored: Store
         quiet_s=config.assembly.quiet_by_modality.get(header.modality, config.assembly.quiet_s),
         now=clock(),
     )
-
-
-def tls_context(settings: Receive) -> ssl.SSLContext | None:
-    """The receiver's TLS, PS3.15 §B.12 (BCP 195): 1.2 or better, senders' certificates asked for if an authority is given.
-
-    Raises
-    ------
-    ConfigError
-        A file is missing or is not what it should be.
-    """
-    if not settings.tls_certificate:
-        return None
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    try:
-        context.load_cert_chain(settings.tls_certificate, settings.tls_key or None)
-        if settings.tls_client_ca:
-            context.load_verify_locations(settings.tls_client_ca)
-            context.verify_mode = ssl.CERT_REQUIRED
-    except OSError as exc:  # ssl.SSLError is one
-        raise ConfigError(f"[receive] tls_certificate, tls_key or tls_client_ca cannot be used: {exc.strerror or exc}.") from exc
-    return context
 
 
 def receive(config: Config, store: Store, listener: socket.socket, stop: threading.Event) -> None:
@@ -179,58 +148,13 @@ def receive(config: Config, store: Store, listener: socket.socket, stop: threadi
     def sink(header: Header, stored: Stored, sender: Sender) -> Received:
         return commit((header, stored, sender))
 
-    scp = StorageScp(listener, policy=policy, spool=spool, sink=sink, limits=limits, ssl_context=tls_context(config.receive))
+    scp = StorageScp(
+        listener, policy=policy, spool=spool, sink=sink, limits=limits, ssl_context=server_context(config.receive, section="receive")
+    )
     scp.start()
     started("receive", port=scp.address[1])
     stop.wait()
     scp.stop(RECEIVE_GRACE_S)
-
-
-# --- records
-
-
-def apply_message(store: Store, message: ParsedMessage, raw: bytes) -> bool:
-    """Commit 3: one HL7 message, remembered and applied in one transaction; False for a repetition."""
-    result = "applied" if message.update else "ignored"
-    with store.begin() as conn:
-        is_new = records.note_message(
-            conn,
-            sender=message.sender,
-            control_id=message.control_id,
-            sent_at=str(message.sent_at or ""),
-            trigger=message.trigger,
-            result=result,
-            digest=hashlib.sha256(raw).hexdigest(),
-            raw=None if message.update else raw,
-            now=clock(),
-        )
-        if is_new and message.update:
-            records.apply(conn, message.update, now=clock())
-    return is_new
-
-
-def keep_refused(store: Store, reason: str, raw: bytes) -> None:
-    """Keep what could not be understood, for a person to read."""
-    with store.begin() as conn:
-        records.note_message(conn, sender="", control_id="", sent_at="", trigger="", result="refused", reason=reason, raw=raw, now=clock())
-
-
-def records_listener(config: Config, store: Store) -> MllpServer:
-    """The HL7 v2 listener, not started yet."""
-    from worker.intake.mllp import MllpServer
-
-    settings = config.records
-    return MllpServer(
-        (settings.host, settings.port),
-        apply=lambda message, raw: apply_message(store, message, raw),
-        reject=lambda reason, raw: keep_refused(store, reason, raw),
-        zone=config.zone,
-        issuers=settings.issuers,
-        schemes=settings.schemes,
-        encoding=settings.encoding,
-        allowed_addresses=settings.addresses,
-        max_message_bytes=settings.max_message_mb * 2**20,
-    )
 
 
 # --- run
@@ -239,6 +163,7 @@ def records_listener(config: Config, store: Store) -> MllpServer:
 def run(config: Config, store: Store, stop: threading.Event) -> None:
     """Lease and process until told to stop; what is in hand is finished first."""
     from worker.decoding import DecoderPool
+    from worker.fhir_feed import Puller
     from worker.infer import Model
     from worker.pipeline import Line, process
 
@@ -256,6 +181,8 @@ def run(config: Config, store: Store, stop: threading.Event) -> None:
             zone=config.zone,
             clock=clock,
             instances=config.spool / "instances",
+            must_agree=config.records.must_agree,
+            pull=Puller(config, store) if config.fhir.url else None,
         )
         started("run", bundles={model.name: model.digest[:12] for model in loaded})
         _work(

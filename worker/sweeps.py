@@ -11,22 +11,29 @@ from datetime import UTC, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from worker import events
-from worker.config import Config
+from worker import events, reissue, tables_feed
+from worker.config import Config, Table
 from worker.errors import WorkerError
 from worker.ops.log import places
-from worker.roles import clock, read_bundles
-from worker.store import queue, studies
+from worker.record_feeds import clock
+from worker.roles import read_bundles
+from worker.silence import Silence
+from worker.store import erasure, feeds, queue, studies
 from worker.store.database import Store
 from worker.store.spool import Spool
 
 if TYPE_CHECKING:
     from apscheduler.schedulers.background import BackgroundScheduler
 
+    from models.bundle import Bundle
     from worker.store.studies import Pending
 
 #: What a crash left is gone within the hour.
 SPOOL_SWEEP_S: Final = 1800.0
+#: A corrected value waits this long for the report that uses it; several that come together make one.
+RENEW_S: Final = 5.0
+EXPIRE_S: Final = 3600.0
+LISTEN_S: Final = 60.0
 #: A file without a row is a crash's after this long; rows follow files within seconds.
 ORPHAN_AGE: Final = timedelta(minutes=15)
 
@@ -37,6 +44,7 @@ def scheduler(config: Config, store: Store, spool: Spool) -> BackgroundScheduler
 
     from worker.intake import assembly
 
+    bundles = read_bundles(config)
     wants = [
         assembly.Wants(
             bundle.name,
@@ -46,7 +54,7 @@ def scheduler(config: Config, store: Store, spool: Spool) -> BackgroundScheduler
             else frozenset(),
             sum(image.min_instances for image in bundle.images if image.required),
         )
-        for bundle in read_bundles(config)
+        for bundle in bundles
     ]
     limit_s = config.assembly.incomplete_limit_s
     asking = {sender.ae_title: sender for sender in config.senders if sender.query_port}
@@ -68,12 +76,52 @@ def scheduler(config: Config, store: Store, spool: Spool) -> BackgroundScheduler
 
     made = BackgroundScheduler(timezone=UTC, job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": None})
     made.add_job(_spared(complete), "interval", seconds=config.assembly.sweep_s)
+    for sweep, seconds in _of_records(config, store, bundles):
+        made.add_job(_spared(sweep), "interval", seconds=seconds)
     made.add_job(_spared(rescue), "interval", seconds=max(1.0, config.run.lease_s / 6))
     if asking:
         made.add_job(_spared(ask), "interval", seconds=config.assembly.sweep_s)
     # At once but in the background: with 100 000 files it must not delay the first association.
     made.add_job(_spared(clean), "interval", seconds=SPOOL_SWEEP_S, next_run_time=clock())
     return made
+
+
+def _of_records(config: Config, store: Store, bundles: Sequence[Bundle]) -> list[tuple[Callable[[], None], float]]:
+    """What is periodic about the patients' records, and every how many seconds."""
+    settings = config.records
+
+    def renew() -> None:
+        specs = {bundle.name: bundle for bundle in bundles}
+        within = timedelta(hours=settings.reissue_within_h)
+        reissue.sweep(store, specs, within=within, is_wanted=settings.reissue, must_agree=settings.must_agree, now=clock())
+
+    def expire() -> None:
+        gone = erasure.expire(
+            store,
+            now=clock(),
+            keep_raw_days=settings.keep_raw_days,
+            keep_values_days=settings.keep_values_days,
+            keep_texts_days=settings.keep_texts_days,
+        )
+        if any(gone.values()):
+            events.emit("record.expired", **gone)
+
+    silence = Silence(after_s=settings.silent_after_s)
+
+    def listen() -> None:
+        with store.read() as conn:
+            heard = feeds.feeds(conn, counted=False)
+        silence.look(heard, now=clock())
+
+    def reader(table: Table) -> Callable[[], None]:
+        def read() -> None:
+            tables_feed.read_view(table, config=config, store=store)
+
+        return read
+
+    views = [(reader(table), table.every_s) for table in config.tables if table.every_s > 0]
+    alarms = [(listen, min(LISTEN_S, settings.silent_after_s / 2))] if settings.silent_after_s > 0 else []
+    return [(renew, RENEW_S), (expire, EXPIRE_S), *alarms, *views]
 
 
 def _spared(sweep: Callable[[], None]) -> Callable[[], None]:

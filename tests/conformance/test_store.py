@@ -33,7 +33,7 @@ from worker.domain import (
 )
 from worker.errors import PeerRefused, PeerUnavailable
 from worker.intake import assembly
-from worker.store import documents, history, queue, records, schema, studies
+from worker.store import documents, feeds, history, queue, records, schema, studies
 from worker.store.database import DatabaseUnavailable, Store
 from worker.store.group import GroupCommit
 
@@ -365,7 +365,8 @@ def test_a_correction_stands_in_place_of_what_it_corrects_and_nothing_is_lost(st
 def test_a_repeated_message_is_known(store: Store) -> None:
     def note(result: str) -> bool:
         with store.begin() as conn:
-            return records.note_message(conn, sender="LAB|X", control_id="1", sent_at="t", trigger="ORU^R01", result=result, now=NOW)
+            row = feeds.note_message(conn, sender="LAB|X", control_id="1", sent_at="t", trigger="ORU^R01", result=result, now=NOW)
+            return row is not None
 
     assert [note("refused"), note("applied"), note("applied"), note("refused")] == [True, True, False, True]
 

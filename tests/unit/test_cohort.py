@@ -24,7 +24,7 @@ from pydicom.uid import UID
 from models.bundle import Bundle
 from models.spec import RecordRule
 from tests.scu import EXPLICIT, slice_of
-from worker import cohort, pipeline
+from worker import cohort, joining
 from worker.config import Config, ConfigError, Records, Run, Site
 from worker.demo.phantom import write_cohort
 from worker.domain import Inputs, Instance, Patient, PatientKey, PatientRecord, Series, Study, Volume
@@ -251,10 +251,10 @@ def test_a_study_that_kills_its_decoder_is_refused_and_the_others_are_read(
 )
 def test_a_record_of_somebody_else_is_told_by_birth_date_and_sex(hold: str, born: str, sex: str, says: str) -> None:
     record = PatientRecord(replace(STUDY.patient, birth_date=born, sex=sex), STUDY_AT)
-    found = pipeline.conflict(replace(STUDY, hold=hold), record)
+    found = joining.conflict(replace(STUDY, hold=hold), record)
     assert says in found
     assert bool(found) == bool(says)
-    assert pipeline.conflict(replace(STUDY, hold=hold), None) == hold
+    assert joining.conflict(replace(STUDY, hold=hold), None) == hold
 
 
 def film(path: Path, **changes: Any) -> Path:
@@ -326,19 +326,13 @@ def test_what_a_killed_process_left_is_removed_by_the_next_and_what_a_living_one
 # --- when the daemon may answer
 
 
-class Asks:
-    """A bundle, as far as waiting goes."""
-
-    def __init__(self, **rule: Any) -> None:
-        self.record = RecordRule(look_back_h=24, **rule)
-
-
 def pending(
     hours_later: float, *, study: Study = STUDY, has_record: bool = True, wait_s: float = 600, horizon_h: float = 6
 ) -> Snooze | None:
     record = PatientRecord(study.patient, STUDY_AT) if has_record else None
-    asks: Any = Asks(wait_s=wait_s, horizon_h=horizon_h)
-    return pipeline._pending(study, record, asks, now=STUDY_AT + timedelta(hours=hours_later))
+    rule = RecordRule(wait_s=wait_s, look_back_h=24, horizon_h=horizon_h)
+    inputs = Inputs({}, record_found=has_record)
+    return joining.pending(study, record, inputs, rule, now=STUDY_AT + timedelta(hours=hours_later))
 
 
 def test_a_study_waits_until_the_horizon_has_passed_so_that_service_sees_what_training_saw() -> None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from worker.domain import Code, Observation, Patient, PatientKey, RecordUpdate
+from worker.domain import Code, Merge, Observation, Patient, PatientKey, RecordUpdate
 from worker.errors import RecordError
 from worker.intake.fhir import parse
 
@@ -194,6 +194,45 @@ def test_a_subject_by_identifier_needs_no_patient_resource() -> None:
     assert (update.patient, update.has_demographics) == (Patient(PatientKey("s", "9")), False)
 
 
+def test_when_the_patient_was_said_comes_along() -> None:
+    (update,) = updates(person(meta={"lastUpdated": "2020-05-06T06:30:00.5+01:00"}))
+    assert update.at is not None
+    assert update.at.isoformat() == "2020-05-06T05:30:00.500000+00:00"
+    assert [one.at for one in updates(person())] == [None]
+
+
+TWIN = {"system": "s", "value": "2", "assigner": {"display": "HOSP"}}
+
+
+@pytest.mark.requirement("F3")
+@pytest.mark.parametrize(("kind", "survivor", "retired"), [("replaced-by", "2", "4711"), ("replaces", "4711", "2")])
+@pytest.mark.parametrize("other", [{"reference": "Patient/p2"}, {"identifier": TWIN}])
+def test_a_link_of_two_patients_is_a_merge(kind: str, survivor: str, retired: str, other: Json) -> None:
+    found = updates(person(link=[{"other": other, "type": kind}]), person(id="p2", identifier=[TWIN]))
+    merges = [merge for update in found for merge in update.merges]
+    assert merges == [Merge(PatientKey("HOSP", survivor), PatientKey("HOSP", retired))]
+
+
+def test_a_link_said_from_both_sides_is_one_merge() -> None:
+    first = person(link=[{"other": {"reference": "Patient/p2"}, "type": "replaced-by"}])
+    second = person(id="p2", identifier=[TWIN], link=[{"other": {"reference": "Patient/p1"}, "type": "replaces"}])
+    assert [len(update.merges) for update in updates(first, second)] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    "link",
+    [
+        {"other": {"reference": "Patient/p2"}, "type": "seealso"},
+        {"other": {"reference": "Patient/elsewhere"}, "type": "replaces"},
+        {"other": {"reference": "Patient/p1"}, "type": "replaces"},
+        {"other": {"identifier": TWIN, "type": "RelatedPerson"}, "type": "replaces"},
+    ],
+)
+def test_what_is_only_alike_or_cannot_be_found_is_no_merge(link: Json) -> None:
+    found = updates(person(link=[link]), person(id="p2", identifier=[TWIN]))
+    assert not [merge for update in found for merge in update.merges]
+
+
 def attachment(text: str, *, kind: str = "text/plain", codec: str = "utf-8") -> Json:
     return {"contentType": kind, "data": base64.b64encode(text.encode(codec)).decode()}
 
@@ -202,6 +241,7 @@ def test_a_report_is_a_text_that_counts_from_when_it_was_issued() -> None:
     """A report on the study itself names the study's time; as its input it would give the answer away."""
     report = observation(resourceType="DiagnosticReport", issued="2020-05-06T09:30:00Z", presentedForm=[attachment("a\r\nü")])
     (fact,) = facts(report)
+    assert fact.kind == "text"
     assert (fact.text, fact.at.isoformat(), fact.value) == ("a\nü", "2020-05-06T09:30:00+00:00", None)
     assert [fact.text for fact in facts(observation(resourceType="DiagnosticReport", conclusion="none"))] == ["none"]
 
@@ -306,3 +346,52 @@ def test_no_content_of_a_field_gives_anything_but_updates_or_a_refusal(field: st
         updates(person(identifier=value))
     except RecordError:
         return
+
+
+# --- when it was said, and under what name
+
+
+@pytest.mark.requirement("F6")
+@pytest.mark.parametrize(
+    ("changes", "said_at"),
+    [
+        ({"meta": {"lastUpdated": "2020-05-08T00:00:00Z"}, "issued": "2020-05-07T00:00:00Z"}, "2020-05-08T00:00:00+00:00"),
+        ({"issued": "2020-05-07T00:00:00Z"}, "2020-05-07T00:00:00+00:00"),
+        ({"meta": {"versionId": "2"}}, None),
+    ],
+    ids=["changed", "issued", "neither"],
+)
+def test_a_fact_was_said_when_its_own_resource_was_changed(changes: Json, said_at: str | None) -> None:
+    """The patient's own resource changes with an address: an old result in a new bundle must not stand before its later version."""
+    (update,) = updates(person(meta={"lastUpdated": "2024-01-01T00:00:00Z"}), observation(**changes))
+    (fact,) = update.observations
+    assert update.at is not None
+    assert update.at.year == 2024
+    assert (fact.said_at.isoformat() if fact.said_at else None) == said_at
+
+
+@pytest.mark.requirement("F6")
+def test_no_id_is_the_beginning_of_another() -> None:
+    """A withdrawal takes back all whose key begins with its own and a slash."""
+    one, other = (fact.key for fact in facts(observation(id="77"), observation(id="77/2")))
+    assert not other.startswith(f"{one}/")
+    (percent,) = facts(observation(id="77%2F2"))
+    assert percent.key != other
+
+
+@pytest.mark.parametrize(
+    ("resources", "field"),
+    [
+        ([person(identifier=[{"system": "s", "value": SENTINEL * 7}])], "Patient.identifier.value has 70 characters; the limit is 64"),
+        ([person(), observation(code={"coding": [{"code": SENTINEL * 7}]})], "Observation.code has 70 characters"),
+        ([person(), observation(id=SENTINEL * 50)], "Observation.id .* has 517 characters"),
+        ([person(identifier=[{"system": SENTINEL * 60, "value": "1"}])], "system or assigner of Patient.identifier has 600"),
+    ],
+    ids=["patient", "code", "key", "issuer"],
+)
+def test_what_no_index_can_hold_is_refused_by_its_field(resources: list[Json], field: str) -> None:
+    """The database would refuse it for ever, and say so with its content."""
+    with pytest.raises(RecordError, match=field) as caught:
+        updates(*resources)
+    assert SENTINEL not in str(caught.value)
+    assert updates(person(identifier=[{"system": "s", "value": "x" * 64}]))

@@ -18,12 +18,19 @@ from models.bundle import Bundle
 from models.spec import ImageSpec, RecordRule, TextSpec, ValueSpec
 from worker.domain import Code, Instance, Observation, Patient, PatientKey, PatientRecord, Series, Study, UsedValue
 from worker.errors import NoSuitableSeries
-from worker.inputs import Spec, select_inputs, suitable_series
+from worker.inputs import Spec, lacking, select_inputs, suitable_series
+from worker.units import factor
 
 STUDY_AT = datetime(2026, 3, 4, 12, tzinfo=UTC)
 CRP, CRP_OTHER, NOTE = Code("1988-5", "LN", "CRP"), Code("CRP", "L", "CRP, local"), Code("34109-9", "LN", "Note")
 AGE, SEX = Code("30525-0", "LN", "Age"), Code("46098-0", "LN", "Sex")
 PATIENT = Patient(PatientKey("TEST", "T-1"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _loaded() -> None:
+    """The tables are read at the first question: 0.4 s, longer than Hypothesis gives one example."""
+    factor("mg/dL", "g/L")
 
 
 def wanted_code(code: Code) -> bundle_spec.Code:
@@ -60,8 +67,8 @@ def study(*found: Series, patient: Patient = PATIENT, at: datetime = STUDY_AT, d
     return Study("1.2", patient, "A1", at, description, 1, found or (series(),))
 
 
-def record(*observations: Observation, patient: Patient = PATIENT) -> PatientRecord:
-    return PatientRecord(patient, STUDY_AT + timedelta(days=9), observations)
+def record(*observations: Observation, patient: Patient = PATIENT, unusable: tuple[Observation, ...] = ()) -> PatientRecord:
+    return PatientRecord(patient, STUDY_AT + timedelta(days=9), observations, unusable=unusable)
 
 
 def crp(hours_before: float, value: float | None = 5.0, **changes: object) -> Observation:
@@ -72,6 +79,14 @@ def crp(hours_before: float, value: float | None = 5.0, **changes: object) -> Ob
 def chosen(found: Study, *images: ImageSpec) -> dict[str, str]:
     """The UIDs of the series by image name."""
     return {name: one.series_instance_uid for name, one in select_inputs(found, None, Asked(images=images)).series.items()}
+
+
+def cause(*observations: Observation, spec: Spec = SPEC, unusable: tuple[Observation, ...] = ()) -> str:
+    """Why there is no CRP."""
+    inputs = select_inputs(study(), record(*observations, unusable=unusable), spec)
+    assert not inputs.values
+    assert not inputs.histories
+    return dict(zip(inputs.missing, inputs.missing_causes, strict=True))[CRP]
 
 
 def of_age(wanted: ValueSpec, birth_date: str, *, at: datetime = STUDY_AT) -> list[UsedValue]:
@@ -113,6 +128,21 @@ def test_nothing_of_after_the_horizon_is_ever_used_and_no_point_of_a_history_of_
 @given(st.lists(observations, max_size=12).flatmap(lambda drawn: st.tuples(st.just(drawn), st.permutations(drawn))), specs)
 def test_the_order_in_which_observations_arrived_does_not_matter(pair: tuple[list[Observation], list[Observation]], spec: Spec) -> None:
     assert select_inputs(study(), record(*pair[0]), spec) == select_inputs(study(), record(*pair[1]), spec)
+
+
+@pytest.mark.requirement("F10")
+@given(st.lists(observations, max_size=8), st.lists(observations, max_size=4), specs)
+def test_what_is_dated_after_it_was_received_is_never_used_and_can_only_take_away(
+    drawn: list[Observation], ahead: list[Observation], spec: Spec
+) -> None:
+    drawn = [replace(one, source="usable") for one in drawn]
+    ahead = [replace(one, source="ahead") for one in ahead]
+    inputs = select_inputs(study(), record(*drawn, unusable=tuple(ahead)), spec)
+    without = select_inputs(study(), record(*drawn), spec)
+    assert {*inputs.values} <= {*without.values}
+    assert {*inputs.texts} <= {*without.texts}
+    points = {point for history in inputs.histories for point in history.points}
+    assert points <= {point for history in without.histories for point in history.points}
 
 
 @given(st.lists(observations, max_size=12), specs)
@@ -168,20 +198,103 @@ def test_a_foreign_unit_is_converted_and_a_comparator_kept() -> None:
     assert (used.value, used.unit, used.comparator) == (6.0, "mg/L", "<")
 
 
+@pytest.mark.requirement("F10")
 @pytest.mark.parametrize(
-    ("newest", "cause"),
+    ("newest", "why"),
     [
         (crp(1, unit="nmol/L"), "in nmol/L, which does not convert to mg/L"),
+        (crp(1, unit="[IU]/L"), "in [IU]/L, which"),
+        (crp(1, unit="mg/L{SENTINEL}"), "in mg/L{}, which"),
         (crp(1, unit=""), "in no unit"),
-        (crp(1, 5000.0), "not plausible"),
+        (crp(1, unit="mcg/mL"), "in a unit that is not UCUM"),
+        (crp(1, unit="SENTINEL^ANNA"), "in a unit that is not UCUM"),
+        (crp(1, 5000.0), "not plausible (outside 0 to 1000 mg/L)"),
+        (crp(1, 5.0, unit="kg/L"), "not plausible"),
+        (crp(1, -5.0), "not plausible"),
         (crp(1, None), "not a number"),
+        (crp(1, float("nan")), "not a number"),
+        (crp(1, float("inf")), "not a number"),
+        (crp(1, 5.0, kind="range", high=9.0), "a range, not a number"),
+        (crp(1, 5.0, kind="ratio", high=9.0), "a ratio, not a number"),
+        (crp(1, None, kind="coded", coded=Code("260385009", "SCT", "Negative"), text="Negative"), "a code, not a number"),
+        (crp(1, None, kind="text", text="SENTINEL"), "a text, not a number"),
     ],
 )
-def test_an_older_value_never_stands_in_for_a_newer_one_that_cannot_be_used(newest: Observation, cause: str) -> None:
-    """The newer one may say the opposite; the report says why there is none."""
-    inputs = select_inputs(study(), record(crp(5, 7.0), newest), SPEC)
-    assert not inputs.values
-    assert cause in inputs.missing_causes[0]
+def test_an_older_value_never_stands_in_for_a_newer_one_that_cannot_be_used(newest: Observation, why: str) -> None:
+    """The newer one may say the opposite; the report says why there is none, and repeats nothing that a sender wrote."""
+    said = cause(crp(5, 7.0), newest)
+    assert why in said
+    assert "SENTINEL" not in said
+
+
+@pytest.mark.requirement("F10")
+def test_a_result_dated_after_it_was_received_is_not_used_nor_is_an_older_one_that_it_would_replace() -> None:
+    ahead = "the latest result is dated after it was received"
+    assert cause(unusable=(crp(1),)) == ahead
+    assert cause(crp(5, 7.0), unusable=(crp(1),)) == ahead
+    assert cause(unusable=(crp(-9000),)) == ahead
+    assert cause(crp(60), unusable=(crp(-9000),)) == ahead
+    note = replace(crp(1, None), code=NOTE, text="note")
+    inputs = select_inputs(study(), record(replace(note, at=note.at - timedelta(hours=3)), unusable=(note,)), SPEC)
+    assert (inputs.texts, inputs.missing_causes[1]) == ((), ahead)
+
+
+@pytest.mark.requirement("F10")
+def test_a_result_dated_past_the_horizon_leaves_the_known_one_in_its_place() -> None:
+    (used,) = select_inputs(study(), record(crp(5, 7.0), unusable=(crp(-9000, 1.0), crp(9, 2.0))), SPEC).values
+    assert used.value == 7.0
+
+
+@pytest.mark.requirement("F10")
+def test_a_correction_with_a_date_ahead_takes_its_result_away() -> None:
+    assert "dated after" in cause(crp(5, 7.0, key="k"), unusable=(crp(-9000, 9.0, key="k", status="C"),))
+
+
+@pytest.mark.requirement("F10")
+def test_a_point_dated_after_it_was_received_is_no_point_of_a_history() -> None:
+    asked = Asked(record=replace(RECORD, values=(), texts=(), histories=(VALUE,), history_h=48))
+    (history,) = select_inputs(study(), record(crp(30, 1.0), crp(9, 2.0), unusable=(crp(9, 3.0, status="C"),)), asked).histories
+    assert [point.value for point in history.points] == [1.0]
+    assert cause(spec=asked, unusable=(crp(9),)) == "no result in time can be used: the latest result is dated after it was received"
+
+
+@pytest.mark.requirement("F10")
+@pytest.mark.parametrize(
+    ("known", "why"),
+    [
+        ((), "nothing is known under its code"),
+        ((crp(3, code=Code("CRP", "LN", "a code of another kind")),), "nothing is known under its code"),
+        ((crp(60), crp(24.02)), "the latest is 24.1 h before the study, and the bundle looks back 24 h"),
+        ((crp(60, status="P"), crp(70)), "the latest is 70 h before the study, and the bundle looks back 24 h"),
+        ((crp(60), crp(3, status="P")), "all that is known in time is preliminary or withdrawn"),
+        ((crp(3, key="k"), crp(3, key="k", status="W")), "all that is known in time is preliminary or withdrawn"),
+        ((crp(60, status="X"),), "all that is known is preliminary or withdrawn"),
+        ((crp(-3),), "nothing is known under its code"),
+    ],
+)
+def test_the_cause_says_whether_a_result_is_unknown_stale_or_withdrawn(known: tuple[Observation, ...], why: str) -> None:
+    """Nobody fills in for it: neither an old value nor a usual one."""
+    assert cause(*known) == why
+
+
+@pytest.mark.requirement("F10")
+@pytest.mark.parametrize(
+    ("unit", "told", "value"),
+    [("g/L", 0.006, 6.0), ("ug/mL", 6.0, 6.0), ("mg/dl", 0.6, 6.0), ("ug/dL", 600.0, 6.0), ("kg/m3", 0.006, 6.0)],
+)
+def test_a_unit_of_the_same_kind_is_converted_though_the_bundle_does_not_name_it(unit: str, told: float, value: float) -> None:
+    (used,) = select_inputs(study(), record(crp(3, told, unit=unit)), SPEC).values
+    assert used.value == pytest.approx(value)
+    assert used.unit == "mg/L"
+
+
+@pytest.mark.requirement("F10")
+def test_the_bundles_own_conversions_come_before_ucum_and_give_what_ucum_cannot_know() -> None:
+    molar = replace(VALUE, conversions={"nmol/L": 0.12, "mg/dL": 11.0, "": 1.0})
+    asked = Asked(record=replace(RECORD, values=(molar,)))
+    for unit, value in (("nmol/L", 0.12), ("mg/dL", 11.0), ("", 1.0), ("g/L", 1000.0)):
+        (used,) = select_inputs(study(), record(crp(3, 1.0, unit=unit)), asked).values
+        assert used.value == value
 
 
 @pytest.mark.parametrize("status", ["P", "D", "W", "X"])
@@ -229,7 +342,9 @@ def test_a_history_without_a_point_is_missing_and_named_once() -> None:
     inputs = select_inputs(study(), record(), WIDE)
     assert (inputs.histories, inputs.missing) == ((), (CRP, NOTE))
     only = Asked(record=replace(RECORD, values=(), texts=(), histories=(VALUE,), history_h=48))
-    assert select_inputs(study(), record(crp(60)), only).missing_causes == ("no usable result in time",)
+    assert select_inputs(study(), record(crp(60)), only).missing_causes == (
+        "the latest is 60 h before the study, and the bundle looks back 48 h",
+    )
 
 
 def test_the_latest_text_with_words_in_it_is_used() -> None:
@@ -264,6 +379,47 @@ def test_a_study_without_a_record_has_every_wanted_value_missing() -> None:
     assert inputs.missing_causes == ("no patient record", "no patient record")
 
 
+# --- what a study waits for ----------------------------------------------------------------------
+
+
+def test_what_is_required_or_wanted_and_not_there_is_named_and_what_is_optional_is_not() -> None:
+    values = (replace(VALUE, need="required"), replace(YEARS, need="wanted"), replace(FEMALE, need="optional"))
+    rule = replace(RECORD, values=values, texts=(replace(TEXT, need="wanted"),))
+    inputs = select_inputs(study(), record(), Asked(record=rule))
+    assert lacking(inputs, rule) == ((CRP,), (AGE, NOTE))
+    there = select_inputs(study(), record(crp(3), replace(crp(3, None), code=NOTE, text="note")), Asked(record=rule))
+    assert lacking(there, rule) == ((), (AGE,))
+    assert lacking(select_inputs(study(), None, SPEC), RECORD) == ((), ())
+
+
+def test_a_result_that_cannot_be_used_is_lacking() -> None:
+    rule = replace(RECORD, values=(replace(VALUE, need="required"),))
+    assert lacking(select_inputs(study(), record(crp(3, 9000.0)), Asked(record=rule)), rule) == ((CRP,), ())
+
+
+def test_a_value_and_a_history_of_one_code_are_asked_for_apart_and_named_once() -> None:
+    def of(value: bundle_spec.Need, history: bundle_spec.Need, *known: Observation) -> tuple[tuple[Code, ...], tuple[Code, ...]]:
+        rule = replace(WIDE.record, values=(replace(VALUE, need=value),), histories=(replace(VALUE, need=history),), texts=())
+        return lacking(select_inputs(study(), record(*known), Asked(record=rule)), rule)
+
+    after_the_study, before_the_look_back = crp(-3), crp(30)
+    assert of("required", "wanted") == ((CRP,), ())
+    assert of("wanted", "wanted") == ((), (CRP,))
+    assert of("required", "wanted", after_the_study) == ((), (CRP,))
+    assert of("required", "optional", after_the_study) == ((), ())
+    assert of("required", "wanted", before_the_look_back) == ((CRP,), ())
+    assert of("optional", "required", before_the_look_back) == ((), ())
+
+
+@given(st.lists(observations, max_size=8), st.sampled_from(["optional", "wanted", "required"]))
+def test_only_what_is_missing_is_ever_lacking(drawn: list[Observation], need: bundle_spec.Need) -> None:
+    rule = replace(WIDE.record, values=(replace(VALUE, need=need),), texts=(replace(TEXT, need="required"),))
+    inputs = select_inputs(study(), record(*drawn), Asked(record=rule))
+    required, wanted = lacking(inputs, rule)
+    assert {*required, *wanted} <= {*inputs.missing}
+    assert not {*required} & {*wanted}
+
+
 # --- demographics --------------------------------------------------------------------------------
 
 
@@ -282,8 +438,9 @@ def test_ages_known_by_heart(birth_date: str, years: float) -> None:
 
 
 def test_an_age_in_months_is_converted_like_any_value() -> None:
-    (used,) = of_age(replace(YEARS, unit="mo", conversions={"a": 12.0}, plausible=(0, 1500)), "20250304")
-    assert (used.value, used.unit) == (12.0, "mo")
+    for conversions in ({"a": 12.0}, {}):
+        (used,) = of_age(replace(YEARS, unit="mo", conversions=conversions, plausible=(0, 1500)), "20250304")
+        assert (used.value, used.unit) == (12.0, "mo")
 
 
 def test_a_child_born_on_the_studys_local_day_is_not_refused_where_that_is_tomorrow_in_utc() -> None:

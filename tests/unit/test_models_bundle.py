@@ -54,6 +54,9 @@ def test_every_value_arrives_as_its_type(tmp_path: Path) -> None:
     assert bundle.modalities == ("image", "values", "text")
 
 
+WAITLESS = "wait_s = 0\nlook_back_h = 24\n\n[[record.values]]\nneed = "
+
+
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [
@@ -61,6 +64,15 @@ def test_every_value_arrives_as_its_type(tmp_path: Path) -> None:
         ("wait_s = 1\n", "", "key 'wait_s' is missing"),
         ("wait_s = 1\n", 'wait_s = "1"\n', "record.*wait_s: float is expected"),
         ("wait_s = 1\n", "wait_s = true\n", "wait_s: float is expected"),
+        ("wait_s = 1\n", "wait_s = -1\n", "wait_s must be finite and not negative"),
+        (
+            "wait_s = 1\nlook_back_h = 24\n\n[[record.values]]\n",
+            f"{WAITLESS}'wanted'\n",
+            "wait_s must be above 0 where something is wanted",
+        ),
+        ('name = "note"\n', 'name = "note"\nneed = "required"\nattribute = "StudyDescription"\n', "need belongs to the record"),
+        ('name = "note"\n', 'name = "note"\nneed = "urgent"\n', "need"),
+        ('"mg/dL" = 10.0', '"mg/dL" = 0.0', "conversions must be above 0"),
         ('kind = "volume"', 'kind = "film"', "kind"),
         ("plausible = [6.5, 8]", "plausible = [6.5]", "2 entries are expected, found 1"),
         ("plausible = [6.5, 8]", "plausible = [8, 6.5]", r"plausible must be \[low, high\]"),
@@ -108,6 +120,14 @@ def test_a_mistake_in_the_metadata_is_refused_by_name(tmp_path: Path, old: str, 
     with pytest.raises(InvalidBundleError, match=says) as caught:
         Bundle.read(folder, verify=False)
     assert "bundle.toml" in str(caught.value)
+
+
+def test_what_is_required_needs_no_waiting_time_and_what_is_wanted_does(tmp_path: Path) -> None:
+    old = "wait_s = 1\nlook_back_h = 24\n\n[[record.values]]\n"
+    assert old in small_bundle.TOML
+    required = small_bundle.write(tmp_path / "a", small_bundle.TOML.replace(old, f"{WAITLESS}'required'\n"))
+    wanted = small_bundle.write(tmp_path / "b", small_bundle.TOML.replace(old, f"{old}need = 'wanted'\n"))
+    assert [Bundle.read(one, verify=False).record.values[0].need for one in (required, wanted)] == ["required", "wanted"]
 
 
 def test_weights_that_were_changed_or_removed_are_refused(tmp_path: Path) -> None:

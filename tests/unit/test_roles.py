@@ -6,11 +6,15 @@ from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
 
+from worker.config import Config, Site
 from worker.domain import Header, Patient, PatientKey
 from worker.intake.header import InstanceRefused, read_header
-from worker.roles import study_time, with_issuer
+from worker.record_feeds import identified
+from worker.roles import study_time
 
 EAST = timezone(timedelta(hours=1))
+
+SITE = Config(site=Site(issuer="SITE"))
 
 
 def header(**values: str) -> Header:
@@ -27,6 +31,8 @@ def header(**values: str) -> Header:
         ("", "103000", "", None),
         ("20241399", "103000", "", None),
         ("00010101", "000000", "", None),
+        ("00010101", "120000", "+0000", None),
+        ("18941231", "235959", "+0000", None),
         ("99991231", "235900", "-0500", None),
     ],
 )
@@ -35,9 +41,9 @@ def test_a_study_is_dated_in_its_own_offset_or_the_sites_or_not_at_all(date: str
 
 
 def test_only_a_patient_without_an_issuer_gets_the_sites() -> None:
-    assert with_issuer(header(), "SITE").patient.key == PatientKey("SITE", "P")
+    assert identified(header(), SITE).patient.key == PatientKey("SITE", "P")
     other = Header("1", "1.1", "1", "1.9", "1.9.1", Patient(PatientKey("X", "P")))
-    assert with_issuer(other, "SITE").patient.key.issuer == "X"
+    assert identified(other, SITE).patient.key.issuer == "X"
 
 
 def test_a_patient_id_of_two_values_is_refused_at_the_door() -> None:

@@ -18,9 +18,8 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 from worker import events
-from worker.domain import ROUTINE
 from worker.inputs import takes
-from worker.store import history, queue, studies
+from worker.store import history, queue, records, studies
 from worker.store.database import Store
 from worker.store.studies import Pending
 
@@ -87,8 +86,9 @@ def _complete(store: Store, one: Pending, *, wants: Sequence[Wants], cause: str,
         version = studies.complete(conn, one, cause=cause, now=now)
         if version is None:
             return False
+        priority = records.priority_of(conn, one.patient, one.accession_number)
         for want in takers:
-            queue.enqueue_infer(conn, one.id, bundle=want.bundle, input_version=version, priority=ROUTINE, now=now)
+            queue.enqueue_infer(conn, one.id, bundle=want.bundle, input_version=version, priority=priority, now=now)
         reason = f"No bundle takes modality {'/'.join(sorted(one.modalities)) or 'none'}."
         if not takers:
             history.note(conn, one.id, name="study.excluded", now=now, reason=reason)

@@ -11,11 +11,17 @@ from datetime import UTC, datetime, timedelta, tzinfo
 from typing import Final, Literal
 
 from worker.domain import Code
+from worker.errors import RecordError
 
 Comparator = Literal["", "<", "<=", ">", ">="]
 
 #: HL7 v2.5.1 §2.A.74 (SN.1) and FHIR's quantity-comparator, as far as domain.Observation knows them.
 COMPARATORS: Final[dict[str, Comparator]] = {"": "", "=": "", "<": "<", "<=": "<=", ">": ">", ">=": ">="}
+#: What may name somebody or something, in characters. The database's indices take no more, and nothing that is meant to be one has more.
+MAX_ID: Final = 64
+MAX_CONTROL_ID: Final = 199
+MAX_SENDER: Final = 200
+MAX_KEY: Final = 512
 #: A fact of these statuses says something even when it is empty: it replaces or withdraws an earlier one.
 SUPERSEDING: Final = frozenset("CDWX")
 
@@ -47,6 +53,27 @@ def token(text: str) -> str:
 def number(text: str) -> float | None:
     """Return a plain decimal number; None for anything else, 'nan', '1_000' and wide digits included."""
     return float(text) if len(text) <= 64 and _NUMBER.fullmatch(text) else None
+
+
+def bounded(text: str, limit: int, name: str) -> str:
+    """Return `text`.
+
+    Raises
+    ------
+    RecordError
+        It has more than `limit` characters; the sentence says so of the field `name`.
+    """
+    if len(text) > limit:
+        raise RecordError(f"{name} has {len(text)} characters; the limit is {limit}.")
+    return text
+
+
+def part(text: str) -> str:
+    """Return `text` as one part of a fact's key, whose parts "/" divides.
+
+    A withdrawal takes back what begins with its own key and "/": document 77 must not take back document 77/2.
+    """
+    return text.replace("%", "%25").replace("/", "%2F")
 
 
 def preferred(codes: Iterable[Code]) -> Code:

@@ -1,14 +1,13 @@
-"""FHIR R4 bundles: JSON bytes → what they say of each patient. The other door of hl7.py, with the same mapping.
+"""FHIR R4 bundles and bulk exports: JSON bytes → what they say of each patient. The other door of hl7.py, with the same mapping.
 
 ::
 
-    Patient ─────────── key, demographics
-    Observation ─────── value or text, each component one of its own
-    DiagnosticReport ── text of presentedForm, else the conclusion
-    DocumentReference ─ text of its attachments
+    Bundle (JSON) ──────── parse ──────────┐
+    bulk export (NDJSON) ─ parse_ndjson ───┼─▶ Assembly: patients first, then what is said of each ─▶ RecordUpdate
+    FHIR server ────────── fhir_client.py ─┘
 
-Other resources are passed by; nothing is fetched: an attachment's url or a reference out of the bundle is never
-followed. Not here: a FHIR client, searches, rows.
+What each resource says is in fhir_resources.py. Nothing is fetched here: a reference out of what was given is never
+followed, and nothing is attributed to the only patient just because there is only one.
 
 Why no library: fhir.resources 8.3 takes 2.7 s for the 6.8 MB that json takes 0.07 s for, repeats the rejected content
 in its errors, refuses a whole bundle for one field of a resource that nobody reads, and lets comparator "~" pass.
@@ -16,49 +15,24 @@ in its errors, refuses a whole bundle for one field of a resource that nobody re
 
 from __future__ import annotations
 
-import base64
-import binascii
 import json
-import math
 import re
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import UTC, date, datetime, timedelta, timezone, tzinfo
-from typing import Any, Final
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, tzinfo
+from typing import Final
 
-from worker.domain import Code, Observation, Patient, PatientKey, RecordUpdate
+from worker.domain import Merge, Observation, Order, Patient, PatientKey, RecordUpdate
 from worker.errors import RecordError
-from worker.intake.facts import COMPARATORS, SUPERSEDING, Comparator, clean, latest_instant, preferred, token
+from worker.intake.facts import MAX_CONTROL_ID, MAX_ID, MAX_KEY, bounded, part
+from worker.intake.fhir_elements import SCHEMES, Elements, Json, birth_date_of, object_of, objects_of, text_of, texts_of
+from worker.intake.fhir_resources import READERS
 
-Json = dict[str, Any]
-
-# FHIR R4 §4.3 (code systems' URIs) → PS3.16 §8 coding scheme designators.
-_SCHEMES: Final = {
-    "http://loinc.org": "LN",
-    "http://snomed.info/sct": "SCT",
-    "http://unitsofmeasure.org": "UCUM",
-    "http://www.radlex.org": "RADLEX",
-    "http://radlex.org": "RADLEX",
-    "http://hl7.org/fhir/sid/icd-10": "I10",
-    "http://hl7.org/fhir/sid/icd-10-cm": "I10C",
-    "http://dicom.nema.org/resources/ontology/DCM": "DCM",
-    "http://www.nlm.nih.gov/research/umls/rxnorm": "RXNORM",
-    "http://www.ama-assn.org/go/cpt": "C4",
-}
-_UCUM: Final = "http://unitsofmeasure.org"
-
-# observation-status, diagnostic-report-status, composition-status, document-reference-status → HL7 table 0085.
-_STATUSES: Final = {
-    "final": "F", "current": "F", "amended": "C", "corrected": "C", "appended": "C", "preliminary": "P", "partial": "P",
-    "unknown": "P", "entered-in-error": "W", "cancelled": "X", "superseded": "D",
-}  # fmt: skip
-_NO_RESULT: Final = "registered"
 _BUNDLES: Final = frozenset({"collection", "transaction", "batch", "searchset", "document", "message"})
 _SEXES: Final = {"male": "M", "female": "F", "other": "O"}  # administrative-gender → PS3.3 §C.7.1.1
-_TIME: Final = re.compile(
-    r"([0-9]{4})(?:-([0-9]{2})(?:-([0-9]{2})(?:T([0-9]{2}):([0-9]{2}):([0-9]{2})(?:\.([0-9]+))?(Z|[+-][0-9]{2}:[0-9]{2}))?)?)?"
-)
+_NEVER: Final = datetime.min.replace(tzinfo=UTC)
+#: One resource of a bulk export: R4 asks for far less, and json holds twenty times this in memory.
+_LINE_BYTES: Final = 16 * 2**20
 
 
 def parse(
@@ -91,275 +65,237 @@ def parse(
     """
     if len(raw) > max_bytes:
         raise RecordError(f"The bundle has {len(raw)} bytes; the limit is {max_bytes}.")
-    try:
-        bundle = json.loads(raw.decode("utf-8-sig"), parse_constant=_refuse)
-    except UnicodeDecodeError:
-        raise RecordError("The bundle is not UTF-8.") from None
-    except RecursionError:
-        raise RecordError("The bundle is nested too deeply.") from None
-    except ValueError:
-        raise RecordError("The bundle is not JSON.") from None
-    if not isinstance(bundle, dict) or bundle.get("resourceType") != "Bundle":
+    bundle = read_json(raw, "The bundle")
+    if bundle.get("resourceType") != "Bundle":
         raise RecordError("The resource is not a Bundle.")
     if bundle.get("type") not in _BUNDLES:
         raise RecordError("Bundle.type is not one of those understood.")
-    return _Reader(zone, issuers, {**_SCHEMES, **(schemes or {})}, source).updates(bundle)
+    assembly = Assembly(Elements(zone, issuers, {**SCHEMES, **(schemes or {})}, source))
+    entries = [(object_of(entry, "resource"), text_of(entry, "fullUrl")) for entry in objects_of(bundle, "entry")]
+    for resource, url in entries:
+        assembly.introduce(resource, url)
+    for resource, url in entries:
+        assembly.add(resource, url)
+    return assembly.updates()
+
+
+def parse_ndjson(
+    raw: bytes | Sequence[bytes],
+    *,
+    zone: tzinfo,
+    issuers: Mapping[str, str],
+    schemes: Mapping[str, str] | None = None,
+    source: str = "FHIR",
+    max_bytes: int = 2**30,
+) -> tuple[list[RecordUpdate], list[str]]:
+    """Read a bulk export: one resource a line, in any order, of one file or of several that belong together.
+
+    What is not named here is as in `parse`.
+
+    Parameters
+    ----------
+    raw
+        The bytes of one file, or of each: a subject may be in another file than what is said of it.
+    max_bytes
+        Of all files together.
+
+    Returns
+    -------
+    tuple
+        The updates, and a sentence with file and line number for each line that cannot be understood: it alone is left out.
+
+    Raises
+    ------
+    RecordError
+        There are more bytes than `max_bytes`.
+    """
+    files = [raw] if isinstance(raw, bytes) else list(raw)
+    if (size := sum(map(len, files))) > max_bytes:
+        raise RecordError(f"The files have {size} bytes; the limit is {max_bytes}.")
+    assembly = Assembly(Elements(zone, issuers, {**SCHEMES, **(schemes or {})}, source))
+    errors: dict[tuple[int, int], str] = {}
+
+    def each(take: Callable[[Json], None], words: tuple[bytes, ...]) -> None:
+        for place, line in _lines(files):
+            # Two passes over the bytes, so that a large export is not held in memory as objects.
+            if place in errors or not any(word in line for word in words):
+                continue
+            try:
+                resource = read_json(line, "The line", max_bytes=_LINE_BYTES)
+                if not text_of(resource, "resourceType"):
+                    raise RecordError("The line is not a resource.")  # noqa: TRY301
+                take(resource)
+            except RecordError as exc:
+                errors[place] = str(exc)
+
+    each(assembly.introduce, (b'"Patient"', b'"Medication"'))
+    each(assembly.add, (b"",))
+    named = {place: f"File {place[0]}, line {place[1]}" if len(files) > 1 else f"Line {place[1]}" for place in errors}
+    return assembly.updates(), [f"{named[place]}: {text}" for place, text in sorted(errors.items())]
+
+
+def _lines(files: Sequence[bytes]) -> Iterator[tuple[tuple[int, int], bytes]]:
+    """Give each line that is not blank with its file's and its own number, from 1."""
+    for file, raw in enumerate(files, start=1):
+        start, number = 0, 0
+        while start < len(raw):
+            end = raw.find(b"\n", start)
+            end = len(raw) if end < 0 else end
+            number += 1
+            if line := raw[start:end].strip(b" \t\r"):
+                yield (file, number), line
+            start = end + 1
+
+
+def read_json(raw: bytes, name: str, *, max_bytes: int | None = None) -> Json:
+    """Read one JSON object.
+
+    Raises
+    ------
+    RecordError
+        It is none; the text begins with `name`.
+    """
+    if max_bytes is not None and len(raw) > max_bytes:
+        raise RecordError(f"{name} has {len(raw)} bytes; the limit is {max_bytes}.")
+    try:
+        found = json.loads(raw.decode("utf-8-sig"), parse_constant=_refuse)
+    except UnicodeDecodeError:
+        raise RecordError(f"{name} is not UTF-8.") from None
+    except RecursionError:
+        raise RecordError(f"{name} is nested too deeply.") from None
+    except ValueError:
+        raise RecordError(f"{name} is not JSON.") from None
+    return found if isinstance(found, dict) else {}
 
 
 def _refuse(_: str) -> float:
     raise ValueError  # NaN and Infinity are JavaScript, not JSON
 
 
-@dataclass(frozen=True, slots=True)
-class _Reader:
-    """One bundle being read."""
+@dataclass(slots=True)
+class Assembly:
+    """What is being said of several patients: `introduce` them all, then `add` what is said, then take the `updates`.
 
-    zone: tzinfo
-    issuers: Mapping[str, str]
-    schemes: Mapping[str, str]
-    source: str
+    None in ``_references`` marks a reference that two patients claim.
+    """
 
-    def updates(self, bundle: Json) -> list[RecordUpdate]:
-        """Read the patients, then what is said of each."""
-        entries = [(entry, _object(entry, "resource")) for entry in _objects(bundle, "entry")]
-        patients: dict[PatientKey, Patient] = {}
-        references: dict[str, PatientKey] = {}
-        for entry, resource in entries:
-            if resource.get("resourceType") != "Patient":
-                continue
-            patient = self.patient(resource)
-            for name in {_text(entry, "fullUrl"), f"Patient/{_text(resource, 'id')}"} - {"", "Patient/"}:
-                if references.setdefault(name, patient.key) != patient.key:
-                    raise RecordError("Two patients of the bundle have the same reference.")
-            patients[patient.key] = patient
-        facts: dict[PatientKey, list[Observation]] = {key: [] for key in patients}
-        for entry, resource in entries:
-            kind = str(resource.get("resourceType"))
-            if kind not in _READERS:
-                continue
-            name = _text(resource, "id") or _text(entry, "fullUrl")
-            # Without a name of its own a fact supersedes nothing and nothing supersedes it.
-            if found := list(_READERS[kind](self, resource, f"{self.source}/{kind}/{name}" if name else "")):
-                facts.setdefault(self.subject(resource, references), []).extend(found)
-        return [
-            RecordUpdate(patients.get(key, Patient(key)), tuple(found), self.source, has_demographics=key in patients)
-            for key, found in facts.items()
-        ]
+    elements: Elements
+    _references: dict[str, PatientKey | None] = field(init=False, default_factory=dict)
+    _patients: dict[PatientKey, tuple[Patient, datetime | None]] = field(init=False, default_factory=dict)
+    _facts: dict[PatientKey, list[Observation]] = field(init=False, default_factory=dict)
+    _orders: dict[PatientKey, list[Order]] = field(init=False, default_factory=dict)
+    _links: list[tuple[PatientKey, Json]] = field(init=False, default_factory=list)
 
-    # --- who
-
-    def patient(self, resource: Json) -> Patient:
-        """Read demographics; deceased, address and the rest are not ours to keep."""
-        born = _text(resource, "birthDate")
-        match = _TIME.fullmatch(born or "0000")
-        try:
-            birth_date = date.fromisoformat(born).strftime("%Y%m%d") if match and match[3] else ""
-        except ValueError:
-            match = None
-        if match is None:
-            raise RecordError("Patient.birthDate is not a date.")
-        names = _objects(resource, "name")
-        name = next((one for one in names if one.get("use") == "official"), names[0] if names else {})
-        given = _texts(name, "given")
-        parts = [
-            _text(name, "family"),
-            " ".join(given[:1]),
-            " ".join(given[1:]),
-            " ".join(_texts(name, "prefix")),
-            " ".join(_texts(name, "suffix")),
-        ]
-        pn = "^".join(re.sub(r"[\^=\\]", " ", part) for part in parts).rstrip("^")
-        return Patient(self.key(_objects(resource, "identifier")), pn, birth_date, _SEXES.get(_text(resource, "gender"), ""))
-
-    def key(self, identifiers: list[Json]) -> PatientKey:
-        """Choose the medical record number (MR), else the patient internal identifier (PI), else the first in use."""
-        usable = [one for one in identifiers if _text(one, "value") and one.get("use") != "old"]
-        if not usable:
-            raise RecordError("Patient.identifier has no value.")
-        chosen = min(
-            usable, key=lambda one: min({"MR": 0, "PI": 1}.get(code.value, 2) for code in (*self.codes(_object(one, "type")), _NO_CODE))
-        )
-        system, assigner = _text(chosen, "system"), _text(_object(chosen, "assigner"), "display")
-        names = [name for name in (system, assigner) if name] or [""]
-        issuer = next((self.issuers[name] for name in names if name in self.issuers), assigner or system)
-        if not issuer:
-            raise RecordError("Patient.identifier has neither a system nor an assigner.")
-        return PatientKey(issuer, _text(chosen, "value"))
-
-    def subject(self, resource: Json, references: Mapping[str, PatientKey]) -> PatientKey:
-        """Return whom `resource` is about. Nothing is attributed to the only patient just because there is only one."""
-        subject = _object(resource, "subject")
-        reference = re.sub(r"/_history/.*$", "", _text(subject, "reference"))
-        if reference in references:
-            return references[reference]
-        if not reference and (identifier := _object(subject, "identifier")):
-            return self.key([identifier])
-        raise RecordError(f"The subject of a resource of type {resource['resourceType']} is not in the bundle.")
-
-    # --- what
-
-    def observation(self, resource: Json, key: str) -> Iterator[Observation]:
-        """Read an Observation and each of its components."""
-        status = self.status(resource, "status")
-        if status is None:
+    def introduce(self, resource: Json, url: str = "", *, key: PatientKey | None = None) -> None:
+        """Take a Patient, or a Medication that others refer to; `key` where it is known from elsewhere."""
+        kind = resource.get("resourceType")
+        if kind not in ("Patient", "Medication"):
             return
-        at: datetime | None = None
-        repeats: Counter[str] = Counter()
-        for position, part in enumerate((resource, *_objects(resource, "component"))):
-            code = preferred(self.codes(_object(part, "code")))
-            value, comparator, unit, text = self.content(part)
-            if not code.value or (value is None and not text and status not in SUPERSEDING):
-                continue
-            at = at or self.first_time(resource, ("effectiveDateTime", "effectivePeriod", "effectiveInstant", "issued"))
-            own = f"{key}/{code.scheme}/{code.value}" if key and position else key
-            repeats[own] += 1
-            own = f"{own}#{repeats[own]}" if own and repeats[own] > 1 else own
-            yield Observation(code, at, value, comparator, unit, text, status, own, self.source)
-
-    def report(self, resource: Json, key: str) -> Iterator[Observation]:
-        """Read the words of a DiagnosticReport, which count from when they were issued."""
-        status = self.status(resource, "status")
-        words = self.words(_objects(resource, "presentedForm")) or clean(_raw(resource, "conclusion")).strip("\n")
-        times = ("issued", "effectiveDateTime", "effectivePeriod")
-        yield from self.narrative(resource, key, "code", status, words, times)
-
-    def document(self, resource: Json, key: str) -> Iterator[Observation]:
-        """Read the words of a DocumentReference, which count from when it was made."""
-        status = self.status(resource, "status")
-        if status == "F" and "docStatus" in resource:
-            status = self.status(resource, "docStatus")
-        words = self.words([_object(content, "attachment") for content in _objects(resource, "content")])
-        yield from self.narrative(resource, key, "type", status, words, ("date", "indexed"))
-
-    def narrative(
-        self, resource: Json, key: str, concept: str, status: str | None, words: str, times: Sequence[str]
-    ) -> Iterator[Observation]:
-        """Give `words` as one observation."""
-        code = preferred(self.codes(_object(resource, concept)))
-        if status is None or not code.value or (not words and status not in SUPERSEDING):
+        names = {url, f"{kind}/{text_of(resource, 'id')}"} - {"", f"{kind}/"}
+        if kind == "Medication":
+            self.elements.medications.update(dict.fromkeys(names, resource))
             return
-        yield Observation(code, self.first_time(resource, times), text=words, status=status, key=key, source=self.source)
-
-    def status(self, resource: Json, name: str) -> str | None:
-        """Return the status as in HL7 table 0085; None where there is no result yet."""
-        status = _text(resource, name)
-        if status not in _STATUSES and status != _NO_RESULT:
-            raise RecordError(f"{resource['resourceType']}.{name} is not a known status.")
-        return _STATUSES.get(status)
-
-    def content(self, part: Json) -> tuple[float | None, Comparator, str, str]:
-        """Return value, comparator, unit and text of value[x]; nothing of the types that are not read."""
-        if quantity := _object(part, "valueQuantity"):
-            if "value" not in quantity:
-                return None, "", "", ""
-            comparator = _text(quantity, "comparator")
-            if comparator not in COMPARATORS:
-                raise RecordError("Quantity.comparator is not <, <=, >= or >.")
-            unit = _text(quantity, "code") if quantity.get("system") == _UCUM else ""
-            return _number(quantity["value"], "Quantity.value"), COMPARATORS[comparator], unit or _text(quantity, "unit"), ""
-        if "valueInteger" in part:
-            return _number(part["valueInteger"], "Observation.valueInteger"), "", "", ""
-        if concept := _object(part, "valueCodeableConcept"):
-            coded = (code.meaning or code.value for code in self.codes(concept))
-            return None, "", "", next(filter(None, coded), "") or _text(concept, "text")
-        if isinstance(part.get("valueBoolean"), bool):
-            return None, "", "", str(part["valueBoolean"]).lower()
-        texts = (_raw(part, name) for name in ("valueString", "valueDateTime", "valueTime"))
-        return None, "", "", clean(next(filter(None, texts), "")).strip("\n")
-
-    def codes(self, concept: Json) -> list[Code]:
-        """Return the codings of a CodeableConcept; a system left out is local, 'L'."""
-        return [
-            Code(_text(one, "code"), self.schemes.get(system, system or "L"), _text(one, "display") or _text(concept, "text"))
-            for one in _objects(concept, "coding")
-            for system in (_text(one, "system"),)
-        ]
-
-    def words(self, attachments: list[Json]) -> str:
-        """Return the plain text that is in `attachments` themselves."""
-        texts: list[str] = []
-        for one in attachments:
-            kind, _, parameters = _text(one, "contentType").lower().partition(";")
-            if kind.strip() != "text/plain" or not _text(one, "data"):
-                continue
-            charset = re.search(r"charset=\"?([a-z0-9_-]+)", parameters)
-            try:
-                texts.append(base64.b64decode("".join(_raw(one, "data").split()), validate=True).decode(charset[1] if charset else "utf-8"))
-            except (binascii.Error, UnicodeDecodeError, LookupError, ValueError):
-                raise RecordError("Attachment.data is not base64 of a text in its charset.") from None
-        return clean("\n".join(texts)).strip("\n")
-
-    def first_time(self, resource: Json, names: Sequence[str]) -> datetime:
-        """Return the first time there is; of a period its end, else its start."""
+        patient = _patient(resource, key or self.elements.key(objects_of(resource, "identifier")))
+        links = objects_of(resource, "link")
+        for link in links:  # what is wrong with one is this patient's fault, and known before anything is taken
+            self._merge(patient.key, link)
         for name in names:
-            if name.endswith("Period"):
-                period = _object(resource, name)
-                name, text = f"{name}.end", _text(period, "end") or _text(period, "start")
-            else:
-                text = _text(resource, name)
-            if text:
-                return self.moment(text, f"{resource['resourceType']}.{name}")
-        raise RecordError(f"{resource['resourceType']} has no {names[0]}, nor another time.")
+            if self._references.setdefault(name, patient.key) != patient.key:
+                self._references[name] = None
+                raise RecordError("Two patients of the bundle have the same reference.")
+        said = text_of(object_of(resource, "meta"), "lastUpdated")
+        at = self.elements.moment(said, "Patient.meta.lastUpdated") if said else None
+        earlier = self._patients.get(patient.key)
+        if earlier is None or (at or _NEVER) >= (earlier[1] or _NEVER):
+            self._patients[patient.key] = (patient, at)
+        self._facts.setdefault(patient.key, [])
+        self._links += [(patient.key, link) for link in links]
 
-    def moment(self, text: str, name: str) -> datetime:
-        """Read a date, dateTime or instant (FHIR R4 §2.24.0.1)."""
-        match = _TIME.fullmatch(text)
-        if match is None:
-            raise RecordError(f"{name} is not a time with an offset, nor a date.")
-        zone = self.zone
-        try:
-            if match[8]:
-                zone = UTC if match[8] == "Z" else timezone(timedelta(hours=int(match[8][:3]), minutes=int(match[8][0] + match[8][4:])))
-            return latest_instant(match.groups()[:7], zone)
-        except (ValueError, OverflowError):
-            raise RecordError(f"{name} is not a time.") from None
+    def add(self, resource: Json, url: str = "") -> None:
+        """Take what a resource says, of whom it says it; others than those of `READERS` are passed by."""
+        kind = resource.get("resourceType")
+        if not isinstance(kind, str) or kind not in READERS:
+            return
+        name = text_of(resource, "id") or url
+        # Without a name of its own a fact supersedes nothing and nothing supersedes it.
+        own = f"{part(self.elements.source)}/{kind}/{part(name)}" if name else ""
+        found = list(READERS[kind](self.elements, resource, own))
+        if found:
+            key, said_at = self.subject(resource), self.elements.said_at(resource)
+            for one in found:
+                _check(one, kind)
+            # The patient's own time is when an address was changed, and says nothing of the results.
+            self._facts.setdefault(key, []).extend(replace(one, said_at=said_at) for one in found if isinstance(one, Observation))
+            self._orders.setdefault(key, []).extend(one for one in found if isinstance(one, Order))
+
+    def subject(self, resource: Json) -> PatientKey:
+        """Return whom `resource` is about. Nothing is attributed to the only patient just because there is only one."""
+        if (key := self._refer(object_of(resource, "subject"))) is None:
+            raise RecordError(f"The subject of a resource of type {resource['resourceType']} is not in the bundle.")
+        return key
+
+    def updates(self) -> list[RecordUpdate]:
+        """Return one update for each patient, in the order in which they were named."""
+        merges: dict[PatientKey, list[Merge]] = {}
+        seen: set[Merge] = set()
+        for key, link in self._links:
+            merge = self._merge(key, link)
+            if merge and merge not in seen:
+                seen.add(merge)
+                merges.setdefault(key, []).append(merge)
+        return [self._update(key, tuple(merges.get(key, ()))) for key in self._facts]
+
+    def _update(self, key: PatientKey, merges: tuple[Merge, ...]) -> RecordUpdate:
+        patient, at = self._patients.get(key, (Patient(key), None))
+        return RecordUpdate(
+            patient,
+            tuple(self._facts[key]),
+            self.elements.source,
+            has_demographics=key in self._patients,
+            merges=merges,
+            orders=tuple(self._orders.get(key, ())),
+            at=at,
+        )
+
+    def _refer(self, reference: Json) -> PatientKey | None:
+        """Return the patient a Reference means: one that was introduced, or by identifier where there is no other name."""
+        name = re.sub(r"/_history/.*$", "", text_of(reference, "reference"))
+        if not name and (identifier := object_of(reference, "identifier")):
+            return self.elements.key([identifier])
+        return self._references.get(name)
+
+    def _merge(self, key: PatientKey, link: Json) -> Merge | None:
+        """Read Patient.link; what is only alike ("seealso") or cannot be found is not one."""
+        kind, other = text_of(link, "type"), object_of(link, "other")
+        if kind not in ("replaced-by", "replaces") or text_of(other, "type") not in ("", "Patient"):
+            return None
+        linked = self._refer(other)
+        if linked is None or linked == key:
+            return None
+        return Merge(linked, key) if kind == "replaced-by" else Merge(key, linked)
 
 
-_NO_CODE: Final = Code("", "", "")
-_READERS: Final = {"Observation": _Reader.observation, "DiagnosticReport": _Reader.report, "DocumentReference": _Reader.document}
+def _check(one: Observation | Order, kind: str) -> None:
+    """Refuse what is too long to be a name of anything."""
+    if isinstance(one, Observation):
+        bounded(one.code.value, MAX_ID, f"{kind}.code")
+        bounded(one.key, MAX_KEY, f"{kind}.id with the codes of its parts")
+    else:
+        for number in (one.accession_number, one.placer, one.filler):
+            bounded(number, MAX_CONTROL_ID, f"{kind}.identifier")
 
 
-def _number(value: object, name: str) -> float:
-    """Return a finite JSON number; a string, a boolean or 1e999 is none."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise RecordError(f"{name} is not a number.")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise RecordError(f"{name} is not a finite number.")
-    return number
-
-
-def _object(parent: Json, name: str) -> Json:
-    value = parent.get(name, {})
-    if not isinstance(value, dict):
-        raise RecordError(f"{name} is not an object.")
-    return value
-
-
-def _objects(parent: Json, name: str) -> list[Json]:
-    value = parent.get(name, [])
-    if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
-        raise RecordError(f"{name} is not a list of objects.")
-    return value
-
-
-def _texts(parent: Json, name: str) -> list[str]:
-    value = parent.get(name, [])
-    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
-        raise RecordError(f"{name} is not a list of strings.")
-    return [token(one) for one in value]
-
-
-def _text(parent: Json, name: str) -> str:
-    return token(_raw(parent, name))
-
-
-def _raw(parent: Json, name: str) -> str:
-    """Return a string with its line breaks."""
-    value = parent.get(name, "")
-    if not isinstance(value, str):
-        raise RecordError(f"{name} is not a string.")
-    return value
+def _patient(resource: Json, key: PatientKey) -> Patient:
+    """Read demographics; deceased, address and the rest are not ours to keep."""
+    names = objects_of(resource, "name")
+    name = next((one for one in names if one.get("use") == "official"), names[0] if names else {})
+    given = texts_of(name, "given")
+    parts = [
+        text_of(name, "family"),
+        " ".join(given[:1]),
+        " ".join(given[1:]),
+        " ".join(texts_of(name, "prefix")),
+        " ".join(texts_of(name, "suffix")),
+    ]
+    pn = "^".join(re.sub(r"[\^=\\]", " ", part) for part in parts).rstrip("^")
+    return Patient(key, pn, birth_date_of(resource), _SEXES.get(text_of(resource, "gender"), ""))

@@ -10,13 +10,14 @@ A connection is one thread and its messages are answered in order. A frame that 
 the connection, a second start block) is never answered: the connection is closed, and its sender sends again.
 
 Emits ``message.accepted`` and ``message.refused``. Not here: what a message says (hl7.py), which answer
-its sender asks for (envelope.py), rows (store/records.py), TLS.
+its sender asks for (envelope.py), rows (store/records.py).
 """
 
 from __future__ import annotations
 
 import re
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -144,7 +145,9 @@ class MllpServer:
     idle_s
         A connection may be silent this long between messages.
     message_deadline_s
-        From a start block to its end block, and for the sender to take our answer.
+        From a start block to its end block, and for the sender to take our answer; also for the TLS handshake.
+    ssl_context
+        With it every connection is TLS and a plain one is closed.
     """
 
     def __init__(
@@ -163,6 +166,7 @@ class MllpServer:
         idle_s: float = 600.0,
         message_deadline_s: float = 30.0,
         clock: Callable[[], datetime] = _utc_now,
+        ssl_context: ssl.SSLContext | None = None,
     ) -> None:
         "".encode(encoding)  # an unknown name is a LookupError now, not at the first message
         self.port = address[1]
@@ -173,6 +177,7 @@ class MllpServer:
         self._limits = Limits(max_message_bytes, idle_s, message_deadline_s)
         self._max_connections = max_connections
         self._clock = clock
+        self._ssl_context = ssl_context
         self._stopping = threading.Event()
         self._lock = threading.Lock()
         self._connections: dict[socket.socket, threading.Thread] = {}
@@ -202,7 +207,8 @@ class MllpServer:
             serving = list(self._connections.items())
         for connection, _ in serving:
             with suppress(OSError):  # the peer may be gone already
-                connection.shutdown(socket.SHUT_RD)
+                # Of the plain socket: a TLS socket's own would send the answer that is on its way unencrypted.
+                socket.socket.shutdown(connection, socket.SHUT_RD)
         for _, thread in serving:
             thread.join(max(0.0, deadline - time.monotonic()))
 
@@ -245,6 +251,7 @@ class MllpServer:
     def _serve(self, connection: socket.socket) -> None:
         try:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection = self._secured(connection)
             for raw in frames(connection, self._limits):
                 self._reply(connection, self._answer(raw))
                 if self._stopping.is_set():
@@ -257,6 +264,23 @@ class MllpServer:
             with self._lock:
                 self._connections.pop(connection, None)
             connection.close()
+
+    def _secured(self, connection: socket.socket) -> socket.socket:
+        """Shake hands, in the connection's own thread: a peer that never does holds up nobody."""
+        if self._ssl_context is None:
+            return connection
+        connection.settimeout(self._limits.message_deadline_s)
+        with self._lock:  # `stop` must find the socket that is read, and wrapping takes the other's descriptor
+            secured = self._ssl_context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
+            self._connections[secured] = self._connections.pop(connection)
+        try:
+            secured.do_handshake()
+        except OSError:
+            with self._lock:
+                self._connections.pop(secured, None)
+            secured.close()
+            raise
+        return secured
 
     def _reply(self, connection: socket.socket, answer: bytes | None) -> None:
         if answer is not None:

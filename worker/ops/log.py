@@ -31,6 +31,7 @@ WARNINGS: Final = frozenset(
         "job.fenced",
         "role.restarted",
         "explanation.failed",
+        "feed.silent",
     }
 )
 ERRORS: Final = frozenset({"job.discarded", "sweep.failed"})

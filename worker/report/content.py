@@ -198,20 +198,20 @@ def _value_groups(
     return [_value_group(list(drawn), study=study, algorithm=algorithm, zone=zone) for _, drawn in groupby(in_order, key=_drawn)]
 
 
-def _drawn(value: UsedValue) -> tuple[datetime, str]:
-    return value.at, value.source
+def _drawn(value: UsedValue) -> tuple[datetime, str, str]:
+    return value.at, value.source, value.message
 
 
 def _value_group(
     values: Sequence[UsedValue], *, study: Study, algorithm: Algorithm, zone: tzinfo
 ) -> sr.MeasurementsAndQualitativeEvaluations:
-    at, source = _drawn(values[0])
+    at, source, message = _drawn(values[0])
     return sr.MeasurementsAndQualitativeEvaluations(
         tracking_identifier=sr.TrackingIdentifier(
-            uid=derive_uid("record", study.study_instance_uid, algorithm.name, _dicom_time(at, zone=zone), source),
+            uid=derive_uid("record", study.study_instance_uid, algorithm.name, _dicom_time(at, zone=zone), source, message),
             identifier=f"Patient record, {_clock_time(at, zone=zone)}",
         ),
-        session=f"Patient record{_origin(source)}",
+        session=f"Patient record{_origin(source, message)}",
         time_point_context=sr.TimePointContext(time_point=_clock_time(at, zone=zone)),
         finding_type=concept(codes.LABORATORY_FINDING),
         algorithm_id=_identification(algorithm, "role:given to the algorithm, not measured by it"),
@@ -309,7 +309,7 @@ def _record(inputs: Inputs, *, zone: tzinfo) -> list[sr.ContentItem]:
 
 def _text_given(text: UsedText, *, zone: tzinfo) -> sr.TextContentItem:
     when = _clock_time(text.at, zone=zone)
-    item = _text(text.code, f"{text.name}, written {when}{_origin(text.source)}: given to the network, not repeated here.")
+    item = _text(text.code, f"{text.name}, written {when}{_origin(text.source, text.message)}: given to the network, not repeated here.")
     _observed(item, text.at, zone=zone)
     return item
 
@@ -319,8 +319,9 @@ def _observed(item: Dataset, at: datetime, *, zone: tzinfo) -> None:
     item.ObservationDateTime = DT(_dicom_time(at, zone=zone))
 
 
-def _origin(source: str) -> str:
-    return f", from {codes.one_line(source)}" if source.strip() else ""
+def _origin(source: str, message: str) -> str:
+    told = f", from {codes.one_line(source)}" if source.strip() else ""
+    return f"{told}, message {codes.one_line(message)}" if message.strip() else told
 
 
 def _text(name: Code, value: str) -> sr.TextContentItem:

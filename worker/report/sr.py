@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime, timedelta, timezone, tzinfo
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Final
@@ -35,15 +36,19 @@ SERIES_NUMBER: Final = 9001
 _UNIX_EPOCH_YEAR: Final = 1970
 
 
-def report_uids(study_instance_uid: str, *, bundle_sha256: str, input_sha256: str, is_failure: bool = False) -> ReportUids:
-    """Derive the UIDs of the report that this bundle makes of this input of this study.
+def report_uids(
+    study_instance_uid: str, *, bundle_sha256: str, input_sha256: str, is_failure: bool = False, predecessor_uid: str = ""
+) -> ReportUids:
+    """Derive the UIDs of the report that this bundle makes of this input of this study, after that predecessor.
 
     All reports of one bundle on one study share a series. A failure has its own instance UID: what failed once
-    may succeed when it is tried again, and is another document then.
+    may succeed when it is tried again, and is another document then. So is an input that was there before another one
+    (a merge that was undone): it is filed after that other, which would else remain the last word.
     """
     kind = "failure" if is_failure else "report"
+    after = (predecessor_uid,) if predecessor_uid else ()
     return ReportUids(
-        sop_instance_uid=derive_uid(kind, study_instance_uid, bundle_sha256, input_sha256),
+        sop_instance_uid=derive_uid(kind, study_instance_uid, bundle_sha256, input_sha256, *after),
         series_instance_uid=derive_uid("series", study_instance_uid, bundle_sha256),
         device_uid=derive_uid("device", bundle_sha256),
     )
@@ -76,7 +81,7 @@ def build_report(
     failure
         Why there are no findings, as words that follow "because"; empty if the analysis succeeded.
     predecessor
-        The report on an earlier input of this study, which this one replaces.
+        The last report on an earlier version of this study, which this one replaces.
 
     Raises
     ------
@@ -95,13 +100,17 @@ def build_report(
         raise ValueError("A report has either findings or a reason why there are none.")
     source = read(evidence, study=study)
     local = analysed_at.astimezone(_document_zone(source, study=study, analysed_at=analysed_at, zone=zone))
-    uids = report_uids(
+    derive = partial(
+        report_uids,
         study.study_instance_uid,
         bundle_sha256=algorithm.bundle_sha256,
         input_sha256=algorithm.input_sha256,
         is_failure=bool(failure),
     )
+    uids = derive()
     previous = _previous(predecessor, own_uid=uids.sop_instance_uid)
+    if previous:
+        uids = derive(predecessor_uid=str(previous[0].SOPInstanceUID))
     root = content.tree(
         study,
         algorithm=algorithm,

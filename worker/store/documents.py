@@ -17,11 +17,19 @@ from worker.store.studies import insert_or_ignore
 
 
 def add(
-    conn: Connection, one: Job, *, report: Document, findings: Sequence[Finding], input_sha256: str, failure: str, now: datetime
+    conn: Connection,
+    one: Job,
+    *,
+    report: Document,
+    findings: Sequence[Finding],
+    input_sha256: str,
+    failure: str,
+    now: datetime,
+    record_sha256: str = "",
 ) -> int:
     """Store a report and its findings; returns the document's row.
 
-    The UID is derived from the input, so a job run twice finds its document there already.
+    The UID is derived from the input and the predecessor, so a job run twice finds its document there already.
     """
     added = insert_or_ignore(
         conn,
@@ -34,6 +42,7 @@ def add(
             "bundle": one.bundle,
             "input_version": one.input_version,
             "input_sha256": input_sha256,
+            "record_sha256": record_sha256,
             "predecessor_uid": report.predecessor_uid,
             "failure": failure,
             "sha256": hashlib.sha256(report.data).hexdigest(),
@@ -78,6 +87,27 @@ def predecessor(conn: Connection, study_id: int, *, bundle: str, before_version:
         .limit(1)
     ).first()
     return None if row is None else _document(row)
+
+
+def is_repeated(conn: Connection, study_id: int, *, bundle: str, before_version: int, input_sha256: str) -> bool:
+    """Whether the bundle's last report, on whatever earlier version, rests on this very input: the same would be said again."""
+    last = (
+        sa.select(document.c.input_sha256)
+        .where(document.c.study_id == study_id, document.c.bundle == bundle, document.c.input_version < before_version)
+        .order_by(document.c.input_version.desc(), document.c.id.desc())
+        .limit(1)
+    )
+    return bool(conn.execute(last).scalar() == input_sha256)
+
+
+def record_digests(conn: Connection, study_id: int) -> dict[str, str | None]:
+    """Bundle → what its last report on the study, of whatever version, was made from of the patient's record; None: not known."""
+    rows = conn.execute(
+        sa.select(document.c.bundle, document.c.record_sha256)
+        .where(document.c.study_id == study_id)
+        .order_by(document.c.input_version, document.c.id)
+    )
+    return dict(rows.tuples().all())
 
 
 def of_study(conn: Connection, study_id: int) -> list[tuple[AnyRow, list[AnyRow]]]:

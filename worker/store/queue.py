@@ -5,7 +5,7 @@
     available ──lease──▶ leased ──complete──▶ completed
         ▲                  │ ├────discard───▶ discarded   (dead letter: a person looks)
         └─ snooze, retry, ─┘ └────cancel────▶ cancelled
-           rescue
+           rescue                revive: back to available when the cause is gone; an operator's retry does so whatever the cause
 
 A lease carries a generation (a fencing token). Every verdict is
 ``UPDATE … WHERE id = ? AND lease_generation = ? AND state = 'leased'``; no row means that the job
@@ -23,7 +23,7 @@ from typing import Final
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from worker.domain import STAT, Job, JobKind, Lease
+from worker.domain import STAT, Job, JobKind, Lease, PatientKey
 from worker.errors import WorkerError
 from worker.store import history
 from worker.store.schema import AnyRow, job, study
@@ -168,7 +168,8 @@ def complete(conn: Connection, one: Job, *, now: datetime, **facts: object) -> N
 def discard(conn: Connection, one: Job, *, error: WorkerError | Exception, now: datetime) -> None:
     """Verdict: no attempt will help; kept as a dead letter with its reason."""
     _settle(conn, one, "discarded", reason=_sentence(error), now=now)
-    history.note(conn, one.study_id, name=f"{one.kind}.discarded", now=now, **_facts(one), reason=_sentence(error))
+    facts = {"reason": _sentence(error), "error": type(error).__name__}
+    history.note(conn, one.study_id, name=f"{one.kind}.discarded", now=now, **_facts(one), **facts)
 
 
 def cancel(conn: Connection, one: Job, *, reason: str, now: datetime) -> None:
@@ -230,14 +231,26 @@ def rescue(conn: Connection, *, now: datetime) -> list[int]:
     return [row.id for row in rows]
 
 
-def wake(conn: Connection, *, issuer: str, patient_id: str, now: datetime) -> None:
+_PATIENTS_STUDIES: Final = sa.select(study.c.id).where(study.c.issuer == sa.bindparam("of"), study.c.patient_id == sa.bindparam("whom"))
+_WAKE: Final = (
+    sa.update(job)
+    .where(job.c.kind == "infer", job.c.state == "available", job.c.is_snoozed, job.c.study_id.in_(_PATIENTS_STUDIES))
+    .values(not_before=sa.bindparam("now"))
+)
+
+
+def wake(conn: Connection, *, keys: Iterable[PatientKey], now: datetime) -> None:
     """The record of a patient changed: snoozed jobs of the patient's studies are due at once."""
-    studies = sa.select(study.c.id).where(study.c.issuer == issuer, study.c.patient_id == patient_id)
-    conn.execute(
-        sa.update(job)
-        .where(job.c.kind == "infer", job.c.state == "available", job.c.is_snoozed, job.c.study_id.in_(studies))
-        .values(not_before=now)
-    )
+    for key in keys:
+        conn.execute(_WAKE, {"of": key.issuer, "whom": key.patient_id, "now": now})
+
+
+def prioritize_order(conn: Connection, *, keys: Iterable[PatientKey], accession_number: str, priority: int) -> None:
+    """An order says how urgent its study is: unfinished jobs move forward, never back."""
+    for key in keys:
+        ordered = _PATIENTS_STUDIES.where(study.c.accession_number == accession_number)
+        due = sa.update(job).where(job.c.state == "available", job.c.priority > priority, job.c.study_id.in_(ordered))
+        conn.execute(due.values(priority=priority), {"of": key.issuer, "whom": key.patient_id})
 
 
 def operator_retry(conn: Connection, study_id: int, *, now: datetime) -> int:
@@ -252,6 +265,18 @@ def operator_retry(conn: Connection, study_id: int, *, now: datetime) -> int:
     return changed
 
 
+def revive(conn: Connection, study_id: int, *, input_version: int, bundles: Iterable[str], now: datetime) -> None:
+    """Put back discarded analyses whose cause is gone."""
+    wanted = (job.c.kind == "infer", job.c.study_id == study_id, job.c.input_version == input_version, job.c.bundle.in_(list(bundles)))
+    changed = conn.execute(
+        sa.update(job)
+        .where(*wanted, job.c.state == "discarded")
+        .values(state="available", attempt=0, is_snoozed=False, reason="", not_before=now, started_at=None, finished_at=None)
+    ).rowcount
+    if changed:
+        history.note(conn, study_id, name="infer.revived", now=now, version=input_version, jobs=changed)
+
+
 def operator_cancel(conn: Connection, study_id: int, *, now: datetime) -> int:
     """Cancel a study's unfinished jobs; one that is being worked on loses its lease."""
     changed = conn.execute(
@@ -262,6 +287,12 @@ def operator_cancel(conn: Connection, study_id: int, *, now: datetime) -> int:
     if changed:
         history.note(conn, study_id, name="operator.cancelled", now=now, jobs=changed)
     return changed
+
+
+def of_version(conn: Connection, study_id: int, *, input_version: int) -> list[AnyRow]:
+    """The analyses of one input version of a study: bundle, state, priority."""
+    wanted = sa.select(job.c.bundle, job.c.state, job.c.priority)
+    return list(conn.execute(wanted.where(job.c.kind == "infer", job.c.study_id == study_id, job.c.input_version == input_version)))
 
 
 def prioritize(conn: Connection, study_id: int, *, priority: int = STAT) -> None:

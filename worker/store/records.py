@@ -1,152 +1,289 @@
-"""Rows of the patient's record: what HL7 and FHIR told us, appended, never overwritten.
+"""Rows of the patient's record: what HL7, FHIR and tables told us, appended, never overwritten.
+
+::
+
+    patient A ──merge──▶ patient B ──merge──▶ patient C       one person: the facts of A, B and C are read together
+        └ facts, demographics stay under the key they came with, so that undoing a merge is one time stamp
 
 ``apply`` is commit 3 of the line: after it, HL7 may be answered AA.
 ``view`` is the join's other half: the facts of one patient, of one issuer, as of a time.
+Who is who is in persons.py, orders are in orders.py; their names are offered here too.
+Not here: messages and feeds (feeds.py), what a study is given of a record (worker/inputs.py).
 """
 
 from __future__ import annotations
 
-from datetime import datetime
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from typing import Final
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from worker.domain import Code, Observation, Patient, PatientKey, PatientRecord, RecordUpdate
-from worker.store import queue
-from worker.store.schema import AnyRow, message, observation, patient
-from worker.store.studies import insert_or_ignore
+from worker.store import orders, persons, queue
+from worker.store.orders import priority_of
+from worker.store.persons import is_known, issuers_of, keys_of, lock, mark_changed, merges_of, person_of, stamp_of, unmerge
+from worker.store.schema import AnyRow, demographics, message, observation
+
+__all__ = [
+    "CLOCKS",
+    "WITHDRAWN",
+    "apply",
+    "is_known",
+    "issuers_of",
+    "keys_of",
+    "lock",
+    "mark_changed",
+    "merges_of",
+    "person",
+    "person_of",
+    "priority_of",
+    "stamp_of",
+    "unmerge",
+    "view",
+]
 
 #: HL7 table 0085: what a result's status supersedes.
 _RANK: Final = {"F": 1, "C": 2, "D": 2, "W": 2, "X": 2}
-_WITHDRAWN: Final = frozenset("DWX")
+#: Statuses that take back what was said under the same key.
+WITHDRAWN: Final = frozenset("DWX")
+#: How far clocks may differ before a time of after its own message is a wrong one.
+CLOCKS: Final = timedelta(hours=24)
+#: When it was said who somebody is, by a message about something else: any admission's word comes after it.
+_IN_PASSING: Final = datetime(1900, 1, 1, tzinfo=UTC)
 
 
-def note_message(
-    conn: Connection,
-    *,
-    sender: str,
-    control_id: str,
-    sent_at: str,
-    trigger: str,
-    result: str,
-    now: datetime,
-    reason: str = "",
-    digest: str = "",
-    raw: bytes | None = None,
-) -> bool:
-    """Remember one message; False if the very same (sender, control ID, time, sha256) was accepted before."""
-    values = {
-        "sender": sender,
-        "control_id": control_id,
-        "sent_at": sent_at,
-        "sha256": digest,
-        "trigger": trigger,
-        "result": result,
-        "reason": reason,
-        "raw": raw,
-        "received_at": now,
-    }
-    return insert_or_ignore(conn, message, values) is not None
+# --- what is said
 
 
-def apply(conn: Connection, update: RecordUpdate, *, now: datetime) -> int:
-    """Add what one message says of one patient, and wake the studies that wait for it.
+def apply(conn: Connection, update: RecordUpdate, *, now: datetime, message_id: int | None = None) -> int:
+    """Add what one message says of one patient, wake the studies that wait for it, mark those that may be answered without it.
+
+    The patients it names are locked until the commit: two messages that come together are applied one after the other.
 
     Returns
     -------
     int
-        The number of facts added; facts already there (same key, same content) are not added again.
+        The number of facts added; what was said before, in the same words and at the same time, is not added again.
     """
-    patient_pk = _patient_of(conn, update, now=now)
-    added = 0
-    for fact in update.observations:
-        if _is_known(conn, patient_pk, fact):  # also when something newer stands: a replayed day undoes nothing
-            continue
-        conn.execute(
-            sa.insert(observation).values(
-                patient_pk=patient_pk,
-                code=fact.code.value,
-                scheme=fact.code.scheme,
-                meaning=fact.code.meaning,
-                at=fact.at,
-                value=fact.value,
-                comparator=fact.comparator,
-                unit=fact.unit,
-                text=fact.text,
-                status=fact.status,
-                key=fact.key,
-                source=fact.source or update.source,
-                received_at=now,
-            )
-        )
-        added += 1
-    queue.wake(conn, issuer=update.patient.key.issuer, patient_id=update.patient.key.patient_id, now=now)
+    said = {"source": update.source, "received_at": now, "message_id": message_id}
+    if update.at is not None and update.at > now:  # a clock that is ahead must not rule until its time has come
+        update = replace(update, at=now)
+    pairs = [(one.survivor, one.retired) for one in update.merges]
+    rows = persons.locked(conn, [update.patient.key, *(key for pair in pairs for key in pair)], said)
+    patient_pk = rows[update.patient.key]
+    changed = int(_add_demographics(conn, patient_pk, update, said))
+    for survivor, retired in pairs:
+        changed += persons.add_merge(conn, rows[survivor], rows[retired], said_at=update.at, said=said)
+    ordered = [order for order in update.orders if orders.add(conn, patient_pk, order, said_at=update.at, said=said)]
+    added = sum(_add_fact(conn, patient_pk, fact, update, said, now=now) for fact in update.observations)
+    keys = persons.keys(conn, persons.people(conn, rows.values()))
+    queue.wake(conn, keys=keys, now=now)
+    if changed or added:
+        mark_changed(conn, keys, now=now)
+    for accession_number in sorted({order.accession_number for order in ordered} - {""}):
+        priority = priority_of(conn, update.patient.key, accession_number)
+        queue.prioritize_order(conn, keys=keys, accession_number=accession_number, priority=priority)
     return added
 
 
-def _patient_of(conn: Connection, update: RecordUpdate, *, now: datetime) -> int:
-    key = update.patient.key
-    demographics = {
-        "name": update.patient.name,
-        "birth_date": update.patient.birth_date,
-        "sex": update.patient.sex,
-        "source": update.source,
-        "updated_at": now,
-    }
-    added = insert_or_ignore(conn, patient, {"issuer": key.issuer, "patient_id": key.patient_id, **demographics})
-    if added is not None:
-        return added
-    found = conn.execute(sa.select(patient.c.id).where(patient.c.issuer == key.issuer, patient.c.patient_id == key.patient_id)).scalar_one()
-    if update.has_demographics:
-        known = {name: value for name, value in demographics.items() if value}
-        conn.execute(sa.update(patient).where(patient.c.id == found).values(**known))
-    return int(found)
-
-
-def _is_known(conn: Connection, patient_pk: int, fact: Observation) -> bool:
-    """Whether the very same was said before under the same key."""
-    if not fact.key:
+def _add_demographics(conn: Connection, patient_pk: int, update: RecordUpdate, said: dict[str, object]) -> bool:
+    """Add a line to the history; False where the very same was said before at the same time, or both times without one."""
+    told = {"name": update.patient.name, "birth_date": update.patient.birth_date, "sex": update.patient.sex}
+    if not any(told.values()):
         return False
-    said = conn.execute(
-        sa.select(observation.c.value, observation.c.comparator, observation.c.unit, observation.c.text, observation.c.status).where(
-            observation.c.patient_pk == patient_pk,
-            observation.c.at == fact.at,
-            observation.c.key == fact.key,
-            observation.c.code == fact.code.value,
-            observation.c.scheme == fact.code.scheme,
-        )
-    )
-    return (fact.value, fact.comparator, fact.unit, fact.text, fact.status) in {tuple(row) for row in said}
+    at = update.at if update.has_demographics else _IN_PASSING
+    same = sa.select(demographics.c.id).where(demographics.c.patient_pk == patient_pk)
+    for name, value in (*told.items(), ("at", at or demographics.c.received_at)):
+        same = same.where(demographics.c[name] == value)
+    if conn.execute(same.limit(1)).first():
+        return False
+    conn.execute(sa.insert(demographics).values(patient_pk=patient_pk, **told, at=at or said["received_at"], **said))
+    return True
 
 
-def view(conn: Connection, key: PatientKey, *, as_of: datetime) -> PatientRecord | None:
-    """The record of exactly this patient of this issuer, nothing in it later than `as_of`.
+#: What of a fact's row was said; the rest is of whom, by whom and when.
+_ENVELOPE: Final = frozenset({"id", "patient_pk", "source", "meaning", "coded_meaning", "said_at", "received_at", "message_id"})
+_WORDS: Final = tuple(column for column in observation.c if column.name not in _ENVELOPE)
+_SAID: Final = sa.select(*_WORDS, observation.c.source, observation.c.said_at, observation.c.received_at).where(
+    observation.c.patient_pk == sa.bindparam("patient_pk"), observation.c.at == sa.bindparam("at"), observation.c.key == sa.bindparam("key")
+)
+_INSERT: Final = sa.insert(observation)
 
-    Of several facts under one key a correction or withdrawal stands before a final, a final before a preliminary, whatever
-    came last: feeds are replayed and connections are parallel. Among equals the newest received stands.
-    None if no feed has ever named the patient.
+
+def _add_fact(
+    conn: Connection, patient_pk: int, fact: Observation, update: RecordUpdate, said: dict[str, object], *, now: datetime
+) -> bool:
+    coded = fact.coded or Code("", "", "")
+    row = {
+        **said,
+        "patient_pk": patient_pk,
+        "code": fact.code.value,
+        "scheme": fact.code.scheme,
+        "meaning": fact.code.meaning,
+        "at": fact.at,
+        "value": fact.value,
+        "comparator": fact.comparator,
+        "unit": fact.unit,
+        "text": fact.text,
+        "status": fact.status,
+        "key": fact.key,
+        "source": fact.source or update.source,
+        "kind": fact.kind,
+        "high": fact.high,
+        "coded_value": coded.value,
+        "coded_scheme": coded.scheme,
+        "coded_meaning": coded.meaning,
+        "said_at": min(fact.said_at, now) if fact.said_at else update.at,
+    }
+    if _is_known(conn, row):  # also when something newer stands: a replayed day undoes nothing
+        return False
+    conn.execute(_INSERT, row)
+    return True
+
+
+def _is_known(conn: Connection, row: dict[str, object]) -> bool:
+    """Whether the very same was said before at the same time, or both times without one: then it is a repetition.
+
+    The same value said again later is news: it may stand in place of another said meanwhile. Of a stored fact that does not tell
+    when it was said (the first release kept no such time) it is only known that it was said before it came.
     """
-    if not (key.issuer and key.patient_id):
+    words = tuple(row[column.name] for column in _WORDS)
+    said_at = row["said_at"]
+    for *known, source, known_said_at, received_at in conn.execute(_SAID, {name: row[name] for name in ("patient_pk", "at", "key")}):
+        # Each source names its facts; what has no name is the same whoever says it.
+        if tuple(known) != words or (row["key"] and source != row["source"]):
+            continue
+        if known_said_at == said_at or (known_said_at is None and (not row["key"] or said_at <= received_at)):
+            return True
+    return False
+
+
+# --- the view
+
+
+# Statements of `view` and `apply`, built once: building them took most of their time.
+_LINES: Final = (
+    sa.select(demographics)
+    .where(demographics.c.patient_pk.in_(sa.bindparam("several", expanding=True)))
+    .order_by(demographics.c.at, demographics.c.id)
+)
+_FACTS: Final = (
+    sa.select(observation, message.c.control_id)
+    .outerjoin(message)
+    .where(observation.c.patient_pk.in_(sa.bindparam("several", expanding=True)))
+    .order_by(observation.c.id)
+)
+
+
+def view(
+    conn: Connection,
+    key: PatientKey,
+    *,
+    as_of: datetime,
+    known_at: datetime | None = None,
+    codes: Collection[tuple[str, str]] | None = None,
+    since: datetime | None = None,
+) -> PatientRecord | None:
+    """The record of exactly this patient of this issuer, nothing in it later than `as_of`, nothing received after `known_at`.
+
+    Of several facts of one code under one key of a source a correction or withdrawal stands before a final, a final before a
+    preliminary, then the later said, then the later received: feeds are replayed and connections are parallel.
+    None if no feed has ever named the patient, or none had at `known_at`.
+
+    Parameters
+    ----------
+    codes
+        (value, scheme) of the facts to give; None: all. Not those alone are read: others withdraw them.
+    since
+        The time of the oldest fact to give; None: all.
+    """
+    found = persons.find(conn, key) if key.issuer and key.patient_id else None
+    if found is None:
         return None
-    row = conn.execute(sa.select(patient).where(patient.c.issuer == key.issuer, patient.c.patient_id == key.patient_id)).first()
-    if row is None:
-        return None
-    facts = conn.execute(sa.select(observation).where(observation.c.patient_pk == row.id).order_by(observation.c.id))
+    chain = person_of(conn, found, known_at)
+    lines: Sequence[AnyRow] = conn.execute(_LINES, {"several": chain}).all()
+    facts: Sequence[AnyRow] = conn.execute(_some(chain, codes, since), {"several": chain}).all()
+    if known_at is not None:
+        lines, facts = ([row for row in rows if row.received_at <= known_at] for rows in (lines, facts))
+        if (
+            not any(row.patient_pk == found for row in (*lines, *facts))
+            and not conn.execute(_FIRST, {"one": found, "by": known_at}).first()
+        ):
+            return None
     best: dict[object, AnyRow] = {}
     for fact in facts:
-        known = best.get(fact.key or fact.id)
-        if known is None or _RANK.get(fact.status, 0) >= _RANK.get(known.status, 0):
-            best[fact.key or fact.id] = fact
+        # Across merged keys too: a result that is corrected after the merge comes under the survivor.
+        name = (fact.source, fact.scheme, fact.code, fact.key) if fact.key else fact.id
+        known = best.get(name)
+        if known is None or _stands(fact) >= _stands(known):
+            best[name] = fact
     # A withdrawn panel withdraws its components, whose keys begin with its own.
-    gone = tuple(f"{fact.key}/" for fact in best.values() if fact.key and fact.status in _WITHDRAWN)
+    gone: dict[str, tuple[str, ...]] = {}
+    for fact in best.values():
+        if fact.key and fact.status in WITHDRAWN:
+            gone[fact.source] = (*gone.get(fact.source, ()), f"{fact.key}/")
+    wanted = None if codes is None else frozenset(codes)
+    standing = [
+        fact
+        for fact in best.values()
+        if not (fact.key and fact.key.startswith(gone.get(fact.source, ())))
+        and (wanted is None or (fact.code, fact.scheme) in wanted)
+        and (since is None or fact.at >= since)
+    ]
     # The time counts only now: what was moved past `as_of`, or withdrawn after it, must not stand as it was before.
-    standing = [fact for fact in best.values() if fact.at <= as_of and not (gone and fact.key.startswith(gone))]
+    unusable = [fact for fact in standing if fact.at > fact.received_at + CLOCKS]
     return PatientRecord(
-        patient=Patient(key, row.name, row.birth_date, row.sex),
+        patient=_demographics(key, lines, chain),
         as_of=as_of,
-        observations=tuple(_observation(fact) for fact in standing),
+        observations=tuple(_observation(fact) for fact in standing if fact.at <= min(as_of, fact.received_at + CLOCKS)),
+        keys=persons.keys(conn, chain),
+        unusable=tuple(_observation(fact) for fact in unusable),
+        stamp=persons.stamp(chain),
     )
+
+
+_FIRST: Final = sa.select(observation.c.id).where(
+    observation.c.patient_pk == sa.bindparam("one"), observation.c.received_at <= sa.bindparam("by")
+)
+
+
+def _some(chain: Sequence[int], codes: Collection[tuple[str, str]] | None, since: datetime | None) -> sa.Select[tuple[object, ...]]:
+    """The facts that are wanted, and whatever else says whether they stand: under the same keys, and under the keys of withdrawals."""
+    if codes is None and since is None:
+        return _FACTS
+    is_wanted: sa.ColumnElement[bool] = (
+        sa.true() if codes is None else sa.tuple_(observation.c.code, observation.c.scheme).in_(sorted(codes))
+    )
+    if since is not None:
+        is_wanted = sa.and_(is_wanted, observation.c.at >= since)
+    says = sa.or_(is_wanted, observation.c.status.in_(sorted(WITHDRAWN)))
+    named = sa.select(observation.c.key).where(observation.c.patient_pk.in_(chain), observation.c.key != "", says).correlate(None)
+    return _FACTS.where(sa.or_(is_wanted, observation.c.key.in_(named)))
+
+
+def person(conn: Connection, key: PatientKey) -> Patient | None:
+    """Who this patient is by all that was said so far, of all merged keys; None if no feed has ever named the patient."""
+    found = persons.find(conn, key) if key.issuer and key.patient_id else None
+    if found is None:
+        return None
+    chain = person_of(conn, found)
+    return _demographics(key, conn.execute(_LINES, {"several": chain}).all(), chain)
+
+
+def _stands(fact: AnyRow) -> tuple[int, datetime, int]:
+    return _RANK.get(fact.status, 0), fact.said_at or fact.received_at, fact.id
+
+
+def _demographics(key: PatientKey, rows: Sequence[AnyRow], chain: Sequence[int]) -> Patient:
+    """Of each part what was last said of the surviving key, else of the others, else in passing; an empty one says nothing."""
+    told: dict[str, str] = {}
+    # Oldest first, the survivor's last.
+    for row in sorted(rows, key=lambda one: (one.at > _IN_PASSING, one.patient_pk == chain[0], one.at, one.id)):
+        told |= {name: getattr(row, name) for name in ("name", "birth_date", "sex") if getattr(row, name)}
+    return Patient(key, **told)
 
 
 def _observation(fact: AnyRow) -> Observation:
@@ -160,18 +297,11 @@ def _observation(fact: AnyRow) -> Observation:
         status=fact.status,
         key=fact.key,
         source=fact.source,
+        kind=fact.kind,
+        high=fact.high,
+        coded=Code(fact.coded_value, fact.coded_scheme, fact.coded_meaning) if fact.coded_value else None,
+        received_at=fact.received_at,
+        message_id=fact.message_id,
+        message=fact.control_id or "",
+        said_at=fact.said_at,
     )
-
-
-def is_known(conn: Connection, key: PatientKey) -> bool:
-    """Whether any feed has named this patient of this issuer."""
-    return (
-        conn.execute(sa.select(patient.c.id).where(patient.c.issuer == key.issuer, patient.c.patient_id == key.patient_id)).first()
-        is not None
-    )
-
-
-def message_counts(conn: Connection) -> dict[str, int]:
-    """How many messages were applied, ignored and refused."""
-    rows = conn.execute(sa.select(message.c.result, sa.func.count()).group_by(message.c.result))
-    return dict(rows.tuples().all())

@@ -2,7 +2,8 @@
 
 ::
 
-    patient ──< observation        message (HL7 messages seen)
+    patient ──< observation >── message (what was said, when, by whom)
+    patient ──< demographics        patient ──< merge >── patient        patient ──< imaging_order
     study ──< series ──< instance
     study ──< job >── document     finding >── document
     study ──< event
@@ -19,7 +20,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Dialect, Row
 
 #: Must be the head of migrations/; a test compares them.
-REVISION: Final = "0001"
+REVISION: Final = "0002"
 
 #: Drawn in HOUSE §5 and worker/README.md: available → leased → completed | discarded | cancelled.
 JOB_STATES: Final = ("available", "leased", "completed", "discarded", "cancelled")
@@ -84,13 +85,72 @@ patient = sa.Table(
     _id(),
     _text("issuer"),
     _text("patient_id"),
+    sa.UniqueConstraint("issuer", "patient_id"),
+    sa.CheckConstraint("issuer <> '' AND patient_id <> ''", name="key"),
+    # An ID alone names nobody; asked only to see that two issuers know it.
+    sa.Index("ix_patient_patient_id", "patient_id"),
+)
+
+#: What was said of a patient, message by message; of each part the last said that is not empty stands.
+demographics = sa.Table(
+    "demographics",
+    metadata,
+    _id(),
+    _ref("patient_pk", "patient.id"),
     _text("name"),
     _text("birth_date"),
     _text("sex"),
     _text("source"),
-    sa.Column("updated_at", UtcDateTime, nullable=False),
-    sa.UniqueConstraint("issuer", "patient_id"),
-    sa.CheckConstraint("issuer <> '' AND patient_id <> ''", name="key"),
+    sa.Column("at", UtcDateTime, nullable=False),
+    sa.Column("received_at", UtcDateTime, nullable=False),
+    _ref("message_id", "message.id", nullable=True),
+    sa.Index("ix_demographics_patient_pk", "patient_pk"),
+    sa.Index("ix_demographics_message_id", "message_id"),
+)
+
+#: `retired` and `survivor` are one person, until it is undone. Facts stay with the key they came under.
+merge = sa.Table(
+    "merge",
+    metadata,
+    _id(),
+    _ref("survivor_pk", "patient.id"),
+    _ref("retired_pk", "patient.id"),
+    _text("source"),
+    sa.Column("said_at", UtcDateTime, nullable=True),
+    sa.Column("received_at", UtcDateTime, nullable=False),
+    _ref("message_id", "message.id", nullable=True),
+    sa.Column("undone_at", UtcDateTime, nullable=True),
+    _text("undone_because"),
+    sa.CheckConstraint("survivor_pk <> retired_pk", name="two"),
+    sa.Index("ix_merge_survivor_pk", "survivor_pk"),
+    sa.Index("ix_merge_retired_pk", "retired_pk"),
+    sa.Index("ix_merge_message_id", "message_id"),
+    sa.Index(
+        "uq_merge_standing",
+        "survivor_pk",
+        "retired_pk",
+        unique=True,
+        sqlite_where=sa.text("undone_at IS NULL"),
+        postgresql_where=sa.text("undone_at IS NULL"),
+    ),
+)
+
+imaging_order = sa.Table(
+    "imaging_order",
+    metadata,
+    _id(),
+    _ref("patient_pk", "patient.id"),
+    _text("accession_number"),
+    _text("placer"),
+    _text("filler"),
+    sa.Column("priority", sa.Integer, nullable=False),
+    sa.Column("is_cancelled", sa.Boolean, nullable=False, server_default=sa.text("false")),
+    _text("source"),
+    sa.Column("said_at", UtcDateTime, nullable=True),
+    sa.Column("received_at", UtcDateTime, nullable=False),
+    _ref("message_id", "message.id", nullable=True),
+    sa.Index("ix_imaging_order_patient_accession", "patient_pk", "accession_number"),
+    sa.Index("ix_imaging_order_message_id", "message_id"),
 )
 
 observation = sa.Table(
@@ -109,8 +169,21 @@ observation = sa.Table(
     _text("status", default="F"),
     _text("key"),
     _text("source"),
+    sa.Column("kind", sa.Text, nullable=False, server_default="number"),
+    sa.Column("high", sa.Double, nullable=True),
+    _text("coded_value"),
+    _text("coded_scheme"),
+    _text("coded_meaning"),
+    # When it was said: of two finals under one key the later said stands, in whatever order they came.
+    sa.Column("said_at", UtcDateTime, nullable=True),
     sa.Column("received_at", UtcDateTime, nullable=False),
-    sa.Index("ix_observation_patient_at", "patient_pk", "at"),
+    _ref("message_id", "message.id", nullable=True),
+    sa.CheckConstraint(_in("kind", ("number", "text", "coded", "range", "ratio")), name="kind"),
+    # With the key: each fact of a message is looked up, and a panel's thousands have one time.
+    sa.Index("ix_observation_patient_at", "patient_pk", "at", "key"),
+    sa.Index("ix_observation_message_id", "message_id"),
+    # What is past its time is asked for by when it came.
+    sa.Index("ix_observation_received_at", "received_at"),
 )
 
 message = sa.Table(
@@ -138,6 +211,8 @@ message = sa.Table(
         sqlite_where=sa.text("result <> 'refused'"),
         postgresql_where=sa.text("result <> 'refused'"),
     ),
+    sa.Index("ix_message_sender", "sender", "received_at"),
+    sa.Index("ix_message_received_at", "received_at"),
 )
 
 study = sa.Table(
@@ -164,6 +239,8 @@ study = sa.Table(
     _text("calling_ae"),
     _text("address"),
     _text("hold"),
+    # The record of its patient changed, whatever its state was: reports may have to be made anew.
+    sa.Column("record_changed_at", UtcDateTime, nullable=True),
     sa.CheckConstraint(_in("state", STUDY_STATES), name="state"),
     sa.Index(
         "ix_study_receiving",
@@ -172,6 +249,12 @@ study = sa.Table(
         postgresql_where=sa.text("state = 'receiving'"),
     ),
     sa.Index("ix_study_patient", "issuer", "patient_id"),
+    sa.Index(
+        "ix_study_record_changed",
+        "record_changed_at",
+        sqlite_where=sa.text("record_changed_at IS NOT NULL"),
+        postgresql_where=sa.text("record_changed_at IS NOT NULL"),
+    ),
 )
 
 series = sa.Table(
@@ -216,6 +299,9 @@ document = sa.Table(
     _text("bundle"),
     sa.Column("input_version", sa.Integer, nullable=False),
     _text("input_sha256"),
+    # Of the record's part of the input alone: to see whether a change of the record changes anything.
+    # NULL: made before it was kept, cannot be compared.
+    sa.Column("record_sha256", sa.Text, nullable=True),
     _text("predecessor_uid"),
     _text("failure"),
     sa.Column("sha256", sa.Text, nullable=False),

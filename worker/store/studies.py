@@ -40,6 +40,8 @@ class Pending:
     quiet_until: datetime
     created_at: datetime
     modalities: Mapping[str, int]
+    patient: PatientKey
+    accession_number: str
 
 
 # Statements of `add_instance`, built once: building them for each instance took 1.3 of its 1.6 ms of CPU.
@@ -208,6 +210,8 @@ def receiving(conn: Connection) -> list[Pending]:
             quiet_until=row.quiet_until,
             created_at=row.created_at,
             modalities=counts.get(row.id, {}),
+            patient=PatientKey(row.issuer, row.patient_id),
+            accession_number=row.accession_number,
         )
         for row in rows
     ]
@@ -229,6 +233,37 @@ def complete(conn: Connection, pending: Pending, *, cause: str, now: datetime) -
     if done is not None:
         history.note(conn, pending.id, name="study.completed", now=now, version=done, instances=pending.instances, cause=cause)
     return done
+
+
+def record_changed(conn: Connection) -> list[tuple[int, datetime]]:
+    """Complete studies whose patient's record changed since they were analysed, and when; the longest waiting first.
+
+    Those that are being received stay marked until they are complete.
+    """
+    is_marked = study.c.record_changed_at.is_not(None), study.c.state == "complete"
+    changed = sa.select(study.c.id, study.c.record_changed_at).where(*is_marked)
+    return [(row.id, row.record_changed_at) for row in conn.execute(changed.order_by(study.c.record_changed_at))]
+
+
+def record_changed_at(conn: Connection, study_id: int) -> datetime | None:
+    """When the patient's record last changed; None if that was looked at. It moves with every change while jobs are unfinished."""
+    found: datetime | None = conn.execute(sa.select(study.c.record_changed_at).where(study.c.id == study_id)).scalar_one()
+    return found
+
+
+def note_record_seen(conn: Connection, study_id: int, *, changed_at: datetime, version: int) -> bool:
+    """The change of `changed_at` has been looked at, for this version; False where record or study changed meanwhile: it stays marked."""
+    as_seen = study.c.record_changed_at == changed_at, study.c.version == version, study.c.state == "complete"
+    return conn.execute(sa.update(study).where(study.c.id == study_id, *as_seen).values(record_changed_at=None)).rowcount == 1
+
+
+def new_version(conn: Connection, study_id: int, *, now: datetime, cause: str) -> int:
+    """The same images, but other input: returns the study's new input version."""
+    version = conn.execute(
+        sa.update(study).where(study.c.id == study_id).values(version=study.c.version + 1).returning(study.c.version)
+    ).scalar_one()
+    history.note(conn, study_id, name="study.renewed", now=now, version=version, cause=cause)
+    return int(version)
 
 
 def load(conn: Connection, study_id: int, *, root: Path = Path()) -> Study:

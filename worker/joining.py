@@ -1,0 +1,71 @@
+"""Whether a study and a record may be joined, and whether the study must wait for more of it.
+
+A wrong join harms a patient: the right one or none.
+Pure functions of what they are given. Not here: what the network is given of the record (inputs.py), rows (store/records.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import Final
+
+from models.spec import RecordRule
+from worker.domain import Inputs, PatientRecord, Study
+from worker.errors import RecordPending, Snooze
+from worker.identity import disagreement
+from worker.inputs import lacking
+
+#: What images and record may not contradict each other in, where the site says nothing else.
+MUST_AGREE: Final = ("birth_date", "sex", "name")
+#: How soon to ask a FHIR server again that was away.
+PULL_S: Final = 10.0
+
+
+def ambiguous(study: Study, issuers: Sequence[str]) -> str:
+    """Why the images' patient ID names nobody: they say no issuer, and several know it. '' if it does."""
+    if study.patient.key.issuer or len(issuers) < 2:
+        return ""
+    return f"The images name no issuer of the patient ID, and {len(issuers)} issuers know this ID: set site.issuer."
+
+
+def conflict(study: Study, record: PatientRecord | None, *, must_agree: Sequence[str] = MUST_AGREE) -> str:
+    """Why nobody may say whose this study is; '' if nothing speaks against it. Training leaves out what service discards.
+
+    Its images name two patients, or the record cannot be of the person on the images, though ID and issuer agree.
+    """
+    if study.hold or record is None:
+        return study.hold
+    return disagreement(study.patient, record.patient, must_agree=must_agree)
+
+
+def pending(
+    study: Study, record: PatientRecord | None, inputs: Inputs, rule: RecordRule, *, now: datetime, trouble: str = ""
+) -> Snooze | None:
+    """What the study must wait for, if anything: its patient's record, what is wanted of it, the end of the time the bundle may use."""
+    if study.completed_at is None:
+        return None
+    record_left = study.completed_at + timedelta(seconds=rule.wait_s) - now
+    if record is None and record_left > timedelta() and not trouble:
+        return RecordPending("The patient's record has not arrived yet.", delay_s=record_left.total_seconds())
+    if trouble and record_left > timedelta():
+        return Snooze(trouble, delay_s=min(PULL_S, record_left.total_seconds()))
+    required, wanted = lacking(inputs, rule)
+    if (required or wanted) and record_left > timedelta():
+        names = ", ".join(code.meaning for code in (*required, *wanted))
+        return Snooze(f"Values of the record that the bundle waits for are not there yet: {names}.", delay_s=record_left.total_seconds())
+    # The network learned from all that was known at the horizon. A date of after the images came is a wrong one: it may not park a study.
+    left = min(study.study_at, study.completed_at) + timedelta(hours=rule.horizon_h) - now
+    if rule.horizon_h > 0 and left > timedelta():
+        return Snooze("Values of after the study may still come, and the bundle uses them.", delay_s=left.total_seconds())
+    return None
+
+
+def incomplete(inputs: Inputs, rule: RecordRule) -> str:
+    """What the bundle requires of the record and is not there, as a sentence; '' if all is. Training leaves such studies out."""
+    required, _ = lacking(inputs, rule)
+    if not required:
+        return ""
+    causes = dict(zip(inputs.missing, inputs.missing_causes, strict=True))
+    said = "; ".join(f"{code.meaning}: {causes.get(code, 'not there')}" for code in required)
+    return f"The bundle requires what the patient's record does not have. {said}."

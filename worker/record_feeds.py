@@ -1,0 +1,134 @@
+"""What the hospital's systems say → rows of the record, whichever door it came through: the MLLP listener, files, tables, a FHIR server.
+
+Here the site's words are turned into ours: issuers, patient IDs as the site compares them, local codes. Not here: how a message is
+read (intake/), when a feed is asked (sweeps.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import unicodedata
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from worker.config import Config
+from worker.domain import Code, Header, Merge, Observation, PatientKey, RecordUpdate
+from worker.errors import RecordError
+from worker.identity import disagreement
+from worker.store import feeds, records
+from worker.store.database import Connection, Store
+from worker.tls import server_context
+
+if TYPE_CHECKING:
+    from worker.intake.hl7 import ParsedMessage
+    from worker.intake.mllp import MllpServer
+
+
+def clock() -> datetime:
+    """The time, aware."""
+    return datetime.now(UTC)
+
+
+def identified(header: Header, config: Config) -> Header:
+    """The same header; a patient without an issuer becomes one of the site's, the ID is as the site compares it."""
+    key = header.patient.key
+    known = PatientKey(key.issuer or config.site.issuer, comparable(config, key.patient_id))
+    return header if known == key else replace(header, patient=replace(header.patient, key=known))
+
+
+def localized(config: Config, update: RecordUpdate) -> RecordUpdate:
+    """The same update with the site's own codes under the codes that bundles ask for, and its patient IDs as the site compares them."""
+    mapping = {tuple(one.local): one.standard for one in config.records.mappings}
+
+    def key(one: PatientKey) -> PatientKey:
+        return replace(one, patient_id=comparable(config, one.patient_id))
+
+    def fact(one: Observation) -> Observation:
+        standard = mapping.get((one.code.value, one.code.scheme))
+        return replace(one, code=Code(*standard)) if standard else one
+
+    return replace(
+        update,
+        patient=replace(update.patient, key=key(update.patient.key)),
+        observations=tuple(map(fact, update.observations)) if mapping else update.observations,
+        merges=tuple(Merge(key(one.survivor), key(one.retired)) for one in update.merges),
+    )
+
+
+def comparable(config: Config, patient_id: str) -> str:
+    """A patient ID as this site compares it; as it is, unless the configuration says otherwise."""
+    rules = config.records.patient_ids
+    if rules.narrow_digits:
+        patient_id = unicodedata.normalize("NFKC", patient_id)
+    if rules.upper_case:
+        patient_id = patient_id.upper()
+    if rules.strip_leading_zeros:
+        patient_id = patient_id.lstrip("0") or "0"
+    return patient_id
+
+
+def apply_message(config: Config, store: Store, message: ParsedMessage, raw: bytes) -> bool:
+    """Commit 3: one HL7 message, remembered and applied in one transaction; False for a repetition.
+
+    Raises
+    ------
+    RecordError
+        The message speaks of another person than the one who is known by its patient ID; nothing of it is applied.
+    """
+    result = "applied" if message.update else "ignored"
+    unread = f"{message.skipped} of its observations could not be read." if message.skipped else ""
+    with store.begin() as conn:
+        number = feeds.note_message(
+            conn,
+            sender=message.sender,
+            control_id=message.control_id,
+            sent_at=str(message.sent_at or ""),
+            trigger=message.trigger,
+            result=result,
+            digest=hashlib.sha256(raw).hexdigest(),
+            reason=" ".join(filter(None, (message.note, unread))),
+            # What nothing was made of, in whole or in part, is kept for a person.
+            raw=None if message.update and not unread else raw,
+            now=clock(),
+        )
+        if number is not None and message.update:
+            update = localized(config, message.update)
+            _check_person(config, conn, update)
+            records.apply(conn, update, now=clock(), message_id=number)
+    return number is not None
+
+
+def _check_person(config: Config, conn: Connection, update: RecordUpdate) -> None:
+    """Refuse results of somebody else under a patient's ID. An admission's word is not checked: it is what corrects who a patient is."""
+    known = None if update.has_demographics else records.person(conn, update.patient.key)
+    if known and disagreement(update.patient, known, must_agree=config.records.must_agree):
+        raise RecordError(
+            "PID-5, PID-7 or PID-8 contradicts what is known of the patient in PID-3; nothing of the message was applied. "
+            "Correct the patient at the sender, or send the right demographics (ADT^A08) first."
+        )
+
+
+def keep_refused(store: Store, reason: str, raw: bytes) -> None:
+    """Keep what could not be understood, for a person to read."""
+    with store.begin() as conn:
+        feeds.note_message(conn, sender="", control_id="", sent_at="", trigger="", result="refused", reason=reason, raw=raw, now=clock())
+
+
+def records_listener(config: Config, store: Store) -> MllpServer:
+    """The HL7 v2 listener, not started yet."""
+    from worker.intake.mllp import MllpServer
+
+    settings = config.records
+    return MllpServer(
+        (settings.host, settings.port),
+        apply=lambda message, raw: apply_message(config, store, message, raw),
+        reject=lambda reason, raw: keep_refused(store, reason, raw),
+        zone=config.zone,
+        issuers=settings.issuers,
+        schemes=settings.schemes,
+        encoding=settings.encoding,
+        allowed_addresses=settings.addresses,
+        max_message_bytes=settings.max_message_mb * 2**20,
+        ssl_context=server_context(settings, section="records"),
+    )

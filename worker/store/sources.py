@@ -1,0 +1,70 @@
+"""Where what is known of a patient came from: the messages behind the facts, and each line of the demographics. Reads only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Final
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from worker.domain import PatientKey
+from worker.store.schema import demographics, message, patient
+
+#: Well below the bound parameters that SQLite (32,766) and PostgreSQL (65,535) take in one statement.
+_AT_ONCE: Final = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message, without its content; `sent_at` is as the sender told it, '' if it did not."""
+
+    number: int
+    sender: str
+    control_id: str
+    trigger: str
+    sent_at: str
+    received_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What one message said of a patient's demographics; an empty part said nothing."""
+
+    key: PatientKey
+    name: str
+    birth_date: str
+    sex: str
+    source: str
+    at: datetime
+    received_at: datetime
+    message_id: int | None
+
+
+def messages(conn: Connection, numbers: Iterable[int]) -> list[Message]:
+    """The messages of these numbers, in their order."""
+    found: list[Message] = []
+    columns = (message.c.id, message.c.sender, message.c.control_id, message.c.trigger, message.c.sent_at, message.c.received_at)
+    wanted = sorted(set(numbers))
+    for start in range(0, len(wanted), _AT_ONCE):
+        some = wanted[start : start + _AT_ONCE]
+        found += [Message(*row) for row in conn.execute(sa.select(*columns).where(message.c.id.in_(some)).order_by(message.c.id))]
+    return found
+
+
+def demographics_of(conn: Connection, keys: Iterable[PatientKey], *, known_at: datetime | None = None) -> list[Told]:
+    """Every line of the demographics of these keys that was received until `known_at`, oldest first."""
+    ids = [row for key in keys if (row := conn.execute(_row_of(key)).scalar()) is not None]
+    told = demographics.c
+    columns = (told.name, told.birth_date, told.sex, told.source, told.at, told.received_at, told.message_id)
+    wanted = sa.select(patient.c.issuer, patient.c.patient_id, *columns).join(patient, patient.c.id == told.patient_pk)
+    wanted = wanted.where(told.patient_pk.in_(ids))
+    if known_at is not None:
+        wanted = wanted.where(told.received_at <= known_at)
+    return [Told(PatientKey(row[0], row[1]), *row[2:]) for row in conn.execute(wanted.order_by(told.at, told.id))]
+
+
+def _row_of(key: PatientKey) -> sa.Select[tuple[int]]:
+    return sa.select(patient.c.id).where(patient.c.issuer == key.issuer, patient.c.patient_id == key.patient_id)
