@@ -267,11 +267,12 @@ def test_exactly_one_key_goes_and_the_studies_of_the_other_are_looked_at_again(s
         ("PID|||PLANTED-７７".encode(), True),
         ("PID|||PLANTED-77|Jürgen".encode("latin-1"), True),
         ("PID|||PLANTED-77".encode("utf-16"), True),
+        (rb"PID|||\X504C\ANTED\X2D\77", True),
         (b"PID|||PLANTED-770", False),
         (b"PID|||XPLANTED-77", False),
         (b"PID|||OTHER-78", False),
     ],
-    ids=["as it is", "case", "zeros", "width", "Latin-1", "UTF-16", "longer", "within a word", "another"],
+    ids=["as it is", "case", "zeros", "width", "Latin-1", "UTF-16", "hexadecimal escapes", "longer", "within a word", "another"],
 )
 def test_raw_messages_that_hold_the_id_lose_their_bytes(tmp_path: Path, raw: bytes, *, is_gone: bool) -> None:
     store = Store(f"sqlite:///{tmp_path / 's.db'}")
@@ -308,4 +309,19 @@ def test_postgres_is_vacuumed_without_a_complaint(postgres_url: str) -> None:
     erasure.purge(store)
     with store.read() as conn:
         assert not records.is_known(conn, ADA.key)
+    store.close()
+
+
+def test_a_control_id_made_of_the_patients_id_goes_too(tmp_path: Path) -> None:
+    store = Store(f"sqlite:///{tmp_path / 's.db'}")
+    store.migrate()
+    with store.begin() as conn:
+        for control_id in ("A-PLANTED-77-1", "B-1"):
+            number = feeds.note_message(
+                conn, sender="HIS", control_id=control_id, sent_at="", trigger="ORU^R01", result="applied", digest=control_id, now=NOW
+            )
+            records.apply(conn, RecordUpdate(ADA, (fact(1.0, key=control_id),), "LAB"), now=NOW, message_id=number)
+    erase(store)
+    with store.read() as conn:
+        assert conn.exec_driver_sql("SELECT control_id FROM message ORDER BY id").scalars().all() == ["", "B-1"]
     store.close()

@@ -234,6 +234,7 @@ def _erase_studies(conn: Connection, ids: Sequence[int]) -> tuple[dict[str, int]
 
 def _erase_record(conn: Connection, key: PatientKey, patient_pk: int | None, *, now: datetime) -> dict[str, int]:
     others = [one for one in records.keys_of(conn, key) if one != key]
+    _erase_control_ids(conn, key.patient_id, patient_pk)
     counts = {
         "facts": _delete(conn, observation, observation.c.patient_pk == patient_pk),
         "demographics": _delete(conn, demographics, demographics.c.patient_pk == patient_pk),
@@ -243,6 +244,16 @@ def _erase_record(conn: Connection, key: PatientKey, patient_pk: int | None, *, 
     }
     records.mark_changed(conn, others, now=now)
     return counts
+
+
+def _erase_control_ids(conn: Connection, patient_id: str, patient_pk: int | None) -> None:
+    """Some senders make a message's control ID of the patient's ID."""
+    tables = (observation.c, demographics.c, imaging_order.c)
+    told = sa.union(*(sa.select(one.message_id).where(one.patient_pk == patient_pk) for one in tables))
+    rows = conn.execute(sa.select(message.c.id, message.c.control_id).where(message.c.id.in_(told), message.c.control_id != "")).all()
+    for row in rows:
+        if _plain(patient_id) in _plain(row.control_id):
+            conn.execute(sa.update(message).where(message.c.id == row.id).values(control_id=""))
 
 
 def _delete(conn: Connection, table: sa.Table, condition: sa.ColumnElement[bool]) -> int:
@@ -261,10 +272,15 @@ def _raws(conn: Connection) -> Iterator[tuple[int, bytes]]:
         yield number, conn.execute(sa.select(message.c.raw).where(message.c.id == number)).scalar_one()
 
 
+#: HL7 v2.5.1 §2.7.5: any character may be written so.
+_HEXADECIMAL: Final = re.compile(rb"\\X((?:[0-9A-Fa-f]{2})+)\\")
+
+
 def _names(raw: bytes, patient_id: str) -> bool:
     """Whether a message holds the ID as a whole word, in any case and width and with any zeros before it, as a site may compare them."""
     wanted = re.compile(rf"(?<![^\W_])0*{re.escape(_plain(patient_id))}(?![^\W_])")
-    return any(wanted.search(_plain(raw.decode(encoding, errors="replace"))) for encoding in _ENCODINGS)
+    spelled = _HEXADECIMAL.sub(lambda found: bytes.fromhex(found[1].decode()), raw)
+    return any(wanted.search(_plain(one.decode(encoding, errors="replace"))) for one in {raw, spelled} for encoding in _ENCODINGS)
 
 
 def _plain(text: str) -> str:
