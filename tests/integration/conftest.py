@@ -1,4 +1,4 @@
-"""Receivers that stop with their test."""
+"""Peers that stop with their test."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.fhir_records import connecting
+from tests.fhir_server import FhirServer
 from tests.receivers import Receiver, receiving
+from worker.intake.fhir_client import Client
 
 Start = Callable[..., Receiver]
 
@@ -24,3 +27,17 @@ def start(tmp_path: Path) -> Iterator[Start]:
 def receiver(start: Start) -> Receiver:
     """A receiver with short deadlines."""
     return start()
+
+
+@pytest.fixture
+def server() -> Iterator[FhirServer]:
+    """A FHIR server that does as it is told."""
+    with FhirServer() as running:
+        yield running
+
+
+@pytest.fixture
+def connect(server: FhirServer) -> Iterator[Callable[..., Client]]:
+    """Makes clients of it, closed at the end."""
+    with connecting(server) as make:
+        yield make

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import SHARED
-from tests.fhir_records import KEY, LONG_AGO, SENTINEL, SYSTEM, connecting, crp, fill, person, pull, values
+from tests.fhir_records import KEY, LONG_AGO, SENTINEL, SYSTEM, crp, fill, person, pull, values
 from tests.fhir_server import FhirServer, Reply
 from worker.domain import Merge, Observation, PatientKey, RecordUpdate
 from worker.errors import PatientAmbiguous, PeerRefused, PeerUnavailable, RecordError
@@ -22,18 +22,6 @@ from worker.intake.fhir_client import Client
 Json = dict[str, Any]
 SYNTHEA = sorted((SHARED / "data/fhir").glob("*.json"))
 SEVERITY = sorted((SHARED / "data/cxr-severity/fhir").glob("*.json"))
-
-
-@pytest.fixture
-def server() -> Iterator[FhirServer]:
-    with FhirServer() as running:
-        yield running
-
-
-@pytest.fixture
-def connect(server: FhirServer) -> Iterator[Callable[..., Client]]:
-    with connecting(server) as make:
-        yield make
 
 
 # --- whose record

@@ -8,7 +8,7 @@ import logging
 import ssl
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -18,25 +18,13 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
-from tests.fhir_records import SENTINEL, connecting, crp, fill, pull, values
+from tests.fhir_records import SENTINEL, crp, fill, pull, values
 from tests.fhir_server import FhirServer, Reply, date_header, outcome
 from tests.peers import require
 from worker.errors import PeerRefused, PeerUnavailable
 from worker.intake.fhir_client import Client
 
 Json = dict[str, Any]
-
-
-@pytest.fixture
-def server() -> Iterator[FhirServer]:
-    with FhirServer() as running:
-        yield running
-
-
-@pytest.fixture
-def connect(server: FhirServer) -> Iterator[Callable[..., Client]]:
-    with connecting(server) as make:
-        yield make
 
 
 # --- tokens
