@@ -370,15 +370,17 @@ def test_a_refused_message_is_kept_with_what_its_envelope_says(store: Store) -> 
     assert [tuple(row) for row in rows] == [("LAB|H", "1", "ORU^R01"), ("", "", "")]
 
 
-def test_a_study_keeps_its_row_from_the_last_look_to_the_commit(store: Store, bundle: Bundle) -> None:
-    if store.is_sqlite:
-        pytest.skip("SQLite has one writer at a time.")
+def test_a_study_keeps_its_row_from_the_last_look_to_the_commit(postgres_url: str) -> None:
+    """On PostgreSQL; SQLite has one writer at a time."""
+    store = Store(postgres_url)
+    store.migrate()
     study_id = receive(store)
     with store.begin() as conn, store.engine.connect() as other:
         studies.standing(conn, study_id)
         other.exec_driver_sql("SET lock_timeout = '100ms'")
         with pytest.raises(sa.exc.OperationalError):
             other.exec_driver_sql("UPDATE study SET version = version + 1")
+    store.close()
 
 
 # --- merges
