@@ -44,7 +44,7 @@ from worker.importing import files, import_files
 from worker.infer import prepare
 from worker.inputs import select_inputs
 from worker.scratch import scratch
-from worker.store import records, studies
+from worker.store import studies
 from worker.store.database import Store
 from worker.store.spool import Spool
 
@@ -286,11 +286,11 @@ def _study(uid: str, *, config: Config, store: Store, pool: DecoderPool, bundle:
         if not found:
             raise Unanalysable(_ABSENT)
         study = studies.load(conn, found[0], root=config.spool / "instances")
-        record = pipeline.record_of(conn, study, bundle)
-        doubt = joining.ambiguous(study, records.issuers_of(conn, study.patient.key.patient_id))
+        record = pipeline.record_of(conn, study, bundle, must_agree=config.records.must_agree)
+        doubt = joining.doubt(conn, study, record, must_agree=config.records.must_agree)
     # The daemon gives no answer to these: a network must not learn from them either.
-    if reason := doubt or joining.conflict(study, record, must_agree=config.records.must_agree):
-        raise Unanalysable(reason)
+    if doubt:
+        raise Unanalysable(doubt)
     inputs = select_inputs(study, record, bundle)
     if reason := joining.incomplete(inputs, bundle.record):
         raise Unanalysable(reason)

@@ -63,7 +63,8 @@ class Observation:
     ``key`` names the fact within its source: a later fact with the same key supersedes it.
     ``kind`` says how to read the value: of a "range" `value` to `high`, of a "ratio" `value` : `high`, of a "coded" one `coded`
     with its words in `text`. ``received_at``, ``message_id`` and ``message`` (row and control ID of the source message) are known of
-    what comes out of the store. ``said_at``: when this very fact was said, where that is not the update's ``at``.
+    what comes out of the store, as is ``told``: name, birth date and sex that came with the fact, in a message that was no admission.
+    ``said_at``: when this very fact was said, where that is not the update's ``at``.
     """
 
     code: Code
@@ -82,6 +83,7 @@ class Observation:
     message_id: int | None = field(default=None, compare=False)
     message: str = field(default="", compare=False)
     said_at: datetime | None = field(default=None, compare=False)
+    told: Patient | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,22 +99,34 @@ class Puller:
             _refused(str(exc), result="refused")
             raise
         self._rests_until = None
+        is_whole = True
         if updates:
-            self._commit(updates, now=now)
+            is_whole = self._commit(updates, now=now)
         else:
             _refused("The FHIR server knows no patient with this identifier.", result="not found")
-        self._client.committed(key)
+        if is_whole:  # else all is asked for again, for what was refused may be right by then
+            self._client.committed(key)
         if len(self._asked) >= _REMEMBERED:
             self._asked.clear()
         self._asked[key] = now
 
-    def _commit(self, updates: list[RecordUpdate], *, now: datetime) -> None:
+    def _commit(self, updates: list[RecordUpdate], *, now: datetime) -> bool:
+        """Whether all of it was taken."""
+        is_whole = True
         with self._store.begin() as conn:
             number = feeds.note_message(
                 conn, sender=self._client.source, control_id="", sent_at=now.isoformat(), trigger="pull", result="applied", now=now
             )
-            for update in updates:
-                records.apply(conn, record_feeds.localized(self._config, update), now=now, message_id=number)
+            for one in updates:
+                update = record_feeds.localized(self._config, one)
+                try:
+                    record_feeds.check_person(self._config, conn, update, now=now, message_id=number)
+                except RecordError as exc:
+                    is_whole = False
+                    _refused(str(exc), result="refused")
+                    continue
+                records.apply(conn, update, now=now, message_id=number)
+        return is_whole
 
 
 def _refused(sentence: str, *, result: str = "left out") -> None:

@@ -10,6 +10,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Final
 
@@ -24,7 +25,7 @@ from worker.errors import RecordError, Reject
 from worker.intake import fhir, hl7, mllp
 from worker.intake.header import read_header
 from worker.store import feeds, records
-from worker.store.database import Store
+from worker.store.database import Connection, Store
 from worker.store.spool import Spool
 
 #: Patients of a FHIR file in one transaction: the feeds wait for it, and it for them.
@@ -172,9 +173,20 @@ def _apply_fhir(updates: Iterable[RecordUpdate], raw: bytes, tally: Tally, *, co
                 conn, sender=_FHIR_SENDER, control_id="", sent_at="", trigger="Bundle", result="applied", digest=digest, now=now
             )
             number = number or feeds.row_of(conn, sender=_FHIR_SENDER, digest=digest)
-            added = sum(records.apply(conn, update, now=now, message_id=number) for update in batch)
-        tally.counts["patient updated"] += len(batch)
-        tally.counts["fact added"] += added
+            done = [_applied(conn, update, tally, config=config, now=now, message_id=number) for update in batch]
+        several_added = [one for one in done if one is not None]
+        tally.counts["patient updated"] += len(several_added)
+        tally.counts["fact added"] += sum(several_added)
+
+
+def _applied(conn: Connection, update: RecordUpdate, tally: Tally, *, config: Config, now: datetime, message_id: int | None) -> int | None:
+    """The number of facts added; None, and a reason in the tally, for what is of somebody else."""
+    try:
+        record_feeds.check_person(config, conn, update, now=now, message_id=message_id)
+    except RecordError as exc:
+        tally.refuse(str(exc))
+        return None
+    return records.apply(conn, update, now=now, message_id=message_id)
 
 
 def _order(key: PatientKey) -> tuple[str, str]:

@@ -1,25 +1,70 @@
 """Whether a study and a record may be joined, and whether the study must wait for more of it.
 
 A wrong join harms a patient: the right one or none.
-Pure functions of what they are given. Not here: what the network is given of the record (inputs.py), rows (store/records.py).
+Pure functions of what they are given, but for `doubt`, which asks the store. Not here: what the network is given of the record (inputs.py),
+rows (store/records.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from datetime import datetime, timedelta
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from itertools import combinations
 from typing import Final
 
 from models.spec import RecordRule
-from worker.domain import Inputs, PatientRecord, Study
+from worker.domain import Inputs, Observation, Patient, PatientKey, PatientRecord, Study
 from worker.errors import RecordPending, Snooze
 from worker.identity import disagreement
 from worker.inputs import lacking
+from worker.store import records, sources
+from worker.store.database import Connection
 
 #: What images and record may not contradict each other in, where the site says nothing else.
 MUST_AGREE: Final = ("birth_date", "sex", "name")
 #: How soon to ask a FHIR server again that was away.
 PULL_S: Final = 10.0
+#: As of when results name a patient in passing (store/records.py): that is nobody's word on who it is.
+IN_PASSING: Final = datetime(1900, 1, 1, tzinfo=UTC)
+
+_SEVERAL: Final = "The results under this patient ID name different persons."
+
+
+def doubt(conn: Connection, study: Study, record: PatientRecord | None, *, must_agree: Sequence[str] = MUST_AGREE) -> str:
+    """Why nobody may say whose this study is, by all rows that speak of it; '' if nothing speaks against it."""
+    if reason := ambiguous(study, records.issuers_of(conn, study.patient.key.patient_id)):
+        return reason
+    admission = admitted(sources.demographics_of(conn, record.keys), record.keys) if record else None
+    return conflict(study, record, must_agree=must_agree, admission=admission)
+
+
+def admitted(lines: Iterable[sources.Told], keys: Sequence[PatientKey]) -> Patient | None:
+    """Who admissions say that this is, the surviving key's word last; None where they say nothing. Oldest line first."""
+    told: dict[str, str] = {}
+    for line in sorted((one for one in lines if one.at > IN_PASSING), key=lambda one: one.key == keys[0]):
+        told |= {name: said for name in ("name", "birth_date", "sex") if (said := getattr(line, name))}
+    return Patient(keys[0], **told) if told else None
+
+
+def own(record: PatientRecord, must_agree: Sequence[str]) -> PatientRecord:
+    """The record without the facts that came in another person's name; they are among the unusable."""
+    others = [one for one in record.observations if _is_of_another(one, record.patient, must_agree)]
+    if not others:
+        return record
+    kept = tuple(one for one in record.observations if not _is_of_another(one, record.patient, must_agree))
+    return replace(record, observations=kept, unusable=(*record.unusable, *others))
+
+
+def _is_of_another(fact: Observation, person: Patient | None, must_agree: Sequence[str]) -> bool:
+    return bool(fact.told and person and disagreement(fact.told, person, must_agree=must_agree))
+
+
+def _names_several(record: PatientRecord, admission: Patient | None, must_agree: Sequence[str]) -> bool:
+    """Whether facts that stand name different persons, and no admission tells which of them is the patient."""
+    facts = (one for one in (*record.observations, *record.unusable) if one.status not in records.WITHDRAWN)
+    told = {one.told for one in facts if one.told and not _is_of_another(one, admission, must_agree)}
+    return any(disagreement(one, other, must_agree=must_agree) for one, other in combinations(told, 2))
 
 
 def ambiguous(study: Study, issuers: Sequence[str]) -> str:
@@ -29,13 +74,18 @@ def ambiguous(study: Study, issuers: Sequence[str]) -> str:
     return f"The images name no issuer of the patient ID, and {len(issuers)} issuers know this ID: set site.issuer."
 
 
-def conflict(study: Study, record: PatientRecord | None, *, must_agree: Sequence[str] = MUST_AGREE) -> str:
+def conflict(
+    study: Study, record: PatientRecord | None, *, must_agree: Sequence[str] = MUST_AGREE, admission: Patient | None = None
+) -> str:
     """Why nobody may say whose this study is; '' if nothing speaks against it. Training leaves out what service discards.
 
-    Its images name two patients, or the record cannot be of the person on the images, though ID and issuer agree.
+    Its images name two patients, the results of the record name two and no admission tells which is meant, or the record cannot be of
+    the person on the images, though ID and issuer agree.
     """
     if study.hold or record is None:
         return study.hold
+    if _names_several(record, admission, must_agree):
+        return _SEVERAL
     return disagreement(study.patient, record.patient, must_agree=must_agree)
 
 

@@ -124,15 +124,15 @@ def gather(line: Line, case: Case) -> Case:
     job, model = case.job, line.models[case.job.bundle]
     with line.store.read() as conn:
         study = studies.load(conn, job.study_id, root=line.instances)
-        doubt = joining.ambiguous(study, records.issuers_of(conn, study.patient.key.patient_id))
     trouble = _pulled(line, study, model.bundle)
     with line.store.read() as conn:
         changed_at = studies.record_changed_at(conn, job.study_id)  # before the view: what comes between is looked at again
-        record = record_of(conn, study, model.bundle)
+        record = record_of(conn, study, model.bundle, must_agree=line.must_agree)
+        doubt = joining.doubt(conn, study, record, must_agree=line.must_agree)
         earlier = documents.predecessor(conn, job.study_id, bundle=job.bundle, before_version=job.input_version)
     case = replace(case, study=study, predecessor=earlier, stamp=record.stamp if record else "", record_changed_at=changed_at)
-    if reason := doubt or joining.conflict(study, record, must_agree=line.must_agree):
-        raise PatientConflict(reason)
+    if doubt:
+        raise PatientConflict(doubt)
     if not study.is_complete:
         raise Snooze("An image came after the study was complete; its series are being received.", delay_s=REOPENED_S)
     if study.version > job.input_version:
@@ -148,9 +148,10 @@ def gather(line: Line, case: Case) -> Case:
     return replace(case, error=RecordIncomplete(reason)) if reason else case
 
 
-def record_of(conn: Connection, study: Study, bundle: Bundle) -> PatientRecord | None:
-    """The patient's record as of the study's time, or a little later if the bundle allows it."""
-    return records.view(conn, study.patient.key, as_of=study.study_at + timedelta(hours=bundle.record.horizon_h))
+def record_of(conn: Connection, study: Study, bundle: Bundle, *, must_agree: Sequence[str]) -> PatientRecord | None:
+    """The patient's own record as of the study's time, or a little later if the bundle allows it."""
+    found = records.view(conn, study.patient.key, as_of=study.study_at + timedelta(hours=bundle.record.horizon_h))
+    return joining.own(found, must_agree) if found else None
 
 
 def _pulled(line: Line, study: Study, bundle: Bundle) -> str:
@@ -311,7 +312,8 @@ def _last_look(conn: Connection, line: Line, case: Case) -> Exception | None:
         return case.error
     doubt = joining.ambiguous(case.study, records.issuers_of(conn, case.study.patient.key.patient_id))
     if not doubt and _has_moved(conn, case):
-        doubt = joining.conflict(case.study, record_of(conn, case.study, line.models[case.job.bundle].bundle), must_agree=line.must_agree)
+        record = record_of(conn, case.study, line.models[case.job.bundle].bundle, must_agree=line.must_agree)
+        doubt = joining.doubt(conn, case.study, record, must_agree=line.must_agree)
     if doubt:
         return PatientConflict(doubt)
     if case.inputs is not None and records.stamp_of(conn, case.study.patient.key) != case.stamp:

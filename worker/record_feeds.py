@@ -12,11 +12,14 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
+from worker import joining
 from worker.config import Config
 from worker.domain import Code, Header, Merge, Observation, PatientKey, RecordUpdate
 from worker.errors import RecordError
 from worker.identity import disagreement
-from worker.store import feeds, records
+from worker.intake.envelope import read_envelope
+from worker.intake.facts import MAX_CONTROL_ID, token
+from worker.store import feeds, persons, records, sources
 from worker.store.database import Connection, Store
 from worker.tls import server_context
 
@@ -94,25 +97,46 @@ def apply_message(config: Config, store: Store, message: ParsedMessage, raw: byt
         )
         if number is not None and message.update:
             update = localized(config, message.update)
-            _check_person(config, conn, update)
+            check_person(config, conn, update, now=clock(), message_id=number)
             records.apply(conn, update, now=clock(), message_id=number)
     return number is not None
 
 
-def _check_person(config: Config, conn: Connection, update: RecordUpdate) -> None:
-    """Refuse results of somebody else under a patient's ID. An admission's word is not checked: it is what corrects who a patient is."""
-    known = None if update.has_demographics else records.person(conn, update.patient.key)
+def check_person(config: Config, conn: Connection, update: RecordUpdate, *, now: datetime, message_id: int | None = None) -> None:
+    """Refuse what is said of somebody else under a patient's ID; the patients it names stay locked until the commit.
+
+    An admission's word is not looked at: it is what corrects who a patient is. What came in passing speaks against nobody: of two that
+    contradict each other nobody knows the wrong one, so both are kept, and a study is not joined (joining.py).
+
+    Raises
+    ------
+    RecordError
+        Name, birth date or sex contradict what admissions say of the patient with this ID.
+    """
+    if update.has_demographics:
+        return
+    # Locked first: an admission that is being applied this moment counts.
+    named = [update.patient.key, *(key for one in update.merges for key in (one.survivor, one.retired))]
+    persons.locked(conn, named, {"source": update.source, "received_at": now, "message_id": message_id})
+    keys = records.keys_of(conn, update.patient.key)
+    known = joining.admitted(sources.demographics_of(conn, keys), keys)
     if known and disagreement(update.patient, known, must_agree=config.records.must_agree):
         raise RecordError(
-            "PID-5, PID-7 or PID-8 contradicts what is known of the patient in PID-3; nothing of the message was applied. "
-            "Correct the patient at the sender, or send the right demographics (ADT^A08) first."
+            "The patient's name, birth date or sex (PID-5, PID-7, PID-8) contradicts what is known of the patient with this ID (PID-3); "
+            "nothing of it was applied. Correct the patient at the sender, or send the right demographics (ADT^A08) first."
         )
 
 
 def keep_refused(store: Store, reason: str, raw: bytes) -> None:
-    """Keep what could not be understood, for a person to read."""
+    """Keep what could not be understood, for a person to read; whose it was as far as its envelope can be read."""
+    try:
+        envelope = read_envelope(raw)
+        sender, trigger, control_id = envelope.sender_label, envelope.trigger_label, token(envelope.raw(10))[:MAX_CONTROL_ID]
+    except RecordError:
+        sender = trigger = control_id = ""
+    said = {"sender": sender, "control_id": control_id, "trigger": trigger}
     with store.begin() as conn:
-        feeds.note_message(conn, sender="", control_id="", sent_at="", trigger="", result="refused", reason=reason, raw=raw, now=clock())
+        feeds.note_message(conn, **said, sent_at="", result="refused", reason=reason, raw=raw, now=clock())
 
 
 def records_listener(config: Config, store: Store) -> MllpServer:

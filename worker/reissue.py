@@ -30,6 +30,7 @@ from worker.store.database import Connection, Store
 from worker.store.schema import AnyRow
 
 _UNFINISHED = frozenset({"available", "leased"})
+_CHANGED = "The patient's record changed."
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,8 @@ class _Verdict:
     """What a changed record means for one version of a study.
 
     ``outdated`` are the bundles whose last report rests on another record, ``cause`` says why, ``record`` is a hash of what it
-    would rest on now; ``stopped`` are the bundles whose analysis was discarded for a doubt that is gone.
+    would rest on now; ``stopped`` are the bundles whose analysis was discarded for a doubt that is gone; ``is_cleared`` says that
+    the study's history tells of one.
     """
 
     outdated: tuple[str, ...] = ()
@@ -45,6 +47,7 @@ class _Verdict:
     record: str = ""
     stopped: tuple[str, ...] = ()
     is_renewed: bool = False
+    is_cleared: bool = False
 
 
 def sweep(
@@ -112,6 +115,8 @@ def _look(
 def _carry_out(
     conn: Connection, study_id: int, version: int, jobs: Sequence[AnyRow], found: _Verdict, *, bundles: Collection[str], now: datetime
 ) -> None:
+    if found.is_cleared:
+        history.note(conn, study_id, name="report.cleared", now=now, version=version)
     if found.outdated:
         said = {"bundles": list(found.outdated), "is_renewed": found.is_renewed, "cause": found.cause, "record": found.record}
         history.note(conn, study_id, name="report.outdated", now=now, version=version, **said)
@@ -136,18 +141,19 @@ def _judged(
     must_agree: Sequence[str],
 ) -> _Verdict:
     past = history.of_study(conn, study_id)
-    noted = next((one.facts for one in reversed(past) if one.name == "report.outdated"), {})
+    noted = next((one.facts for one in reversed(past) if one.name in {"report.outdated", "report.cleared"}), {})
     stopped = tuple(job.bundle for job in jobs if job.state == "discarded" and _is_stopped(past, job.bundle, study.version))
-    if is_late and noted.get("version") == study.version and not stopped:
-        return _Verdict()  # its history says so already, and nothing more will be done
 
     @cache
     def view(hours: float) -> PatientRecord | None:
-        return records.view(conn, study.patient.key, as_of=study.study_at + timedelta(hours=hours))
+        found = records.view(conn, study.patient.key, as_of=study.study_at + timedelta(hours=hours))
+        return joining.own(found, must_agree) if found else None
 
+    doubt = joining.doubt(conn, study, view(0.0), must_agree=must_agree)
+    is_cleared = not doubt and noted.get("cause", _CHANGED) != _CHANGED
+    if is_late and noted.get("cause") == _CHANGED and noted.get("version") == study.version and not (doubt or stopped):
+        return _Verdict()  # its history says so already, and nothing more will be done
     made_of = documents.record_digests(conn, study_id)
-    issuers = records.issuers_of(conn, study.patient.key.patient_id)
-    doubt = joining.ambiguous(study, issuers) or joining.conflict(study, view(0.0), must_agree=must_agree)
     if doubt:
         changed, stopped = dict.fromkeys(made_of, doubt), ()
     else:
@@ -157,9 +163,9 @@ def _judged(
     # A report that never came of the last renewal would else be asked for again with every message.
     is_answered = noted.get("version") != study.version and all(job.state == "completed" for job in jobs)
     if not changed or (noted.get("record") == record and not is_answered):
-        return _Verdict(stopped=stopped)
-    cause = doubt or "The patient's record changed."
-    return _Verdict(tuple(sorted(changed)), cause, record, stopped, is_renewed=is_wanted and not is_late and not doubt)
+        return _Verdict(stopped=stopped, is_cleared=is_cleared)
+    is_renewed = is_wanted and not is_late and not doubt
+    return _Verdict(tuple(sorted(changed)), doubt or _CHANGED, record, stopped, is_renewed=is_renewed, is_cleared=is_cleared)
 
 
 def _is_stopped(past: Sequence[history.Entry], bundle: str, version: int) -> bool:

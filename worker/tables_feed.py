@@ -13,8 +13,10 @@ off goes on where it ended. Not here: the command line, the schedule.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from datetime import date, timedelta
+from dataclasses import replace
+from datetime import date, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from worker.intake.table_mapping import TableMapping, read_mapping
 from worker.intake.table_rows import Row, RowReader, Words
 from worker.intake.tables import QUIET_S, Apply, Tally, import_table, take
 from worker.store import feeds, records, warehouse
-from worker.store.database import Store
+from worker.store.database import Connection, Store
 from worker.store.warehouse import Watermark
 
 
@@ -104,25 +106,44 @@ def _apply(config: Config, store: Store, *, sender: str, trigger: str) -> Apply:
 
     def apply(updates: list[RecordUpdate]) -> int:
         # Writers that name patients in one order cannot wait for each other.
-        several = sorted((record_feeds.localized(config, one) for one in updates), key=lambda one: _order(one))
-        digest = hashlib.sha256(repr(several).encode("utf-8", "surrogatepass")).hexdigest()
+        # Every table is one of values, which names its patients in passing: no admission speaks here.
+        several = sorted((replace(record_feeds.localized(config, one), has_demographics=False) for one in updates), key=_order)
         with store.begin() as conn:
-            number = feeds.note_message(
-                conn,
-                sender=sender,
-                control_id="",
-                sent_at="",
-                trigger=trigger,
-                result="applied",
-                digest=digest,
-                now=record_feeds.clock(),
-            )
-            if number is None:
+            if feeds.row_of(conn, sender=sender, digest=_digest(several)) is not None:
                 return 0
             now = record_feeds.clock()
-            return sum(records.apply(conn, one, now=now, message_id=number) for one in several)
+            right, reasons = _checked(config, conn, several, now=now)
+            for reason, count in reasons.items():
+                said = f"{count} patients of a batch of rows were refused: {reason}"
+                warehouse.note_refused(conn, sender=sender, trigger=trigger, reason=said, digest=_digest(several), now=now)
+                events.emit("message.refused", sender=sender, trigger=trigger, result="refused", reason=said)
+            # Of what was taken: the same rows come again when the patient has been corrected.
+            number = feeds.note_message(
+                conn, sender=sender, control_id="", sent_at="", trigger=trigger, result="applied", digest=_digest(right), now=now
+            )
+            return 0 if number is None else sum(records.apply(conn, one, now=now, message_id=number) for one in right)
 
     return apply
+
+
+def _digest(updates: Sequence[RecordUpdate]) -> str:
+    return hashlib.sha256(repr(updates).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _checked(
+    config: Config, conn: Connection, updates: Sequence[RecordUpdate], *, now: datetime
+) -> tuple[list[RecordUpdate], Counter[str]]:
+    """Those that are of whom they say, and why the others are not."""
+    right: list[RecordUpdate] = []
+    reasons = Counter[str]()
+    for one in updates:
+        try:
+            record_feeds.check_person(config, conn, one, now=now)
+        except RecordError as exc:
+            reasons[str(exc)] += 1
+        else:
+            right.append(one)
+    return right, reasons
 
 
 def _order(update: RecordUpdate) -> tuple[str, str]:

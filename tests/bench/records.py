@@ -89,6 +89,8 @@ def fill(store: Store, facts: int) -> None:
     """Put `facts` rows into an empty store, by the database's own means."""
     patients = facts // PER_PATIENT
     with store.begin() as conn:
+        if not store.is_sqlite:
+            conn.exec_driver_sql("SET LOCAL statement_timeout = 0")
         for table in (schema.observation, schema.demographics, schema.message, schema.patient):
             conn.execute(sa.delete(table))
     numbers = "WITH RECURSIVE n(i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i < {last}) SELECT {columns} FROM n"
@@ -99,6 +101,8 @@ def fill(store: Store, facts: int) -> None:
     if not store.is_sqlite:
         at = "timestamptz '2026-01-01' - (mod(i, 1000)) * interval '1 hour'"
     with store.begin() as conn:
+        if not store.is_sqlite:
+            conn.exec_driver_sql("SET LOCAL statement_timeout = 0")
         conn.exec_driver_sql(
             "INSERT INTO patient (id, issuer, patient_id) " + numbers.format(columns=f"i + 1, '{ISSUER}', 'F' || i", last=patients - 1)
         )
@@ -109,6 +113,8 @@ def fill(store: Store, facts: int) -> None:
             + numbers.format(columns=columns, last=facts - 1)
         )
     with store.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as conn:
+        if not store.is_sqlite:
+            conn.exec_driver_sql("SET statement_timeout = 0")
         conn.exec_driver_sql("ANALYZE" if store.is_sqlite else "VACUUM ANALYZE")
 
 

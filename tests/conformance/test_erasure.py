@@ -312,7 +312,9 @@ def test_postgres_is_vacuumed_without_a_complaint(postgres_url: str) -> None:
     store.close()
 
 
-def test_a_control_id_made_of_the_patients_id_goes_too(tmp_path: Path) -> None:
+def test_a_control_id_made_of_the_patients_id_goes_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every message, also of those that left no row of the record: refused, ignored, a merge alone."""
+    monkeypatch.setattr(erasure, "_PAGE", 2)
     store = Store(f"sqlite:///{tmp_path / 's.db'}")
     store.migrate()
     with store.begin() as conn:
@@ -321,7 +323,10 @@ def test_a_control_id_made_of_the_patients_id_goes_too(tmp_path: Path) -> None:
                 conn, sender="HIS", control_id=control_id, sent_at="", trigger="ORU^R01", result="applied", digest=control_id, now=NOW
             )
             records.apply(conn, RecordUpdate(ADA, (fact(1.0, key=control_id),), "LAB"), now=NOW, message_id=number)
+    for control_id in ("planted-77", "PLANTED-770"):
+        note(store, None, control_id=control_id, result="refused")
+    note(store, b"PID|||OTHER-78", control_id="00PLANTED-77.2")
     erase(store)
     with store.read() as conn:
-        assert conn.exec_driver_sql("SELECT control_id FROM message ORDER BY id").scalars().all() == ["", "B-1"]
+        assert conn.exec_driver_sql("SELECT control_id FROM message ORDER BY id").scalars().all() == ["", "B-1", "", "PLANTED-770", ""]
     store.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import cast
 
 import pytest
+import sqlalchemy as sa
 
 from models.bundle import Bundle
 from tests.conftest import Captured
@@ -24,8 +25,9 @@ from worker.intake import assembly
 from worker.intake.hl7 import parse
 from worker.joining import MUST_AGREE
 from worker.report.sr import report_uids
-from worker.store import documents, history, queue, records, studies
-from worker.store.database import Store
+from worker.store import documents, history, persons, queue, records, studies
+from worker.store.database import Connection, Store
+from worker.store.schema import message
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 STUDY_AT = NOW - timedelta(hours=1)
@@ -284,6 +286,101 @@ ORU = b"\r".join((
     b"OBR|1||F1|X^Panel^LN|||20260301080000",
     b"OBX|1|NM|1988-5^CRP^LN||5|mg/L|||||F|||20260301080000",
 ))  # fmt: skip
+
+
+SMITH = "Smith^John||19500101|M"
+LOVELACE = "Lovelace^Ada||18151210|F"
+
+
+def say(store: Store, trigger: str, person: str, *facts: str, control_id: str, patient_id: str = "A-1") -> None:
+    """One HL7 message about A-1, through the door of the listener."""
+    evn = ("EVN||20260301100000",) if trigger.startswith("ADT") else ()
+    head = rf"MSH|^~\&|LAB|H|S|H|20260301100000||{trigger}|{control_id}|P|2.5.1"
+    raw = "\r".join((head, *evn, f"PID|1||{patient_id}^^^SITE||{person}", *facts)).encode()
+    record_feeds.apply_message(Config(), store, parse(raw, zone=UTC, issuers={"": "SITE"}), raw)
+
+
+def result(value: float, filler: str, *, status: str = "F") -> tuple[str, str]:
+    return (
+        f"OBR|1||{filler}|X^Panel^LN|||20260301080000",
+        f"OBX|1|NM|1988-5^CRP^LN||{value}|mg/L|||||{status}|||20260301080000",
+    )
+
+
+def used(case: pipeline.Case) -> list[float]:
+    assert case.error is None
+    assert case.inputs is not None
+    return [value.value for value in case.inputs.values]
+
+
+@pytest.mark.requirement("F4")
+def test_what_came_in_another_persons_name_is_not_used_when_an_admission_says_who_it_is(store: Store, bundle: Bundle) -> None:
+    study_id = receive(store)
+    say(store, "ORU^R01", SMITH, *result(300, "F1"), control_id="1")
+    assert isinstance(analyze(store, bundle).error, PatientConflict)
+    say(store, "ADT^A08", LOVELACE, control_id="2")
+    renew(store, bundle)
+    assert "infer.revived" in names(store, study_id)
+    assert used(analyze(store, bundle)) == []
+    say(store, "ORU^R01", LOVELACE, *result(5, "F2"), control_id="3")
+    assert renew(store, bundle) == 1
+    assert used(analyze(store, bundle)) == [5.0]
+    with pytest.raises(RecordError, match="PID-7"):
+        say(store, "ORU^R01", SMITH, *result(301, "F3"), control_id="4")
+
+
+@pytest.mark.requirement("F4")
+@pytest.mark.parametrize("cure", ["admission", "laboratory"])
+def test_without_admissions_results_of_two_persons_are_taken_and_the_study_stops_until_one_is_right(
+    store: Store, bundle: Bundle, cure: str
+) -> None:
+    receive(store)
+    say(store, "ORU^R01", SMITH, *result(300, "F1"), control_id="1")
+    say(store, "ORU^R01", LOVELACE, *result(5, "F2"), control_id="2")
+    stopped = analyze(store, bundle)
+    assert isinstance(stopped.error, PatientConflict)
+    assert str(stopped.error) == "The results under this patient ID name different persons."
+    if cure == "admission":
+        say(store, "ADT^A08", LOVELACE, control_id="3")
+    else:
+        say(store, "ORU^R01", SMITH, *result(300, "F1", status="W"), control_id="3")
+    renew(store, bundle)
+    assert used(analyze(store, bundle)) == [5.0]
+
+
+def test_an_admission_that_is_applied_this_moment_counts_for_the_result_behind_it(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock, waited = persons.locked, list[bool]()
+
+    def late(conn: Connection, keys: Iterable[PatientKey], said: Mapping[str, object]) -> dict[PatientKey, int]:
+        if not waited:
+            waited.append(True)  # who held the lock said this, and has committed
+            records.apply(conn, RecordUpdate(ADA, source="ADT"), now=NOW)
+        return lock(conn, keys, said)
+
+    monkeypatch.setattr(persons, "locked", late)
+    with pytest.raises(RecordError, match="PID-7"):
+        say(store, "ORU^R01", SMITH, *result(300, "F1"), control_id="1")
+
+
+def test_a_refused_message_is_kept_with_what_its_envelope_says(store: Store) -> None:
+    record_feeds.keep_refused(store, "It was wrong.", ORU)
+    record_feeds.keep_refused(store, "It was no message.", b"x")
+    with store.read() as conn:
+        rows = conn.execute(sa.select(message.c.sender, message.c.control_id, message.c.trigger).order_by(message.c.id)).tuples().all()
+    assert [tuple(row) for row in rows] == [("LAB|H", "1", "ORU^R01"), ("", "", "")]
+
+
+def test_a_study_keeps_its_row_from_the_last_look_to_the_commit(postgres_url: str) -> None:
+    """On PostgreSQL; SQLite has one writer at a time."""
+    store = Store(postgres_url)
+    store.migrate()
+    study_id = receive(store)
+    with store.begin() as conn, store.engine.connect() as other:
+        studies.standing(conn, study_id)
+        other.exec_driver_sql("SET lock_timeout = '100ms'")
+        with pytest.raises(sa.exc.OperationalError):
+            other.exec_driver_sql("UPDATE study SET version = version + 1")
+    store.close()
 
 
 # --- merges

@@ -111,9 +111,7 @@ def test_a_report_that_is_not_renewed_is_outdated_once_for_each_change(store: St
     assert names(store, study_id).count("report.outdated") == 2
 
 
-def test_an_old_study_that_was_noted_is_not_viewed_again(
-    store: Store, bundle: Bundle, monkeypatch: pytest.MonkeyPatch, captured: Captured
-) -> None:
+def test_of_an_old_study_that_was_noted_only_a_conflict_is_still_said(store: Store, bundle: Bundle, captured: Captured) -> None:
     study_id = receive(store)
     tell(store, ADA, crp(5.0))
     analyze(store, bundle)
@@ -121,10 +119,46 @@ def test_an_old_study_that_was_noted_is_not_viewed_again(
     late = NOW + timedelta(hours=1)
     renew(store, bundle, days=0, now=late)
     tell(store, ADA, crp(60.0, status="C"), now=after(2))
-    monkeypatch.setattr(records, "view", None)
     renew(store, bundle, days=0, now=late)
     assert names(store, study_id).count("report.outdated") == 1
-    assert captured.named("sweep.failed") == []
+    for second in (3, 4):
+        tell(store, replace(ADA, birth_date="19990101"), crp(1.0, key=f"lab/{second}"), now=after(second))
+        renew(store, bundle, days=0, now=late)
+    assert names(store, study_id).count("report.outdated") == 2
+    assert "birth dates" in str(captured.named("report.outdated")[-1]["cause"])
+
+
+def test_a_conflict_that_is_gone_is_cleared_and_the_next_one_is_said_again(store: Store, bundle: Bundle) -> None:
+    study_id = receive(store)
+    tell(store, ADA, crp(5.0))
+    analyze(store, bundle)
+    for second in (1, 5):
+        tell(store, replace(ADA, birth_date=f"1999010{second}"), now=after(second))
+        renew(store, bundle)
+        tell(store, replace(ADA, name=f"Lovelace^Ada^{second}"), now=after(second + 1))
+        renew(store, bundle)
+        tell(store, replace(ADA, name=f"Lovelace^Ada^{second}"), crp(9.0, hours=-1, key=f"late/{second}"), now=after(second + 2))
+        renew(store, bundle)
+    said = [name for name in names(store, study_id) if name.startswith("report.")]
+    assert said == ["report.outdated", "report.cleared"] * 2
+
+
+def test_a_study_that_kills_its_worker_is_not_revived_by_messages(store: Store, bundle: Bundle) -> None:
+    study_id = receive(store)
+    tell(store, replace(ADA, birth_date="19990101"))
+    analyze(store, bundle)
+    tell(store, ADA, now=after(1))
+    renew(store, bundle)
+    for attempt in range(queue.INFER_ATTEMPTS):
+        then = after(300 * (attempt + 1))
+        lease(store, then)
+        with store.begin() as conn:
+            queue.rescue(conn, now=then + timedelta(seconds=240))
+    tell(store, ADA, crp(1.0, key="lab/9"), now=after(3000))
+    renew(store, bundle, now=after(3001))
+    with store.read() as conn:
+        assert [job.state for job in queue.of_study(conn, study_id)] == ["discarded"]
+    assert names(store, study_id).count("infer.revived") == 1
 
 
 def test_what_one_study_breaks_harms_no_other_and_is_tried_again(

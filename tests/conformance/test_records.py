@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -165,7 +166,7 @@ def test_a_chain_that_comes_backwards_has_the_same_survivor(store: Store) -> Non
 
 
 @pytest.mark.requirement("F3")
-def test_a_merge_is_undone_once_and_a_feed_that_repeats_itself_does_not_bring_it_back(store: Store) -> None:
+def test_a_merge_is_undone_once_and_comes_back_only_by_what_is_said_afterwards(store: Store) -> None:
     say(store, A, 1.0)
     say_merged(store, survivor=B, retired=A, at=NOW)
     with store.begin() as conn:
@@ -176,14 +177,29 @@ def test_a_merge_is_undone_once_and_a_feed_that_repeats_itself_does_not_bring_it
         assert not records.unmerge(conn, number + 1, reason="Two persons.", now=NOW + HOUR)
     say_merged(store, survivor=B, retired=A, now=NOW + 2 * HOUR, at=NOW)
     assert view(store, A).keys == (A,)
-    say_merged(store, survivor=B, retired=A, now=NOW + 3 * HOUR, at=NOW + 2 * HOUR)
-    assert view(store, A).keys == (A,), "a link is a state: its source says it again with every change of anything else"
     other = RecordUpdate(Patient(B), source="REGISTRY", merges=(Merge(B, A),))
-    for at in (None, NOW):
-        apply(store, replace(other, at=at), now=NOW + 3 * HOUR)
-        assert view(store, A).keys == (A,), "what does not tell when it was said cannot know better than a person"
-    apply(store, replace(other, at=NOW + 2 * HOUR), now=NOW + 3 * HOUR)
-    assert view(store, A).keys == (B, A), "what another source says after the undoing is news"
+    for at in (None, NOW, NOW + HOUR):
+        for merge in (Merge(B, A), Merge(A, B)):
+            apply(store, replace(other, at=at, merges=(merge,)), now=NOW + 3 * HOUR)
+            assert view(store, A).keys == (A,), "what does not tell when it was said cannot know better than a person"
+    say_merged(store, survivor=B, retired=A, now=NOW + 3 * HOUR, at=NOW + 2 * HOUR)
+    assert view(store, A).keys == (B, A), "what is said after the undoing is news, by whomever"
+    say_merged(store, survivor=B, retired=A, now=NOW + 4 * HOUR, at=NOW + 2 * HOUR)
+    with store.read() as conn:
+        assert len(records.merges_of(conn, A)) == 1
+
+
+@pytest.mark.requirement("F3")
+def test_a_link_of_a_fhir_server_does_not_bring_back_what_a_person_undid(store: Store) -> None:
+    """A link is a state: it has a new time with every change of anything else. Both said the merge, one row stands for it."""
+    link = RecordUpdate(Patient(B), source="FHIR ehr.example", merges=(Merge(B, A),), has_demographics=False)
+    say_merged(store, survivor=B, retired=A, at=NOW)
+    apply(store, replace(link, at=NOW))
+    assert undo(store, survivor=B, retired=A, now=NOW + HOUR)
+    for at in (None, NOW, NOW + 2 * HOUR):
+        for merge in (Merge(B, A), Merge(A, B)):
+            apply(store, replace(link, at=at, merges=(merge,)), now=NOW + 3 * HOUR)
+            assert view(store, A).keys == (A,)
 
 
 @pytest.mark.requirement("F3")
@@ -194,6 +210,22 @@ def test_a_merge_while_a_study_waits_wakes_the_jobs_of_both(store: Store) -> Non
     woken = {job.study_id for job in lease(store, now=NOW + HOUR)}
     assert len(waiting) == 3
     assert woken == {1, 2}
+
+
+@pytest.mark.requirement("F6")
+def test_a_message_takes_the_studies_before_their_jobs(store: Store) -> None:
+    """As whoever completes a study does: else the two wait for each other."""
+    number = study(store, A, uid="2.25.1")
+    snooze_all(store)
+    with ThreadPoolExecutor(1) as pool:
+        with store.begin() as conn:
+            conn.execute(sa.select(schema.study.c.id).where(schema.study.c.id == number).with_for_update())
+            message = pool.submit(say, store, A, 1.0)
+            with pytest.raises(TimeoutError):
+                message.result(timeout=0.3)
+            assert conn.execute(sa.select(schema.job.c.id).with_for_update(nowait=True)).all(), "nobody holds the job"
+        assert message.result(timeout=20) == 1
+    assert marked(store) == {number: NOW}
 
 
 @pytest.mark.requirement("F3")

@@ -13,7 +13,7 @@ from alembic import command
 from alembic.config import Config as AlembicConfig
 
 import worker.store
-from tests.conformance.test_records import CRP, HOUR, NOW, A, B, apply, fact, marked, say, say_merged, study, undo, values, view
+from tests.conformance.test_records import CRP, HOUR, NOW, A, B, C, apply, fact, marked, say, say_merged, study, undo, values, view
 from worker.config import Config, PatientIds, Records
 from worker.domain import STAT, Code, Header, Merge, Observation, Order, Patient, PatientKey, RecordUpdate
 from worker.record_feeds import identified, localized
@@ -192,6 +192,50 @@ def test_two_messages_that_come_together_are_applied_one_after_the_other(store: 
                 second.result(timeout=0.3)
         assert second.result(timeout=20) == 0
     assert (rows(store)["observation"], rows(store)["merge"]) == (1, 1)
+
+
+@pytest.mark.requirement("F6")
+def test_messages_under_two_keys_of_one_person_do_not_wait_for_each_other_for_ever(store: Store) -> None:
+    say_merged(store, survivor=B, retired=A)
+
+    def feed(key: PatientKey) -> int:
+        return sum(say(store, key, float(n)) for n in range(15))
+
+    with ThreadPoolExecutor(2) as pool:
+        assert [told.result(timeout=40) for told in [pool.submit(feed, key) for key in (B, A)]] == [15, 15]
+    assert len(values(store, A)) == 15, "two keys name one result of one source"
+
+
+@pytest.mark.requirement("F6")
+def test_a_person_who_grows_while_a_message_waits_is_locked_whole(store: Store) -> None:
+    for key in (A, B, C):
+        say(store, key, 1.0)
+
+    def free() -> list[int]:
+        with store.begin() as conn:
+            records.apply(conn, RecordUpdate(Patient(C), (fact(2.0),), at=NOW), now=NOW)
+            with store.read() as other:
+                return list(other.scalars(sa.select(schema.patient.c.id).order_by(schema.patient.c.id).with_for_update(skip_locked=True)))
+
+    with ThreadPoolExecutor(1) as pool:
+        with store.begin() as conn:
+            records.apply(conn, RecordUpdate(Patient(A), merges=(Merge(A, C),), at=NOW), now=NOW)
+            waiting = pool.submit(free)
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=0.3)
+        assert waiting.result(timeout=20) == ([1, 2, 3] if store.is_sqlite else [2]), "SQLite has one writer"
+
+
+@pytest.mark.requirement("F2")
+def test_a_fact_tells_whom_its_own_message_named(store: Store) -> None:
+    for number, (patient, is_admission) in enumerate(
+        ((Patient(A, "Lab^Ada", "19700101"), False), (Patient(A, "Test^Ada", "", "F"), True), (Patient(A), False))
+    ):
+        apply(store, RecordUpdate(patient, (fact(float(number)),), "LAB", has_demographics=is_admission))
+    say_merged(store, survivor=B, retired=A)
+    assert [one.told for one in view(store, B).observations] == [Patient(A, "Lab^Ada", "19700101"), None, None]
+    again = RecordUpdate(Patient(A, "Other^Eva"), (fact(0.0),), "LAB", has_demographics=False)
+    assert apply(store, again) == 0, "who it is said of is no part of what is said"
 
 
 def test_nobody_knew_a_patient_before_the_first_message(store: Store) -> None:

@@ -181,7 +181,7 @@ def test_a_row_says_who_what_and_when(update: Callable[..., RecordUpdate]) -> No
     at = datetime(2020, 5, 6, 12, 28, tzinfo=UTC)
     fact = Observation(Code("1988-5", "LN", ""), at, 5.0, unit="mg/L", key="lab/17/value", source="lab")
     patient = Patient(PatientKey("HOSP", "P1"), "DOE^JANE", "19500203", "F")
-    assert update() == RecordUpdate(patient, (fact,), "lab", has_demographics=True)
+    assert update() == RecordUpdate(patient, (fact,), "lab", has_demographics=False)
 
 
 @pytest.mark.parametrize(

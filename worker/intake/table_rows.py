@@ -97,8 +97,8 @@ class RowReader:
         patient = self._patient(row)
         key = self._key(row)
         facts = list(self._facts(row, key))
-        has_demographics = bool(patient.name or patient.birth_date or patient.sex)
-        return RecordUpdate(patient, tuple(facts), self.mapping.name, has_demographics, at=self._changed(row))
+        # Every table is one of values, which names its patients in passing: no admission speaks here.
+        return RecordUpdate(patient, tuple(facts), self.mapping.name, has_demographics=False, at=self._changed(row))
 
     # --- cells
 

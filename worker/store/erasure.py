@@ -178,6 +178,7 @@ def erase(conn: Connection, key: PatientKey, *, now: datetime) -> Receipt:
     counts, paths = _erase_studies(conn, ids)
     counts |= _erase_record(conn, key, patient_pk, now=now)
     counts["raw_messages"] = _erase_raw(conn, key.patient_id)
+    _erase_control_ids(conn, key.patient_id)
     salt = secrets.token_hex(16)
     receipt = Receipt(
         at=now.isoformat(), program=__version__, salt=salt, patient_sha256=_digest(salt, key), scope=SCOPE, counts=counts, paths=paths
@@ -234,7 +235,6 @@ def _erase_studies(conn: Connection, ids: Sequence[int]) -> tuple[dict[str, int]
 
 def _erase_record(conn: Connection, key: PatientKey, patient_pk: int | None, *, now: datetime) -> dict[str, int]:
     others = [one for one in records.keys_of(conn, key) if one != key]
-    _erase_control_ids(conn, key.patient_id, patient_pk)
     counts = {
         "facts": _delete(conn, observation, observation.c.patient_pk == patient_pk),
         "demographics": _delete(conn, demographics, demographics.c.patient_pk == patient_pk),
@@ -246,14 +246,14 @@ def _erase_record(conn: Connection, key: PatientKey, patient_pk: int | None, *, 
     return counts
 
 
-def _erase_control_ids(conn: Connection, patient_id: str, patient_pk: int | None) -> None:
-    """Some senders make a message's control ID of the patient's ID."""
-    tables = (observation.c, demographics.c, imaging_order.c)
-    told = sa.union(*(sa.select(one.message_id).where(one.patient_pk == patient_pk) for one in tables))
-    rows = conn.execute(sa.select(message.c.id, message.c.control_id).where(message.c.id.in_(told), message.c.control_id != "")).all()
-    for row in rows:
-        if _plain(patient_id) in _plain(row.control_id):
-            conn.execute(sa.update(message).where(message.c.id == row.id).values(control_id=""))
+def _erase_control_ids(conn: Connection, patient_id: str) -> None:
+    """Some senders make a message's control ID of the patient's ID; a refused or ignored message's, and a merge's, too."""
+    wanted = _word(patient_id)
+    number, page = 0, sa.select(message.c.id, message.c.control_id).order_by(message.c.id).limit(_PAGE)
+    while rows := conn.execute(page.where(message.c.id > number, message.c.control_id != "")).all():
+        held = [row.id for row in rows if wanted.search(_plain(row.control_id))]
+        conn.execute(sa.update(message).where(message.c.id.in_(held)).values(control_id=""))
+        number = rows[-1].id
 
 
 def _delete(conn: Connection, table: sa.Table, condition: sa.ColumnElement[bool]) -> int:
@@ -278,9 +278,13 @@ _HEXADECIMAL: Final = re.compile(rb"\\X((?:[0-9A-Fa-f]{2})+)\\")
 
 def _names(raw: bytes, patient_id: str) -> bool:
     """Whether a message holds the ID as a whole word, in any case and width and with any zeros before it, as a site may compare them."""
-    wanted = re.compile(rf"(?<![^\W_])0*{re.escape(_plain(patient_id))}(?![^\W_])")
+    wanted = _word(patient_id)
     spelled = _HEXADECIMAL.sub(lambda found: bytes.fromhex(found[1].decode()), raw)
     return any(wanted.search(_plain(one.decode(encoding, errors="replace"))) for one in {raw, spelled} for encoding in _ENCODINGS)
+
+
+def _word(patient_id: str) -> re.Pattern[str]:
+    return re.compile(rf"(?<![^\W_])0*{re.escape(_plain(patient_id))}(?![^\W_])")
 
 
 def _plain(text: str) -> str:

@@ -56,28 +56,35 @@ def locked(conn: Connection, keys: Iterable[PatientKey], said: Mapping[str, obje
     """
     # In one order everywhere: two messages that name the same new patients would wait for each other.
     wanted = sorted(set(keys), key=lambda key: (key.issuer, key.patient_id))
+    if conn.dialect.name == "sqlite":
+        return {key: _made(conn, key, said) for key in wanted}
     while True:
-        rows = {key: _made(conn, key, said) for key in wanted}
-        if lock(conn, rows.values()):
-            return rows
+        with conn.begin_nested() as attempt:
+            rows = {key: _made(conn, key, said) for key in wanted}
+            if lock(conn, rows.values()):
+                return rows
+            attempt.rollback()
 
 
 def lock(conn: Connection, rows: Iterable[int]) -> bool:
     """Keep others from writing of these persons until the commit; False if one of the rows was erased meanwhile.
 
+    All rows of them in one statement, in one order: who locks some and then the others waits for one who began with those others.
     SQLite has one writer at a time: nothing to do there.
     """
-    wanted, held = set(rows), set[int]()
-    if conn.dialect.name == "sqlite":
+    named = frozenset(rows)
+    if conn.dialect.name == "sqlite" or not named:
         return True
-    named = frozenset(wanted)
-    while wanted:
-        held |= set(conn.scalars(_LOCK, {"several": sorted(wanted)}))
-        if not named <= held:
-            return False
-        # Whoever held them may have merged them with others.
-        wanted = set(people(conn, named)) - held
-    return True
+    while True:
+        with conn.begin_nested() as attempt:
+            held = set(conn.scalars(_LOCK, {"several": people(conn, named)}))
+            # Whoever held them may have merged them with others meanwhile: those may sort before what is locked now.
+            is_whole = held.issuperset(people(conn, named))
+            if is_whole and named <= held:
+                return True
+            attempt.rollback()
+            if not named <= held:
+                return False
 
 
 def _made(conn: Connection, key: PatientKey, said: Mapping[str, object]) -> int:
@@ -98,13 +105,15 @@ def _made(conn: Connection, key: PatientKey, said: Mapping[str, object]) -> int:
 def add_merge(conn: Connection, survivor: int, retired: int, *, said_at: datetime | None, said: Mapping[str, object]) -> bool:
     """Merge two patients, both locked; False where they are, or where a person undid it and this says nothing new.
 
-    Feeds repeat themselves, and a FHIR server's links are a state, not an event: what a person undid does not come back by the word
-    of the same source, only by what another one says after the undoing.
+    What a person undid comes back, whichever of the two is to survive, only by what a feed says after the undoing; never by a FHIR
+    server's links: they are a state, not an event, and get a new time with whatever else changes of the patient.
     """
-    is_older = sa.true() if said_at is None else merge.c.undone_at >= said_at
-    is_barred = sa.or_(merge.c.undone_at.is_(None), merge.c.source == said["source"], is_older)
-    same = sa.select(merge.c.id).where(merge.c.survivor_pk == survivor, merge.c.retired_pk == retired, is_barred)
-    if survivor == retired or conn.execute(same.limit(1)).first():
+    is_state = said_at is None or str(said["source"]).startswith("FHIR")
+    is_undone = merge.c.undone_at.is_not(None) if is_state else merge.c.undone_at >= said_at
+    same = sa.and_(merge.c.survivor_pk == survivor, merge.c.retired_pk == retired)
+    opposite = sa.and_(merge.c.survivor_pk == retired, merge.c.retired_pk == survivor)
+    is_barred = sa.or_(sa.and_(same, merge.c.undone_at.is_(None)), sa.and_(sa.or_(same, opposite), is_undone))
+    if survivor == retired or conn.execute(sa.select(merge.c.id).where(is_barred).limit(1)).first():
         return False
     conn.execute(sa.insert(merge).values(survivor_pk=survivor, retired_pk=retired, said_at=said_at, **said))
     return True

@@ -228,6 +228,9 @@ def rescue(conn: Connection, *, now: datetime) -> list[int]:
             )
         )
         history.note(conn, row.study_id, name=f"{row.kind}.rescued", now=now, bundle=row.bundle, attempt=row.attempt, state=state)
+        if is_poison:  # the last word on it: an earlier one, of a cause that may go, must not bring it back
+            said = {"bundle": row.bundle, "version": row.input_version, "attempt": row.attempt, "reason": reason, "error": "LeaseLost"}
+            history.note(conn, row.study_id, name=f"{row.kind}.discarded", now=now, **said)
     return [row.id for row in rows]
 
 

@@ -13,7 +13,8 @@ Not here: messages and feeds (feeds.py), what a study is given of a record (work
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import json
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Final
@@ -51,6 +52,7 @@ _RANK: Final = {"F": 1, "C": 2, "D": 2, "W": 2, "X": 2}
 WITHDRAWN: Final = frozenset("DWX")
 #: How far clocks may differ before a time of after its own message is a wrong one.
 CLOCKS: Final = timedelta(hours=24)
+_PARTS: Final = ("name", "birth_date", "sex")
 #: When it was said who somebody is, by a message about something else: any admission's word comes after it.
 _IN_PASSING: Final = datetime(1900, 1, 1, tzinfo=UTC)
 
@@ -78,11 +80,14 @@ def apply(conn: Connection, update: RecordUpdate, *, now: datetime, message_id: 
     for survivor, retired in pairs:
         changed += persons.add_merge(conn, rows[survivor], rows[retired], said_at=update.at, said=said)
     ordered = [order for order in update.orders if orders.add(conn, patient_pk, order, said_at=update.at, said=said)]
-    added = sum(_add_fact(conn, patient_pk, fact, update, said, now=now) for fact in update.observations)
+    told = {} if update.has_demographics else _told(update.patient)
+    fact_said = {**said, "told": json.dumps(told, sort_keys=True) if told else ""}
+    added = sum(_add_fact(conn, patient_pk, fact, update, fact_said, now=now) for fact in update.observations)
     keys = persons.keys(conn, persons.people(conn, rows.values()))
-    queue.wake(conn, keys=keys, now=now)
+    # Studies before jobs, as workers and receivers take them: else the two wait for each other.
     if changed or added:
         mark_changed(conn, keys, now=now)
+    queue.wake(conn, keys=keys, now=now)
     for accession_number in sorted({order.accession_number for order in ordered} - {""}):
         priority = priority_of(conn, update.patient.key, accession_number)
         queue.prioritize_order(conn, keys=keys, accession_number=accession_number, priority=priority)
@@ -91,7 +96,7 @@ def apply(conn: Connection, update: RecordUpdate, *, now: datetime, message_id: 
 
 def _add_demographics(conn: Connection, patient_pk: int, update: RecordUpdate, said: dict[str, object]) -> bool:
     """Add a line to the history; False where the very same was said before at the same time, or both times without one."""
-    told = {"name": update.patient.name, "birth_date": update.patient.birth_date, "sex": update.patient.sex}
+    told = dict.fromkeys(_PARTS, "") | _told(update.patient)
     if not any(told.values()):
         return False
     at = update.at if update.has_demographics else _IN_PASSING
@@ -104,8 +109,13 @@ def _add_demographics(conn: Connection, patient_pk: int, update: RecordUpdate, s
     return True
 
 
+def _told(patient: Patient) -> dict[str, str]:
+    """The parts of the demographics that say something."""
+    return {name: value for name in _PARTS if (value := getattr(patient, name))}
+
+
 #: What of a fact's row was said; the rest is of whom, by whom and when.
-_ENVELOPE: Final = frozenset({"id", "patient_pk", "source", "meaning", "coded_meaning", "said_at", "received_at", "message_id"})
+_ENVELOPE: Final = frozenset({"id", "patient_pk", "source", "meaning", "coded_meaning", "said_at", "told", "received_at", "message_id"})
 _WORDS: Final = tuple(column for column in observation.c if column.name not in _ENVELOPE)
 _SAID: Final = sa.select(*_WORDS, observation.c.source, observation.c.said_at, observation.c.received_at).where(
     observation.c.patient_pk == sa.bindparam("patient_pk"), observation.c.at == sa.bindparam("at"), observation.c.key == sa.bindparam("key")
@@ -235,12 +245,13 @@ def view(
     ]
     # The time counts only now: what was moved past `as_of`, or withdrawn after it, must not stand as it was before.
     unusable = [fact for fact in standing if fact.at > fact.received_at + CLOCKS]
+    keys = dict(zip(chain, persons.keys(conn, chain), strict=True))
     return PatientRecord(
         patient=_demographics(key, lines, chain),
         as_of=as_of,
-        observations=tuple(_observation(fact) for fact in standing if fact.at <= min(as_of, fact.received_at + CLOCKS)),
-        keys=persons.keys(conn, chain),
-        unusable=tuple(_observation(fact) for fact in unusable),
+        observations=tuple(_observation(fact, keys) for fact in standing if fact.at <= min(as_of, fact.received_at + CLOCKS)),
+        keys=tuple(keys.values()),
+        unusable=tuple(_observation(fact, keys) for fact in unusable),
         stamp=persons.stamp(chain),
     )
 
@@ -282,11 +293,11 @@ def _demographics(key: PatientKey, rows: Sequence[AnyRow], chain: Sequence[int])
     told: dict[str, str] = {}
     # Oldest first, the survivor's last.
     for row in sorted(rows, key=lambda one: (one.at > _IN_PASSING, one.patient_pk == chain[0], one.at, one.id)):
-        told |= {name: getattr(row, name) for name in ("name", "birth_date", "sex") if getattr(row, name)}
+        told |= {name: getattr(row, name) for name in _PARTS if getattr(row, name)}
     return Patient(key, **told)
 
 
-def _observation(fact: AnyRow) -> Observation:
+def _observation(fact: AnyRow, keys: Mapping[int, PatientKey]) -> Observation:
     return Observation(
         code=Code(fact.code, fact.scheme, fact.meaning),
         at=fact.at,
@@ -304,4 +315,5 @@ def _observation(fact: AnyRow) -> Observation:
         message_id=fact.message_id,
         message=fact.control_id or "",
         said_at=fact.said_at,
+        told=Patient(keys[fact.patient_pk], **json.loads(fact.told)) if fact.told else None,
     )

@@ -176,6 +176,8 @@ observation = sa.Table(
     _text("coded_meaning"),
     # When it was said: of two finals under one key the later said stands, in whatever order they came.
     sa.Column("said_at", UtcDateTime, nullable=True),
+    # JSON: name, birth date and sex that came with it, in a message about something else; '' for none.
+    _text("told"),
     sa.Column("received_at", UtcDateTime, nullable=False),
     _ref("message_id", "message.id", nullable=True),
     sa.CheckConstraint(_in("kind", ("number", "text", "coded", "range", "ratio")), name="kind"),

@@ -273,8 +273,8 @@ def load(conn: Connection, study_id: int, *, root: Path = Path()) -> Study:
 
 
 def standing(conn: Connection, study_id: int) -> tuple[str, int]:
-    """Why a study is held ('' if it is not) and its version, as of this transaction."""
-    row = conn.execute(sa.select(study.c.hold, study.c.version).where(study.c.id == study_id)).one()
+    """Why a study is held ('' if it is not) and its version; nobody else changes its row until the commit."""
+    row = conn.execute(sa.select(study.c.hold, study.c.version).where(study.c.id == study_id).with_for_update(key_share=True)).one()
     return row.hold, row.version
 
 

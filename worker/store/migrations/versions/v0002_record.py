@@ -99,6 +99,7 @@ def upgrade() -> None:
         for column in ("coded_value", "coded_scheme", "coded_meaning"):
             observation.add_column(_text(column))
         observation.add_column(_time("said_at", nullable=True))
+        observation.add_column(_text("told"))
         observation.add_column(sa.Column("message_id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=True))
         observation.create_foreign_key("fk_observation_message_id", "message", ["message_id"], ["id"])
         observation.create_check_constraint("ck_observation_kind", "kind IN ('number', 'text', 'coded', 'range', 'ratio')")
