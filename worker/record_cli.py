@@ -53,6 +53,7 @@ class _Installed:
     issuer: str
     zone: tzinfo
     silent_after_s: float
+    must_agree: tuple[str, ...]
     instances: Path
     comparable: Callable[[str], str]
     bundles: Callable[[], Sequence[Bundle]]
@@ -69,6 +70,7 @@ def _installed(opener: Opener, given: Path | None) -> _Installed:
         issuer=config.site.issuer,
         zone=config.zone,
         silent_after_s=config.records.silent_after_s,
+        must_agree=config.records.must_agree,
         instances=config.spool / "instances",
         comparable=lambda patient_id: comparable(config, patient_id),
         bundles=lambda: read_bundles(config),
@@ -203,10 +205,11 @@ def _show(here: _Installed, key: PatientKey, asked: _Asked, *, as_json: bool) ->
         as_of = study.study_at if study else asked.at or clock()
         if spec is not None:
             as_of = record_view.later(as_of, spec.record.horizon_h)
-        facts = record_view.gather_patient(conn, key, as_of=as_of, known_at=asked.known_at, is_full=asked.is_full)
+        known_at, is_full, must_agree = asked.known_at, asked.is_full, here.must_agree
+        facts = record_view.gather_patient(conn, key, as_of=as_of, known_at=known_at, is_full=is_full, must_agree=must_agree)
         inputs = None
         if study is not None and spec is not None:
-            inputs = record_view.gather_inputs(conn, study, key, spec, known_at=asked.known_at, is_full=asked.is_full)
+            inputs = record_view.gather_inputs(conn, study, key, spec, known_at=known_at, is_full=is_full, must_agree=must_agree)
     if facts is None:
         by_then = " by then" if asked.known_at else ""
         _missing(f"No feed has named a patient of this issuer and ID{by_then}. `synoptic records` shows the feeds.")

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
+from worker import joining
 from worker.domain import Code, Inputs, Observation, PatientKey, Study
 from worker.errors import NoSuitableSeries
 from worker.inputs import Spec, select_inputs
@@ -36,17 +37,26 @@ FIRST_YEAR: Final = datetime(1900, 1, 1, tzinfo=UTC)
 # --- facts
 
 
-def gather_patient(conn: Connection, key: PatientKey, *, as_of: datetime, known_at: datetime | None, is_full: bool) -> Facts | None:
+def gather_patient(
+    conn: Connection,
+    key: PatientKey,
+    *,
+    as_of: datetime,
+    known_at: datetime | None,
+    is_full: bool,
+    must_agree: Sequence[str] = joining.MUST_AGREE,
+) -> Facts | None:
     """The record of one patient as of a time, as JSON would write it; None where no feed knows the patient."""
     record = records.view(conn, key, as_of=as_of, known_at=known_at)
     if record is None:
         return None
+    record = joining.own(record, must_agree)
     told = [one for one in sources.demographics_of(conn, record.keys, known_at=known_at) if one.name or one.birth_date or one.sex]
     names = {one.name for one in told if one.name}
     usable = [one for one in record.observations if one.status in _USABLE]
     why = "only final and corrected results are used"
     unusable = [(one, f"{STATUSES.get(one.status, one.status)}: {why}") for one in record.observations if one.status not in _USABLE]
-    unusable += [(one, "dated after it was received") for one in record.unusable]
+    unusable += [(one, _why_unusable(one)) for one in record.unusable]
     merges = [one for one in records.merges_of(conn, key) if known_at is None or one[3] <= known_at]
     shown = [*usable, *(one for one, _ in unusable)]
     numbers = [number for number in (*(one.message_id for one in shown), *(one.message_id for one in told)) if number is not None]
@@ -77,12 +87,26 @@ def gather_patient(conn: Connection, key: PatientKey, *, as_of: datetime, known_
     }
 
 
-def gather_inputs(conn: Connection, study: Study, key: PatientKey, spec: Spec, *, known_at: datetime | None, is_full: bool) -> Facts:
+def _why_unusable(one: Observation) -> str:
+    is_ahead = one.received_at is not None and one.at > one.received_at + records.CLOCKS
+    return "dated after it was received" if is_ahead else "came in another person's name"
+
+
+def gather_inputs(
+    conn: Connection,
+    study: Study,
+    key: PatientKey,
+    spec: Spec,
+    *,
+    known_at: datetime | None,
+    is_full: bool,
+    must_agree: Sequence[str] = joining.MUST_AGREE,
+) -> Facts:
     """What a bundle would make of the study and this record: used values with their age, and what is missing and why."""
     as_of = later(study.study_at, spec.record.horizon_h)
     record = records.view(conn, key, as_of=as_of, known_at=known_at)
     try:
-        inputs = select_inputs(study, record, spec)
+        inputs = select_inputs(study, joining.own(record, must_agree) if record else None, spec)
     except NoSuitableSeries as exc:
         return {"refused": str(exc)}
     told = sources.demographics_of(conn, record.keys if record else (), known_at=known_at)

@@ -31,8 +31,8 @@ from tests.conformance.test_line_record import (
 )  # fmt: skip
 from tests.conftest import Captured
 from tests.reports import ALGORITHM
-from worker import pipeline
-from worker.domain import ROUTINE
+from worker import pipeline, record_view
+from worker.domain import ROUTINE, RecordUpdate
 from worker.store import history, queue, records, studies
 from worker.store.database import Store
 from worker.store.schema import document, study
@@ -209,3 +209,15 @@ def test_the_report_on_an_input_that_was_there_before_another_is_a_new_object_an
     assert third.sop_instance_uid not in {first.sop_instance_uid, second.sop_instance_uid}
     assert third.predecessor_uid == second.sop_instance_uid
     assert reports.report([source], predecessor=second).document == third
+
+
+def test_a_fact_in_another_persons_name_is_shown_as_unusable_with_that_reason(store: Store) -> None:
+    with store.begin() as conn:
+        wrong = replace(ADA, name="Smith^John", birth_date="19500101", sex="M")
+        records.apply(conn, RecordUpdate(wrong, (crp(300.0),), "LAB", has_demographics=False), now=NOW)
+        records.apply(conn, RecordUpdate(ADA, (), "HIS", at=NOW), now=NOW)
+    with store.read() as conn:
+        facts = record_view.gather_patient(conn, ADA.key, as_of=NOW, known_at=None, is_full=True)
+    assert facts is not None
+    assert facts["facts"] == []
+    assert [one["because"] for one in facts["unusable"]] == ["came in another person's name"]
