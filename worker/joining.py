@@ -1,15 +1,15 @@
 """Whether a study and a record may be joined, and whether the study must wait for more of it.
 
 A wrong join harms a patient: the right one or none.
-Pure functions of what they are given, but for `doubt`, which asks the store. Not here: what the network is given of the record (inputs.py),
-rows (store/records.py).
+Pure functions of what they are given, but for `doubt` and `record_of`, which ask the store. Not here: what the network is given of the
+record (inputs.py), rows (store/records.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from itertools import combinations
 from typing import Final
 
@@ -25,8 +25,6 @@ from worker.store.database import Connection
 MUST_AGREE: Final = ("birth_date", "sex", "name")
 #: How soon to ask a FHIR server again that was away.
 PULL_S: Final = 10.0
-#: As of when results name a patient in passing (store/records.py): that is nobody's word on who it is.
-IN_PASSING: Final = datetime(1900, 1, 1, tzinfo=UTC)
 
 _SEVERAL: Final = "The results under this patient ID name different persons."
 
@@ -42,9 +40,15 @@ def doubt(conn: Connection, study: Study, record: PatientRecord | None, *, must_
 def admitted(lines: Iterable[sources.Told], keys: Sequence[PatientKey]) -> Patient | None:
     """Who admissions say that this is, the surviving key's word last; None where they say nothing. Oldest line first."""
     told: dict[str, str] = {}
-    for line in sorted((one for one in lines if one.at > IN_PASSING), key=lambda one: one.key == keys[0]):
+    for line in sorted((one for one in lines if one.at > records.IN_PASSING), key=lambda one: one.key == keys[0]):
         told |= {name: said for name in ("name", "birth_date", "sex") if (said := getattr(line, name))}
     return Patient(keys[0], **told) if told else None
+
+
+def record_of(conn: Connection, study: Study, horizon_h: float, *, must_agree: Sequence[str]) -> PatientRecord | None:
+    """The patient's own record as of the study's time, or `horizon_h` hours later if the bundle allows it."""
+    found = records.view(conn, study.patient.key, as_of=study.study_at + timedelta(hours=horizon_h))
+    return own(found, must_agree) if found else None
 
 
 def own(record: PatientRecord, must_agree: Sequence[str]) -> PatientRecord:

@@ -14,14 +14,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timedelta, tzinfo
+from datetime import datetime, tzinfo
 from pathlib import Path
 from typing import Final
 
 from models.bundle import Bundle
 from worker import __version__, events, joining, volume
 from worker.decoding import DecoderPool
-from worker.domain import Code, Document, Finding, Inputs, Job, PatientKey, PatientRecord, Study, Volume
+from worker.domain import Code, Document, Finding, Inputs, Job, PatientKey, Study, Volume
 from worker.errors import (
     NoSuitableSeries,
     PatientAmbiguous,
@@ -127,7 +127,7 @@ def gather(line: Line, case: Case) -> Case:
     trouble = _pulled(line, study, model.bundle)
     with line.store.read() as conn:
         changed_at = studies.record_changed_at(conn, job.study_id)  # before the view: what comes between is looked at again
-        record = record_of(conn, study, model.bundle, must_agree=line.must_agree)
+        record = joining.record_of(conn, study, model.bundle.record.horizon_h, must_agree=line.must_agree)
         doubt = joining.doubt(conn, study, record, must_agree=line.must_agree)
         earlier = documents.predecessor(conn, job.study_id, bundle=job.bundle, before_version=job.input_version)
     case = replace(case, study=study, predecessor=earlier, stamp=record.stamp if record else "", record_changed_at=changed_at)
@@ -146,12 +146,6 @@ def gather(line: Line, case: Case) -> Case:
     case = replace(case, inputs=inputs)
     reason = joining.incomplete(inputs, model.bundle.record)
     return replace(case, error=RecordIncomplete(reason)) if reason else case
-
-
-def record_of(conn: Connection, study: Study, bundle: Bundle, *, must_agree: Sequence[str]) -> PatientRecord | None:
-    """The patient's own record as of the study's time, or a little later if the bundle allows it."""
-    found = records.view(conn, study.patient.key, as_of=study.study_at + timedelta(hours=bundle.record.horizon_h))
-    return joining.own(found, must_agree) if found else None
 
 
 def _pulled(line: Line, study: Study, bundle: Bundle) -> str:
@@ -312,7 +306,8 @@ def _last_look(conn: Connection, line: Line, case: Case) -> Exception | None:
         return case.error
     doubt = joining.ambiguous(case.study, records.issuers_of(conn, case.study.patient.key.patient_id))
     if not doubt and _has_moved(conn, case):
-        record = record_of(conn, case.study, line.models[case.job.bundle].bundle, must_agree=line.must_agree)
+        horizon_h = line.models[case.job.bundle].bundle.record.horizon_h
+        record = joining.record_of(conn, case.study, horizon_h, must_agree=line.must_agree)
         doubt = joining.doubt(conn, case.study, record, must_agree=line.must_agree)
     if doubt:
         return PatientConflict(doubt)

@@ -25,7 +25,7 @@ from worker.errors import NoSuitableSeries, PatientConflict, WorkerError
 from worker.fingerprint import record_digest
 from worker.inputs import Spec, select_inputs
 from worker.ops.log import places
-from worker.store import documents, history, queue, records, studies
+from worker.store import documents, history, queue, studies
 from worker.store.database import Connection, Store
 from worker.store.schema import AnyRow
 
@@ -146,8 +146,7 @@ def _judged(
 
     @cache
     def view(hours: float) -> PatientRecord | None:
-        found = records.view(conn, study.patient.key, as_of=study.study_at + timedelta(hours=hours))
-        return joining.own(found, must_agree) if found else None
+        return joining.record_of(conn, study, hours, must_agree=must_agree)
 
     doubt = joining.doubt(conn, study, view(0.0), must_agree=must_agree)
     is_cleared = not doubt and noted.get("cause", _CHANGED) != _CHANGED

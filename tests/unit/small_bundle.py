@@ -87,6 +87,9 @@ file = "weights.safetensors"
 sha256 = ""
 """
 
+#: Its one image, as it stands there.
+IMAGE: Final = TOML[TOML.index("[[images]]") : TOML.index("\n[record]")]
+
 
 def write(folder: Path, toml: str = TOML) -> Path:
     """Write bundle.toml alone into `folder`."""

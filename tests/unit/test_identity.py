@@ -61,7 +61,7 @@ ONE_PERSON: Final = [
     ("ANONYMOUS", "Miller^John"),
     ("Anonymized^Patient", "Miller^John"),
     ("Unknown^Unknown", "Miller^John"),
-    ("XXXX^XX", "Miller^John"),
+    ("X" * 4 + "^" + "X" * 2, "Miller^John"),
     ("Schulz^Baby Boy", "Miller^Tom"),
     ("4711", "Miller^John"),
     ("T-0815", "Miller^John"),

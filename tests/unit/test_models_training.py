@@ -57,24 +57,12 @@ def with_training(bundle: Bundle, **changes: object) -> Bundle:
 
 
 #: A second image, of an encoder of its own; nobody must have it.
-SECOND = """
-[[images]]
-name = "second"
-kind = "volume"
-modalities = ["CT"]
-size = [12, 10, 8]
-spacing_mm = [2, 2, 3]
-window_hu = [-1000, 400]
-grid = 2
-channels = [4, 8]
-required = false
-
-[record]"""
+SECOND = small_bundle.IMAGE.replace('"image"', '"second"') + "required = false\n"
 
 
 @pytest.fixture
 def two_images(tmp_path: Path) -> Bundle:
-    folder = small_bundle.write(tmp_path / "two", small_bundle.TOML.replace("\n[record]", SECOND, 1))
+    folder = small_bundle.write(tmp_path / "two", small_bundle.TOML.replace(small_bundle.IMAGE, f"{small_bundle.IMAGE}\n{SECOND}", 1))
     return with_training(Bundle.read(folder, verify=False), stages="frozen", fusion_epochs=2, epochs=2)
 
 

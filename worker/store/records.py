@@ -30,6 +30,7 @@ from worker.store.schema import AnyRow, demographics, message, observation
 
 __all__ = [
     "CLOCKS",
+    "IN_PASSING",
     "WITHDRAWN",
     "apply",
     "is_known",
@@ -54,7 +55,7 @@ WITHDRAWN: Final = frozenset("DWX")
 CLOCKS: Final = timedelta(hours=24)
 _PARTS: Final = ("name", "birth_date", "sex")
 #: When it was said who somebody is, by a message about something else: any admission's word comes after it.
-_IN_PASSING: Final = datetime(1900, 1, 1, tzinfo=UTC)
+IN_PASSING: Final = datetime(1900, 1, 1, tzinfo=UTC)
 
 
 # --- what is said
@@ -99,7 +100,7 @@ def _add_demographics(conn: Connection, patient_pk: int, update: RecordUpdate, s
     told = dict.fromkeys(_PARTS, "") | _told(update.patient)
     if not any(told.values()):
         return False
-    at = update.at if update.has_demographics else _IN_PASSING
+    at = update.at if update.has_demographics else IN_PASSING
     same = sa.select(demographics.c.id).where(demographics.c.patient_pk == patient_pk)
     for name, value in (*told.items(), ("at", at or demographics.c.received_at)):
         same = same.where(demographics.c[name] == value)
@@ -292,7 +293,7 @@ def _demographics(key: PatientKey, rows: Sequence[AnyRow], chain: Sequence[int])
     """Of each part what was last said of the surviving key, else of the others, else in passing; an empty one says nothing."""
     told: dict[str, str] = {}
     # Oldest first, the survivor's last.
-    for row in sorted(rows, key=lambda one: (one.at > _IN_PASSING, one.patient_pk == chain[0], one.at, one.id)):
+    for row in sorted(rows, key=lambda one: (one.at > IN_PASSING, one.patient_pk == chain[0], one.at, one.id)):
         told |= {name: getattr(row, name) for name in _PARTS if getattr(row, name)}
     return Patient(key, **told)
 

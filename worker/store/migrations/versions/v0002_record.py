@@ -1,4 +1,4 @@
-"""The patient record: demographics with history, merges that can be undone, orders, kinds of values, source messages."""
+"""Views of instances. The patient record: demographics with history, merges that can be undone, orders, kinds of values, source messages."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -110,6 +110,7 @@ def upgrade() -> None:
     op.create_index("ix_observation_message_id", "observation", ["message_id"])
     op.create_index("ix_observation_received_at", "observation", ["received_at"])
     op.create_index("ix_message_received_at", "message", ["received_at"])
+    op.add_column("instance", _text("view"))
     op.create_index("ix_message_sender", "message", ["sender", "received_at"])
     op.add_column("study", _time("record_changed_at", nullable=True))
     op.create_index(
