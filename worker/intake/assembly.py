@@ -13,8 +13,8 @@ the study's row and its jobs are written in one transaction.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from worker import events
@@ -39,18 +39,6 @@ class Wants:
     def is_met(self, pending: Pending) -> bool:
         """Whether it has enough."""
         return sum(count for modality, count in pending.modalities.items() if takes(self.modalities, modality)) >= self.min_instances
-
-
-@dataclass(frozen=True, slots=True)
-class Quiet:
-    """How long no image may come before a study counts as complete, in seconds."""
-
-    default_s: float
-    by_modality: Mapping[str, float] = field(default_factory=dict)
-
-    def of(self, modality: str) -> float:
-        """The period for this modality."""
-        return self.by_modality.get(modality, self.default_s)
 
 
 def sweep(store: Store, *, wants: Sequence[Wants], limit_s: float, now: datetime) -> int:
