@@ -11,15 +11,16 @@ from pydicom.dataset import FileDataset
 from pydicom.uid import JPEGBaseline8Bit
 
 from tests import factories
-from worker.decoding import CODECS, DecoderPool, Slice
 from worker.errors import GeometryError, PixelError
+from worker.imaging.decoding import CODECS, DecoderPool
+from worker.imaging.frame import Frame
 
 LOSSLESS: Final = [uid for uid in CODECS if uid not in {JPEGBaseline8Bit, "1.2.840.10008.1.2.4.91"}]
 
 
-def read(pool: DecoderPool, path: Path) -> Slice:
+def read(pool: DecoderPool, path: Path) -> Frame:
     """Read one file."""
-    (one,) = pool.read([path], [hashlib.sha256(path.read_bytes()).hexdigest()])
+    ((one,),) = pool.read([path], [hashlib.sha256(path.read_bytes()).hexdigest()])
     return one
 
 

@@ -37,9 +37,9 @@ from models.training import Labeled
 from models.transforms import Sample
 from worker import __version__, joining, pipeline
 from worker.config import Config, ConfigError
-from worker.decoding import DecoderPool
 from worker.domain import Inputs, Study, Volume
 from worker.errors import DecoderDied, Unanalysable
+from worker.imaging.decoding import DecoderPool
 from worker.importing import files, import_files
 from worker.infer import prepare
 from worker.inputs import select_inputs

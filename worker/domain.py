@@ -1,6 +1,6 @@
 """The nouns: frozen values that travel down the line. Standard library and numpy only.
 
-Not here: how they are stored (store/), read from DICOM (volume.py) or reported (report/).
+Not here: how they are stored (store/), read from DICOM (imaging/) or reported (report/).
 Frame: LPS, millimetres. Times: aware datetimes. Digests: sha256, lower hex.
 """
 

@@ -19,9 +19,9 @@ from pydicom.uid import UID
 
 from worker import record_feeds, roles
 from worker.config import Config
-from worker.decoding import decodable_transfer_syntaxes
 from worker.domain import PatientKey, Received, RecordUpdate
 from worker.errors import RecordError, Reject
+from worker.imaging.decoding import decodable_transfer_syntaxes
 from worker.intake import fhir, hl7, mllp
 from worker.intake.header import read_header
 from worker.store import feeds, records

@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from models.bundle import Bundle
-from worker import __version__, events, joining, volume
-from worker.decoding import DecoderPool
+from worker import __version__, events, joining
 from worker.domain import Code, Document, Finding, Inputs, Job, PatientKey, Study, Volume
 from worker.errors import (
     NoSuitableSeries,
@@ -38,6 +37,8 @@ from worker.errors import (
     WorkerError,
 )
 from worker.fingerprint import digest, record_digest
+from worker.imaging import volume
+from worker.imaging.decoding import DecoderPool
 from worker.infer import Model, Place, Prepared, places
 from worker.inputs import select_inputs, takes
 from worker.ops.log import places as places_of

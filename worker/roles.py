@@ -118,7 +118,7 @@ def add_instance(conn: Connection, config: Config, header: Header, stored: Store
 
 def receive(config: Config, store: Store, listener: socket.socket, stop: threading.Event) -> None:
     """Serve C-ECHO and C-STORE on a listening socket until told to stop; transfers under way are finished."""
-    from worker.decoding import decodable_transfer_syntaxes
+    from worker.imaging.decoding import decodable_transfer_syntaxes
     from worker.intake.negotiation import Policy
     from worker.intake.scp import Limits, StorageScp
 
@@ -162,8 +162,8 @@ def receive(config: Config, store: Store, listener: socket.socket, stop: threadi
 
 def run(config: Config, store: Store, stop: threading.Event) -> None:
     """Lease and process until told to stop; what is in hand is finished first."""
-    from worker.decoding import DecoderPool
     from worker.fhir_feed import Puller
+    from worker.imaging.decoding import DecoderPool
     from worker.infer import Model
     from worker.pipeline import Line, process
 

@@ -10,7 +10,7 @@ import torch
 
 from models.bundle import Bundle
 from tests.unit import small_bundle
-from worker.decoding import DecoderPool
+from worker.imaging.decoding import DecoderPool
 
 
 @pytest.fixture(scope="module")

@@ -22,8 +22,8 @@ from pydicom.uid import (
 
 from tests import factories
 from tests.decoders import read, refused
-from worker.decoding import CODECS, DecoderPool, decodable_transfer_syntaxes
 from worker.errors import DecoderDied, GeometryError, PixelError, StoredFileLost
+from worker.imaging.decoding import CODECS, DecoderPool, decodable_transfer_syntaxes
 
 ROOT = Path(__file__).parents[2]
 
@@ -66,8 +66,8 @@ def test_what_is_negotiated_is_what_is_installed() -> None:
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
-        ("worker.decoding", {"torch", "sqlalchemy", "pynetdicom", "pydicom", "gdcm", "openjpeg", "jpeg_ls", "rle"}),
-        ("worker.child", {"torch", "sqlalchemy", "pynetdicom", "monai", "highdicom", "psutil"}),
+        ("worker.imaging.decoding", {"torch", "sqlalchemy", "pynetdicom", "pydicom", "gdcm", "openjpeg", "jpeg_ls", "rle"}),
+        ("worker.imaging.child", {"torch", "sqlalchemy", "pynetdicom", "monai", "highdicom", "psutil"}),
     ],
 )
 def test_the_module_is_light(module: str, absent: set[str]) -> None:
@@ -94,7 +94,7 @@ def test_one_bad_file_refuses_the_whole_read_and_the_next_read_is_right(pool: De
         with pytest.raises(StoredFileLost, match="changed"):
             pool.read(paths, [*digests[:bad], "0" * 64, *digests[bad + 1 :]])
         slices = pool.read(paths, digests)
-        assert [one.instance_number for one in slices] == list(range(1, 41))
+        assert [one.instance_number for (one,) in slices] == list(range(1, 41))
 
 
 def test_an_idle_child_that_was_killed_is_replaced_without_a_word(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_a_series_larger_than_the_limit_is_refused(tmp_path: Path) -> None:
 
 def test_children_die_with_their_parent(tmp_path: Path) -> None:
     script = (
-        "import sys, time\nfrom worker.decoding import DecoderPool\n"
+        "import sys, time\nfrom worker.imaging.decoding import DecoderPool\n"
         "pool = DecoderPool(processes=2)\npool.warm()\nprint(*pool.pids(), flush=True)\nsys.stdin.read()\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -166,7 +166,7 @@ def test_a_child_is_confined(pool: DecoderPool) -> None:
         child = psutil.Process(pid)
         assert child.rlimit(psutil.RLIMIT_CORE) == (0, 0)
         assert child.rlimit(psutil.RLIMIT_AS) == (2 * 2**30, 2 * 2**30)
-        assert "worker.child" in child.cmdline()
+        assert "worker.imaging.child" in child.cmdline()
         assert not [name for name in child.environ() if name.startswith(("SYNOPTIC", "DATABASE", "PG"))]
 
 

@@ -22,8 +22,8 @@ from pydicom.uid import (
 
 from tests import factories
 from tests.decoders import LOSSLESS, read, refused
-from worker.decoding import CODECS, DecoderPool, decodable_transfer_syntaxes
 from worker.errors import GeometryError, PixelError, StoredFileLost, WorkerError
+from worker.imaging.decoding import CODECS, DecoderPool, decodable_transfer_syntaxes
 
 ROOT = Path(__file__).parents[2]
 
@@ -105,7 +105,7 @@ def test_many_files_come_back_in_the_order_asked_for(pool: DecoderPool, tmp_path
     series = factories.spool(factories.make_ct(slices=21), tmp_path)
     instances = series.instances[::-1]
     slices = pool.read([one.path for one in instances], [one.sha256 for one in instances])
-    assert [one.sop_instance_uid for one in slices] == [one.sop_instance_uid for one in instances]
+    assert [one.sop_instance_uid for (one,) in slices] == [one.sop_instance_uid for one in instances]
 
 
 def test_an_odd_number_of_bytes_is_padded_by_one(pool: DecoderPool, tmp_path: Path) -> None:

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from pydicom.dataset import FileDataset
 
 from tests import factories
-from worker import volume
-from worker.decoding import DecoderPool
 from worker.domain import Series, Volume
 from worker.errors import GeometryError, NoSuitableSeries, PixelError
+from worker.imaging import volume
+from worker.imaging.decoding import DecoderPool
 
 OBLIQUE = (0.8, 0.6, 0.0, 0.0, 0.0, -1.0)
 

@@ -19,10 +19,10 @@ import pytest
 from numpy.typing import NDArray
 
 from tests import factories
-from worker import volume
-from worker.decoding import DecoderPool
 from worker.domain import Series
 from worker.errors import GeometryError
+from worker.imaging import volume
+from worker.imaging.decoding import DecoderPool
 
 
 def _series(files: Sequence[Path]) -> list[Series]:

@@ -28,16 +28,15 @@ import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from worker.errors import DecoderDied, GeometryError, PixelError, Retry, StoredFileLost, WorkerError
+from worker.imaging.frame import Frame
 
 #: Transfer syntax (PS3.5 §10, PS3.6 Table A-1) → the module that decodes it; '' needs none. Missing on purpose: Deflated (a
 #: bomb before any check), Big Endian (retired), JPEG Extended .51 (GDCM's wheel cannot decode its 12-bit form; a sender that
@@ -68,45 +67,6 @@ def decodable_transfer_syntaxes() -> tuple[str, ...]:
     return tuple(uid for uid, module in CODECS.items() if not module or find_spec(module) is not None)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Slice:
-    """One single-frame monochrome image: stored values and the facts that give them meaning.
-
-    ``pixels`` (rows, columns) are stored values as PS3.5 §8.1.1 reads them: ``bits_stored`` wide, sign-extended, before rescale.
-    ``position`` and ``orientation`` are LPS, mm; ``pixel_spacing`` and ``imager_spacing`` are (between rows, between columns), mm.
-    ``padding`` is the closed range of stored values that are no image (PS3.3 §C.7.5.1.1.2); ``window`` holds (center, width).
-    None means that the attribute is absent or empty.
-    """
-
-    sop_instance_uid: str
-    sop_class_uid: str
-    series_instance_uid: str
-    transfer_syntax_uid: str
-    modality: str
-    image_type: tuple[str, ...]
-    instance_number: int | None
-    photometric: str
-    presentation_lut_shape: str
-    bits_stored: int
-    is_signed: bool
-    is_enhanced: bool
-    has_modality_lut: bool
-    rescale_slope: float | None
-    rescale_intercept: float | None
-    rescale_type: str
-    position: tuple[float, ...] | None
-    orientation: tuple[float, ...] | None
-    pixel_spacing: tuple[float, ...] | None
-    imager_spacing: tuple[float, ...] | None
-    aspect_ratio: tuple[float, ...] | None
-    frame_of_reference_uid: str
-    padding: tuple[int, int] | None
-    window: tuple[tuple[float, float], ...]
-    view_position: str
-    presentation_intent: str
-    pixels: NDArray[np.uint8 | np.int8 | np.uint16 | np.int16]
-
-
 class _Died(Exception):
     """The child is gone, or has to go; the text says why."""
 
@@ -119,9 +79,9 @@ class _Child:
         self.left = 0
         self._socket, theirs = socket.socketpair()
         with theirs:
-            command = [sys.executable, "-P", "-m", "worker.child", str(theirs.fileno()), str(memory_bytes), str(os.getpid())]
+            command = [sys.executable, "-P", "-m", "worker.imaging.child", str(theirs.fileno()), str(memory_bytes), str(os.getpid())]
             # A small, known environment: our own package first, one thread per library, nothing of the operator's.
-            environment = {"PYTHONPATH": str(Path(__file__).parents[1]), "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+            environment = {"PYTHONPATH": str(Path(__file__).parents[2]), "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
             # Codecs write what they find in a file to stderr: nobody may read it.
             self._process = subprocess.Popen(  # noqa: S603  our own interpreter, our own module
                 command,
@@ -193,7 +153,7 @@ class _Child:
 
 
 class DecoderPool:
-    """Warm child processes that turn files into `Slice` values; safe to use from several threads.
+    """Warm child processes that turn files into `Frame` values; safe to use from several threads.
 
     Parameters
     ----------
@@ -280,7 +240,7 @@ class DecoderPool:
             child.close()
         self._idle.put(None if child.left else child)
 
-    def read(self, paths: Sequence[Path], digests: Sequence[str]) -> tuple[Slice, ...]:
+    def read(self, paths: Sequence[Path], digests: Sequence[str]) -> tuple[tuple[Frame, ...], ...]:
         """Read every file once, check it against its digest and decode it.
 
         Parameters
@@ -290,8 +250,8 @@ class DecoderPool:
 
         Returns
         -------
-        tuple of Slice
-            In the order of `paths`.
+        tuple of tuple of Frame
+            For each of `paths` in turn, its frames in the order of the file.
 
         Raises
         ------
@@ -315,18 +275,18 @@ class DecoderPool:
             budget.stop()
             raise
 
-    def _read_chunk(self, files: Sequence[tuple[str, str]], budget: _Budget) -> list[Slice]:
+    def _read_chunk(self, files: Sequence[tuple[str, str]], budget: _Budget) -> list[tuple[Frame, ...]]:
         if budget.is_stopped:
             return []
         child = self._lease()
-        done: list[Slice] = []
+        done: list[tuple[Frame, ...]] = []
         try:
             child.ask({"files": files}, answers=len(files))
             while len(done) < len(files):
                 answer, fd = child.answer(timeout_s=self._timeout_s)
                 if "error" in answer:
                     raise _ERRORS.get(str(answer["error"]), PixelError)(str(answer.get("message")))
-                done.append(_slice(answer, fd, budget))
+                done.append(_frames(answer, fd, budget))
         except _Died as exc:
             child.left = max(child.left, 1)
             raise self._death(files[len(done)][1], str(exc)) from exc
@@ -364,21 +324,22 @@ class _Budget:
         self.is_stopped = True
 
 
-def _slice(answer: dict[str, Any], fd: int, budget: _Budget) -> Slice:
-    """Take the pixels that belong to one answer over, and make a `Slice` of both."""
+def _frames(answer: dict[str, Any], fd: int, budget: _Budget) -> tuple[Frame, ...]:
+    """Take the pixels that belong to one answer over, and make a `Frame` of each plane of them."""
     try:
         if "limit" in answer:
             raise _Died(str(answer["limit"]))
-        facts = {name: _frozen(value) for name, value in answer.items()}
-        (rows, columns), dtype = facts.pop("shape"), np.dtype(facts.pop("dtype"))
-        budget.take(rows * columns * dtype.itemsize)
-        pixels = np.empty((rows, columns), dtype)
+        shared = {name: _frozen(value) for name, value in answer["shared"].items()}
+        each = [{name: _frozen(value) for name, value in one.items()} for one in answer["frames"]]
+        (count, rows, columns), dtype = answer["shape"], np.dtype(answer["dtype"])
+        budget.take(count * rows * columns * dtype.itemsize)
+        pixels = np.empty((count, rows, columns), dtype)
         # A copy, not a map: a child cannot take away or change what has been copied. 200 slices of 512 x 512 x 16: 0.1 s.
         if os.preadv(fd, [pixels.data], 0) != pixels.nbytes:
             raise _Died("handed over fewer pixels than it said")
-        return Slice(pixels=pixels, **facts)
+        return tuple(Frame(**(shared | facts), pixels=plane) for facts, plane in zip(each, pixels, strict=True))
     except (TypeError, ValueError, KeyError, OSError) as exc:
-        raise _Died(f"answered something else than a slice ({type(exc).__name__})") from exc
+        raise _Died(f"answered something else than frames ({type(exc).__name__})") from exc
     finally:
         if fd >= 0:
             os.close(fd)

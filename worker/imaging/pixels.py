@@ -13,10 +13,8 @@ Not here: geometry, rescale and photometric interpretation (volume.py).
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import stat
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from io import BytesIO
@@ -25,14 +23,12 @@ from typing import Any, Final
 import numpy as np
 import pydicom
 from numpy.typing import NDArray
-from pydicom.datadict import dictionary_description, tag_for_keyword
-from pydicom.dataelem import DataElement
 from pydicom.pixels.decoders.base import get_decoder
-from pydicom.tag import Tag
 
-from worker.codestream import fragments_of_one_frame, stated_by_codestream
-from worker.decoding import CODECS
-from worker.errors import GeometryError, PixelError, Retry, StoredFileLost
+from worker.errors import PixelError, Retry, StoredFileLost
+from worker.imaging.codestream import fragments_of_one_frame, stated_by_codestream
+from worker.imaging.decoding import CODECS
+from worker.imaging.facts import OVERLAY_BITS, TAGS, WANTED, Elements, facts_of, integer_of, text_of, values_of
 
 # pydicom's name for the plug-in around each decoding module.
 _PLUGINS: Final = {"gdcm": "gdcm", "jpeg_ls": "pyjpegls", "openjpeg": "pylibjpeg", "rle": "pylibjpeg"}
@@ -41,23 +37,6 @@ _PLUGINS: Final = {"gdcm": "gdcm", "jpeg_ls": "pyjpegls", "openjpeg": "pylibjpeg
 _FILE_SHARE, _PIXEL_SHARE = 4, 8
 # PS3.5 §G.3.1: two bytes make at most 128, so no image is more than 64 times its RLE stream.
 _RLE_MAX_RATIO: Final = 64
-_MAX_TEXT: Final = 64
-
-_KEYWORDS: Final = (
-    "SOPInstanceUID", "SOPClassUID", "SeriesInstanceUID", "Modality", "ImageType", "InstanceNumber", "FrameOfReferenceUID",
-    "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "ImagerPixelSpacing", "PixelAspectRatio",
-    "SamplesPerPixel", "PhotometricInterpretation", "PresentationLUTShape", "NumberOfFrames", "Rows", "Columns",
-    "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelPaddingValue", "PixelPaddingRangeLimit",
-    "RescaleSlope", "RescaleIntercept", "RescaleType", "WindowCenter", "WindowWidth", "ViewPosition", "PresentationIntentType",
-    "ModalityLUTSequence", "SharedFunctionalGroupsSequence", "PixelData",
-)  # fmt: skip
-# Overlay Bit Position of each overlay group (PS3.3 §C.9.2): which of the unused high bits older files put an overlay into.
-_OVERLAY_BITS: Final = tuple((group << 16) | 0x0102 for group in range(0x6000, 0x6020, 2))
-_TAGS: Final = {keyword: Tag(tag_for_keyword(keyword) or 0) for keyword in _KEYWORDS}
-_WANTED: Final = [*_TAGS.values(), *(Tag(tag) for tag in _OVERLAY_BITS)]
-
-#: The wanted elements by tag. A dict, for a `Dataset` spends 2 ms a file on looking them up again and again.
-Elements = dict[int, DataElement]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +64,18 @@ class Layout:
         return self.rows * self.columns * self.dtype.itemsize
 
 
-def read(path: str, digest: str, *, memory_bytes: int) -> tuple[dict[str, Any], NDArray[Any]]:
-    """Return the facts of one file, as `decoding.Slice` names them, and its stored pixel values (rows, columns)."""
+def read(path: str, digest: str, *, memory_bytes: int) -> tuple[dict[str, Any], list[dict[str, Any]], NDArray[Any]]:
+    """Read one file.
+
+    Returns
+    -------
+    shared, frames, pixels
+        The facts that all its frames share and those of each frame, both as `Frame` names them; the stored pixel values
+        (frames, rows, columns).
+    """
     data = _load(path, digest, limit=memory_bytes // _FILE_SHARE)
     elements, transfer_syntax_uid = _parse(data)
-    pixel_data = elements.get(_TAGS["PixelData"])
+    pixel_data = elements.get(TAGS["PixelData"])
     if pixel_data is None or not isinstance(pixel_data.value, bytes) or not pixel_data.value:
         raise PixelError("Pixel Data (7FE0,0010) is absent or empty, or the file ends before it does.")
     _check_is_one_grey_frame(elements)
@@ -99,7 +85,7 @@ def read(path: str, digest: str, *, memory_bytes: int) -> tuple[dict[str, Any], 
         raise PixelError("Pixel Data (7FE0,0010) is encapsulated where the transfer syntax is native, or the other way round.")
     pixels = _decode(pixel_data.value, layout, transfer_syntax_uid) if codec else _native(pixel_data.value, layout)
     pixels, padding = _bits_stored(pixels, _padding(elements, layout), elements, layout)
-    return _facts(elements, transfer_syntax_uid) | {"padding": padding}, pixels
+    return facts_of(elements, transfer_syntax_uid) | {"padding": padding}, [{"number": 1}], pixels[np.newaxis]
 
 
 def _load(path: str, digest: str, *, limit: int) -> bytes:
@@ -133,24 +119,24 @@ def _parse(data: bytes) -> tuple[Elements, str]:
         known = pydicom.uid.UID(uid)
         name = known.name if known in pydicom.uid.AllTransferSyntaxes else "which is absent or unknown"
         raise PixelError(f"The transfer syntax, {name}, is not decoded.")
-    return {int(element.tag): element for element in pydicom.dcmread(BytesIO(data), specific_tags=list(_WANTED))}, uid
+    return {int(element.tag): element for element in pydicom.dcmread(BytesIO(data), specific_tags=list(WANTED))}, uid
 
 
 def _check_is_one_grey_frame(elements: Elements) -> None:
-    frames = _integer(elements, "NumberOfFrames", default=1)
+    frames = integer_of(elements, "NumberOfFrames", default=1)
     if frames != 1:
         raise PixelError(f"Multi-frame objects are not analyzed: Number of Frames (0028,0008) is {frames}.")
-    samples = _integer(elements, "SamplesPerPixel")
-    photometric = _text(elements, "PhotometricInterpretation")
+    samples = integer_of(elements, "SamplesPerPixel")
+    photometric = text_of(elements, "PhotometricInterpretation")
     if samples != 1 or photometric not in {"MONOCHROME1", "MONOCHROME2"}:
         raise PixelError(f"Only MONOCHROME1 and MONOCHROME2 images are analyzed; this one is neither, with {samples} samples per pixel.")
 
 
 def _layout(elements: Elements, *, limit: int) -> Layout:
     """Return the layout of the pixels, when the header's numbers agree with each other (PS3.3 §C.7.6.3)."""
-    rows, columns = _integer(elements, "Rows"), _integer(elements, "Columns")
-    allocated, stored, high = _integer(elements, "BitsAllocated"), _integer(elements, "BitsStored"), _integer(elements, "HighBit")
-    representation = _integer(elements, "PixelRepresentation")
+    rows, columns = integer_of(elements, "Rows"), integer_of(elements, "Columns")
+    allocated, stored, high = integer_of(elements, "BitsAllocated"), integer_of(elements, "BitsStored"), integer_of(elements, "HighBit")
+    representation = integer_of(elements, "PixelRepresentation")
     if not (1 <= rows <= 65535 and 1 <= columns <= 65535):
         raise PixelError(f"Rows x Columns is {rows} x {columns}.")
     if allocated not in {8, 16} or not 1 <= stored <= allocated or high != stored - 1 or representation not in {0, 1}:
@@ -251,10 +237,10 @@ def _padding(elements: Elements, layout: Layout) -> tuple[int, int] | None:
 
 def _bits(elements: Elements, keyword: str, layout: Layout) -> int | None:
     """Return a value by its bits, read like a pixel: writers confuse its VRs US and SS."""
-    value = next(iter(_values(elements, keyword)), None)
+    value = next(iter(values_of(elements, keyword)), None)
     if value is None:
         return None
-    bits = int.from_bytes(value, "little") if isinstance(value, bytes) else _integer(elements, keyword)
+    bits = int.from_bytes(value, "little") if isinstance(value, bytes) else integer_of(elements, keyword)
     return int(np.array(bits & (2**layout.bits_allocated - 1), f"u{layout.dtype.itemsize}").view(layout.dtype))
 
 
@@ -286,7 +272,7 @@ def _bits_stored(
 
 def _without_overlays(pixels: NDArray[Any], elements: Elements, layout: Layout) -> NDArray[Any] | None:
     """Return the pixels without the high bits that overlays declare as theirs, if then they fit; else None."""
-    positions = {int(elements[tag].value) for tag in _OVERLAY_BITS if tag in elements and elements[tag].value}
+    positions = {int(elements[tag].value) for tag in OVERLAY_BITS if tag in elements and elements[tag].value}
     if not positions or min(positions) < layout.bits_stored:
         return None
     unsigned = np.dtype(f"u{layout.dtype.itemsize}")
@@ -298,99 +284,3 @@ def _without_overlays(pixels: NDArray[Any], elements: Elements, layout: Layout) 
 def _sign_extended(pixels: NDArray[Any], bits: int) -> NDArray[Any]:
     shift = 8 * pixels.dtype.itemsize - bits
     return (pixels << shift) >> shift
-
-
-def _facts(elements: Elements, transfer_syntax_uid: str) -> dict[str, Any]:
-    return {
-        "sop_instance_uid": _text(elements, "SOPInstanceUID"),
-        "sop_class_uid": _text(elements, "SOPClassUID"),
-        "series_instance_uid": _text(elements, "SeriesInstanceUID"),
-        "transfer_syntax_uid": transfer_syntax_uid,
-        "modality": _text(elements, "Modality"),
-        "image_type": [str(part)[:_MAX_TEXT] for part in _values(elements, "ImageType")[:16]],
-        "instance_number": _integer(elements, "InstanceNumber") if _values(elements, "InstanceNumber") else None,
-        "photometric": _text(elements, "PhotometricInterpretation"),
-        "presentation_lut_shape": _text(elements, "PresentationLUTShape"),
-        "bits_stored": _integer(elements, "BitsStored"),
-        "is_signed": _integer(elements, "PixelRepresentation") == 1,
-        "is_enhanced": _TAGS["SharedFunctionalGroupsSequence"] in elements,
-        "has_modality_lut": _TAGS["ModalityLUTSequence"] in elements,
-        "rescale_slope": _number(elements, "RescaleSlope"),
-        "rescale_intercept": _number(elements, "RescaleIntercept"),
-        "rescale_type": _text(elements, "RescaleType"),
-        "position": _numbers(elements, "ImagePositionPatient", 3),
-        "orientation": _numbers(elements, "ImageOrientationPatient", 6),
-        "pixel_spacing": _numbers(elements, "PixelSpacing", 2),
-        "imager_spacing": _numbers(elements, "ImagerPixelSpacing", 2),
-        "aspect_ratio": _numbers(elements, "PixelAspectRatio", 2),
-        "frame_of_reference_uid": _text(elements, "FrameOfReferenceUID"),
-        "window": _window(elements),
-        "view_position": _text(elements, "ViewPosition"),
-        "presentation_intent": _text(elements, "PresentationIntentType"),
-    }
-
-
-def _named(keyword: str) -> str:
-    tag = _TAGS[keyword]
-    return f"{dictionary_description(tag)} ({tag.group:04X},{tag.element:04X})"
-
-
-def _values(elements: Elements, keyword: str) -> Sequence[Any]:
-    """Return the values of an element; none if it is absent or empty."""
-    element = elements.get(_TAGS[keyword])
-    if element is None or element.value in (None, "", b"", []):
-        return ()
-    value = element.value
-    return tuple(value) if isinstance(value, list | pydicom.multival.MultiValue) else (value,)
-
-
-def _text(elements: Elements, keyword: str) -> str:
-    """Return the first value of a UI or CS, neither of which is longer than 64 characters (PS3.5 §6.2)."""
-    text = str(next(iter(_values(elements, keyword)), "")).strip()
-    if len(text) > _MAX_TEXT:
-        raise PixelError(f"{_named(keyword)} has {len(text)} characters; {_MAX_TEXT} are the most.")
-    return text
-
-
-def _integer(elements: Elements, keyword: str, *, default: int | None = None) -> int:
-    values = _values(elements, keyword)
-    if not values and default is not None:
-        return default
-    # The VR must be the dictionary's: a Rows of VR UL is how sizes overflow (Orthanc CVE-2026-5437 ff.).
-    if len(values) == 1 and isinstance(values[0], int) and elements[_TAGS[keyword]].VR in {"US", "SS", "IS"}:
-        return int(values[0])
-    raise PixelError(f"{_named(keyword)} is absent or not one whole number.")
-
-
-def _number(elements: Elements, keyword: str) -> float | None:
-    values = _values(elements, keyword)
-    if not values:
-        return None
-    numbers = _floats(values)
-    if len(numbers) != 1:
-        raise PixelError(f"{_named(keyword)} is not one finite number.")
-    return numbers[0]
-
-
-def _numbers(elements: Elements, keyword: str, count: int) -> list[float] | None:
-    values = _values(elements, keyword)
-    if not values:
-        return None
-    numbers = _floats(values)
-    if len(numbers) != count:
-        raise GeometryError(f"{_named(keyword)} does not hold {count} finite numbers.")
-    return numbers
-
-
-def _window(elements: Elements) -> list[tuple[float, float]]:
-    centers, widths = _floats(_values(elements, "WindowCenter")), _floats(_values(elements, "WindowWidth"))
-    return list(zip(centers, widths, strict=True)) if len(centers) == len(widths) else []
-
-
-def _floats(values: Sequence[Any]) -> list[float]:
-    """Return the values as floats; none at all if one of them is not a finite number."""
-    try:
-        numbers = [float(value) for value in values]
-    except (TypeError, ValueError):
-        return []
-    return numbers if all(math.isfinite(number) for number in numbers) else []

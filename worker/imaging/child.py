@@ -1,7 +1,7 @@
-"""The decoding process: the other end of `decoding.DecoderPool`'s socket, started as ``python -m worker.child``.
+"""The decoding process: the other end of `decoding.DecoderPool`'s socket, started as ``python -m worker.imaging.child``.
 
 Reads requests, answers each file with one JSON object and a memfd of its pixels. Confined before it reads the first byte.
-Not here: what a file must look like (pixels.py). Nothing of a file's text leaves this process but the facts of `Slice`.
+Not here: what a file must look like (pixels.py). Nothing of a file's text leaves this process but the facts of `Frame`.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ import numpy as np
 import pydicom
 from numpy.typing import NDArray
 
-from worker import pixels
 from worker.errors import WorkerError
+from worker.imaging import pixels
 
 #: The distribution that brings each decoding module.
 DISTRIBUTIONS: Final = {"gdcm": "python-gdcm", "jpeg_ls": "pyjpegls", "openjpeg": "pylibjpeg-openjpeg", "rle": "pylibjpeg-rle"}
@@ -64,7 +64,7 @@ def _confine(memory_bytes: int, parent: int) -> None:
 def _answer(link: socket.socket, path: str, digest: str, *, memory_bytes: int) -> bool:
     """Answer for one file; False after an error."""
     try:
-        facts, stored = pixels.read(path, digest, memory_bytes=memory_bytes)
+        shared, frames, stored = pixels.read(path, digest, memory_bytes=memory_bytes)
     except WorkerError as exc:
         _send(link, {"error": type(exc).__name__, "message": str(exc)})
     except MemoryError:
@@ -74,7 +74,8 @@ def _answer(link: socket.socket, path: str, digest: str, *, memory_bytes: int) -
     except Exception as exc:  # noqa: BLE001  hostile headers make pydicom raise anything; its text quotes them
         _send(link, {"error": "PixelError", "message": f"The stored file cannot be parsed ({type(exc).__name__})."})
     else:
-        _send(link, facts | {"shape": stored.shape, "dtype": stored.dtype.str}, np.ascontiguousarray(stored))
+        answer = {"shared": shared, "frames": frames, "shape": stored.shape, "dtype": stored.dtype.str}
+        _send(link, answer, np.ascontiguousarray(stored))
         return True
     return False
 

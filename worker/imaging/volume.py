@@ -18,9 +18,11 @@ from typing import Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from worker.decoding import DecoderPool, Slice
 from worker.domain import Series, Volume
 from worker.errors import GeometryError, NoSuitableSeries, PixelError
+from worker.imaging.decoding import DecoderPool
+from worker.imaging.frame import Frame
+from worker.imaging.values import values
 
 #: With two slices there is one gap, and nothing to tell whether a slice is missing from it.
 MIN_SLICES: Final = 3
@@ -30,11 +32,8 @@ ORIENTATION_TOLERANCE: Final = 1e-4
 SPACING_TOLERANCE: Final = 1e-4
 # PS3.3 §C.7.6.2.1.1: unit length and orthogonal; decimal strings are cut to a few digits.
 _COSINE_TOLERANCE: Final = 1e-3
-#: Slices nearer than this stand in the same place, mm.
+#: Frames nearer than this stand in the same place, mm.
 SAME_PLACE_MM: Final = 0.01
-#: Values of these modalities are physical, whatever their display: PS3.3 §C.8.2.1 (HU), §C.8.9.1 (Units).
-_FLOAT32_MAX: Final = float(np.finfo(np.float32).max)
-_HAVE_UNITS: Final = frozenset({"CT", "PT"})
 
 
 def load(
@@ -79,16 +78,19 @@ def load(
     """
     if not series.instances:
         raise GeometryError("The series has 0 instances.")
-    slices = pool.read([one.path for one in series.instances], [one.sha256 for one in series.instances])
-    for one, instance in zip(slices, series.instances, strict=True):
-        if one.is_enhanced:
-            raise PixelError("Enhanced objects, whose facts are in functional groups, are not read.")
-        if (one.sop_instance_uid, one.series_instance_uid) != (instance.sop_instance_uid, series.series_instance_uid):
-            raise PixelError("A stored file holds another instance than its row says.")
+    slices: list[Frame] = []
+    read = pool.read([one.path for one in series.instances], [one.sha256 for one in series.instances])
+    for frames, instance in zip(read, series.instances, strict=True):
+        for one in frames:
+            if one.is_enhanced:
+                raise PixelError("Enhanced objects, whose facts are in functional groups, are not read.")
+            if (one.sop_instance_uid, one.series_instance_uid) != (instance.sop_instance_uid, series.series_instance_uid):
+                raise PixelError("A stored file holds another instance than its row says.")
+        slices += frames
     return _radiograph(slices, views) if kind == "radiograph" else _volume(slices, max_gap_mm=max_gap_mm)
 
 
-def _radiograph(slices: Sequence[Slice], views: Collection[str]) -> Volume:
+def _radiograph(slices: Sequence[Frame], views: Collection[str]) -> Volume:
     # PS3.3 §C.8.11.1.1.1: raw data FOR PROCESSING are not what a person, or a network, was taught to read.
     fitting = [
         one for one in slices if one.presentation_intent != "FOR PROCESSING" and (not views or one.view_position.upper() in {"", *views})
@@ -106,7 +108,7 @@ def _radiograph(slices: Sequence[Slice], views: Collection[str]) -> Volume:
         raise GeometryError(f"The pixels are not square: Pixel Aspect Ratio is {chosen.aspect_ratio[0]:g} to {chosen.aspect_ratio[1]:g}.")
     row_mm, column_mm = spacing if spacing is not None else (0.0, 0.0)
     return Volume(
-        array=_values([chosen]),
+        array=values([chosen]),
         affine=None,
         spacing_mm=(0.0, row_mm, column_mm),
         modality=chosen.modality,
@@ -115,7 +117,7 @@ def _radiograph(slices: Sequence[Slice], views: Collection[str]) -> Volume:
     )
 
 
-def _volume(slices: Sequence[Slice], *, max_gap_mm: float) -> Volume:
+def _volume(slices: Sequence[Frame], *, max_gap_mm: float) -> Volume:
     # PS3.3 §C.8.2.1.1.1 and §C.8.3.1.1.1: value 3 of Image Type.
     slices = [one for one in slices if "LOCALIZER" not in one.image_type[2:]]
     if len(slices) < MIN_SLICES:
@@ -129,7 +131,7 @@ def _volume(slices: Sequence[Slice], *, max_gap_mm: float) -> Volume:
     affine = np.eye(4)
     affine[:3, 0], affine[:3, 1], affine[:3, 2], affine[:3, 3] = axes[0] * column_mm, axes[1] * row_mm, step, positions[0]
     return Volume(
-        array=_values(slices),
+        array=values(slices),
         affine=affine,
         spacing_mm=(float(np.linalg.norm(step)), row_mm, column_mm),
         modality=slices[0].modality,
@@ -138,7 +140,7 @@ def _volume(slices: Sequence[Slice], *, max_gap_mm: float) -> Volume:
     )
 
 
-def _one_grid(slices: Sequence[Slice]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _one_grid(slices: Sequence[Frame]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the normal (3,) and the two in-plane axes (2, 3), when every slice has the same grid but for its position."""
     for one in slices:
         _check_has_place(one)
@@ -169,7 +171,7 @@ def _one_grid(slices: Sequence[Slice]) -> tuple[NDArray[np.float64], NDArray[np.
     return normal / np.linalg.norm(normal), axes
 
 
-def _check_has_place(one: Slice) -> None:
+def _check_has_place(one: Frame) -> None:
     if one.position is None or one.orientation is None or one.pixel_spacing is None:
         raise GeometryError("Image Position (Patient), Image Orientation (Patient) or Pixel Spacing is absent from a slice.")
     if min(one.pixel_spacing) <= 0:
@@ -212,64 +214,3 @@ def _even_step(positions: NDArray[np.float64], normal: NDArray[np.float64], *, m
     if (drift := float(np.linalg.norm(positions - line, axis=1).max())) > max_gap_mm:
         raise GeometryError(f"The spacing drifts: a slice is {drift:.2f} mm from where even steps would put it.")
     return step
-
-
-def _values(slices: Sequence[Slice]) -> NDArray[np.float32]:
-    """Rescale every slice (PS3.3 §C.11.1) into one (K, J, I) array; padding takes the least real value."""
-    array = np.empty((len(slices), *slices[0].pixels.shape), np.float32)
-    # Rescaled in float64, rounded once; one buffer, for new pages cost more than the arithmetic.
-    exact = np.empty(array.shape[1:], np.float64)
-    pads: list[tuple[int, NDArray[np.bool_]]] = []
-    ends: list[float] = []
-    for k, one in enumerate(slices):
-        slope, intercept = _rescale(one)
-        pad = _padding(one)
-        real = one.pixels if pad is None else one.pixels[~pad]
-        if pad is not None:
-            pads.append((k, pad))
-        if real.size:
-            # Linear, so the ends of the stored values are the ends of the rescaled ones.
-            ends += [slope * int(real.min()) + intercept, slope * int(real.max()) + intercept]
-            if not max(abs(ends[-1]), abs(ends[-2])) <= _FLOAT32_MAX:
-                raise PixelError(f"Rescaled pixel values of slice {k + 1} of {len(slices)} are not finite.")
-        np.multiply(one.pixels, slope, out=exact)
-        np.add(exact, intercept, out=array[k], casting="same_kind")
-    if not ends:
-        raise PixelError("Every pixel is padding.")
-    for k, pad in pads:
-        array[k][pad] = min(ends)
-    return array
-
-
-def _padding(one: Slice) -> NDArray[np.bool_] | None:
-    if one.padding is None:
-        return None
-    pad: NDArray[np.bool_] = (one.pixels >= one.padding[0]) & (one.pixels <= one.padding[1])
-    return pad if pad.any() else None
-
-
-def _rescale(one: Slice) -> tuple[float, float]:
-    """Return slope and intercept (PS3.3 §C.11.1), inverting for MONOCHROME1, when they are as the unit we promise needs them."""
-    if one.has_modality_lut:
-        raise PixelError("A Modality LUT Sequence (0028,3000) in place of a linear rescale is not applied.")
-    if (one.rescale_slope is None) != (one.rescale_intercept is None):
-        raise PixelError("Only one of Rescale Slope (0028,1053) and Rescale Intercept (0028,1052) is there.")
-    # PS3.3 §C.8.2.1: both are of type 1 in a CT image, and the unit is HU unless Rescale Type says otherwise.
-    if one.modality == "CT" and (one.rescale_slope is None or one.rescale_type not in {"", "HU"}):
-        raise PixelError("A CT image has no rescale to Hounsfield units: Rescale Slope (0028,1053) is absent or Rescale Type not HU.")
-    slope = 1.0 if one.rescale_slope is None else one.rescale_slope
-    intercept = one.rescale_intercept or 0.0
-    if slope == 0:
-        raise PixelError("Rescale Slope (0028,1053) is 0.")
-    if _is_inverted(one):
-        # v → least + most - v over the range of Bits Stored: the same as inverting after the rescale.
-        return -slope, intercept + slope * (-1 if one.is_signed else 2**one.bits_stored - 1)
-    return slope, intercept
-
-
-def _is_inverted(one: Slice) -> bool:
-    """Tell whether small values are meant to be bright (PS3.3 §C.7.6.3.1.2)."""
-    if one.photometric == "MONOCHROME2" and one.presentation_lut_shape == "INVERSE":
-        # PS3.3 §C.8.11.3.1.2 pairs INVERSE with MONOCHROME1: this says bright is dense, and that it is not.
-        raise PixelError("Presentation LUT Shape (2050,0020) contradicts Photometric Interpretation (0028,0004).")
-    return one.photometric == "MONOCHROME1" and one.modality not in _HAVE_UNITS

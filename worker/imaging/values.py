@@ -1,0 +1,80 @@
+"""Stored pixel values → values with a meaning: rescaled, padding out of the way, bright is dense.
+
+Not here: where the pixels lie (volume.py), how they are stored (pixels.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from worker.errors import PixelError
+from worker.imaging.frame import Frame
+
+#: Values of these modalities are physical, whatever their display: PS3.3 §C.8.2.1 (HU), §C.8.9.1 (Units).
+_FLOAT32_MAX: Final = float(np.finfo(np.float32).max)
+_HAVE_UNITS: Final = frozenset({"CT", "PT"})
+
+
+def values(slices: Sequence[Frame]) -> NDArray[np.float32]:
+    """Rescale every slice (PS3.3 §C.11.1) into one (K, J, I) array; padding takes the least real value."""
+    array = np.empty((len(slices), *slices[0].pixels.shape), np.float32)
+    # Rescaled in float64, rounded once; one buffer, for new pages cost more than the arithmetic.
+    exact = np.empty(array.shape[1:], np.float64)
+    pads: list[tuple[int, NDArray[np.bool_]]] = []
+    ends: list[float] = []
+    for k, one in enumerate(slices):
+        slope, intercept = _rescale(one)
+        pad = _padding(one)
+        real = one.pixels if pad is None else one.pixels[~pad]
+        if pad is not None:
+            pads.append((k, pad))
+        if real.size:
+            # Linear, so the ends of the stored values are the ends of the rescaled ones.
+            ends += [slope * int(real.min()) + intercept, slope * int(real.max()) + intercept]
+            if not max(abs(ends[-1]), abs(ends[-2])) <= _FLOAT32_MAX:
+                raise PixelError(f"Rescaled pixel values of slice {k + 1} of {len(slices)} are not finite.")
+        np.multiply(one.pixels, slope, out=exact)
+        np.add(exact, intercept, out=array[k], casting="same_kind")
+    if not ends:
+        raise PixelError("Every pixel is padding.")
+    for k, pad in pads:
+        array[k][pad] = min(ends)
+    return array
+
+
+def _padding(one: Frame) -> NDArray[np.bool_] | None:
+    if one.padding is None:
+        return None
+    pad: NDArray[np.bool_] = (one.pixels >= one.padding[0]) & (one.pixels <= one.padding[1])
+    return pad if pad.any() else None
+
+
+def _rescale(one: Frame) -> tuple[float, float]:
+    """Return slope and intercept (PS3.3 §C.11.1), inverting for MONOCHROME1, when they are as the unit we promise needs them."""
+    if one.has_modality_lut:
+        raise PixelError("A Modality LUT Sequence (0028,3000) in place of a linear rescale is not applied.")
+    if (one.rescale_slope is None) != (one.rescale_intercept is None):
+        raise PixelError("Only one of Rescale Slope (0028,1053) and Rescale Intercept (0028,1052) is there.")
+    # PS3.3 §C.8.2.1: both are of type 1 in a CT image, and the unit is HU unless Rescale Type says otherwise.
+    if one.modality == "CT" and (one.rescale_slope is None or one.rescale_type not in {"", "HU"}):
+        raise PixelError("A CT image has no rescale to Hounsfield units: Rescale Slope (0028,1053) is absent or Rescale Type not HU.")
+    slope = 1.0 if one.rescale_slope is None else one.rescale_slope
+    intercept = one.rescale_intercept or 0.0
+    if slope == 0:
+        raise PixelError("Rescale Slope (0028,1053) is 0.")
+    if _is_inverted(one):
+        # v → least + most - v over the range of Bits Stored: the same as inverting after the rescale.
+        return -slope, intercept + slope * (-1 if one.is_signed else 2**one.bits_stored - 1)
+    return slope, intercept
+
+
+def _is_inverted(one: Frame) -> bool:
+    """Tell whether small values are meant to be bright (PS3.3 §C.7.6.3.1.2)."""
+    if one.photometric == "MONOCHROME2" and one.presentation_lut_shape == "INVERSE":
+        # PS3.3 §C.8.11.3.1.2 pairs INVERSE with MONOCHROME1: this says bright is dense, and that it is not.
+        raise PixelError("Presentation LUT Shape (2050,0020) contradicts Photometric Interpretation (0028,0004).")
+    return one.photometric == "MONOCHROME1" and one.modality not in _HAVE_UNITS
