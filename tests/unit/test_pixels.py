@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
-from pydicom.encaps import encapsulate
+from pydicom.encaps import encapsulate, encapsulate_extended
 from pydicom.uid import (
     JPEG2000Lossless,
     JPEGBaseline8Bit,
@@ -21,7 +21,7 @@ from pydicom.uid import (
 )
 
 from tests import factories
-from tests.decoders import LOSSLESS, read, refused
+from tests.decoders import LOSSLESS, make_image, read, read_frames, refused
 from worker.errors import GeometryError, PixelError, StoredFileLost, WorkerError
 from worker.imaging.decoding import CODECS, DecoderPool, decodable_transfer_syntaxes
 
@@ -138,6 +138,54 @@ def test_padding_counts_by_its_bits_whatever_its_vr(pool: DecoderPool, tmp_path:
     assert one.pixels.tolist() == [[-2000, 5], [6, 7]]
 
 
+@pytest.mark.requirement("P11")
+@pytest.mark.parametrize("transfer_syntax", LOSSLESS)
+def test_every_frame_of_a_file_comes_back_in_turn(pool: DecoderPool, tmp_path: Path, transfer_syntax: str) -> None:
+    stored = np.random.default_rng(0).integers(0, 4096, (5, 33, 47)).astype("u2")
+    ds = make_image(stored, bits_stored=12, transfer_syntax=transfer_syntax)
+    frames = read_frames(pool, factories.write(ds, tmp_path / "one.dcm"))
+    np.testing.assert_array_equal([one.pixels for one in frames], stored)
+    assert [one.number for one in frames] == [1, 2, 3, 4, 5]
+    assert {one.sop_instance_uid for one in frames} == {ds.SOPInstanceUID}
+
+
+@pytest.mark.requirement("P5")
+@pytest.mark.parametrize("table", ["none", "basic", "extended"])
+@pytest.mark.parametrize("fragments", [1, 3])
+@pytest.mark.parametrize("transfer_syntax", [JPEG2000Lossless, JPEGLSLossless, JPEGLossless])
+def test_frames_are_parted_by_their_table_or_by_where_they_start(
+    pool: DecoderPool, tmp_path: Path, transfer_syntax: str, fragments: int, table: str
+) -> None:
+    """PS3.3 §C.7.6.3.1.8: an Extended Offset Table serves frames of one fragment only."""
+    stored = np.random.default_rng(0).integers(0, 4096, (4, 33, 47)).astype("u2")
+    ds = make_image(stored, bits_stored=12, transfer_syntax=transfer_syntax)
+    frames = list(pydicom.encaps.generate_frames(ds.PixelData, number_of_frames=4))
+    if table == "extended":
+        ds.PixelData, ds.ExtendedOffsetTable, ds.ExtendedOffsetTableLengths = encapsulate_extended(frames)
+        if fragments > 1:
+            ds.PixelData = encapsulate(frames, fragments_per_frame=fragments, has_bot=False)
+            assert "does not point to fragments" in refused(pool, ds, tmp_path)
+            return
+    else:
+        ds.PixelData = encapsulate(frames, fragments_per_frame=fragments, has_bot=table == "basic")
+    np.testing.assert_array_equal([one.pixels for one in read_frames(pool, factories.write(ds, tmp_path / "one.dcm"))], stored)
+
+
+def test_bits_allocated_1_are_unpacked_across_frames(pool: DecoderPool, tmp_path: Path) -> None:
+    """PS3.5 §8.1.1: frames of 35 bits do not start at bytes."""
+    stored = np.random.default_rng(0).integers(0, 2, (3, 5, 7)).astype("u1")
+    ds = make_image(stored, bits_stored=8)
+    ds.BitsAllocated, ds.BitsStored, ds.HighBit = 1, 1, 0
+    ds.PixelData = np.packbits(stored, bitorder="little").tobytes()
+    np.testing.assert_array_equal([one.pixels for one in read_frames(pool, factories.write(ds, tmp_path / "one.dcm"))], stored)
+
+
+def test_32_bit_integers_are_read(pool: DecoderPool, tmp_path: Path) -> None:
+    stored = np.random.default_rng(0).integers(0, 2**32, (2, 5, 7)).astype("u4")
+    ds = make_image(stored, bits_stored=32)
+    np.testing.assert_array_equal([one.pixels for one in read_frames(pool, factories.write(ds, tmp_path / "one.dcm"))], stored)
+
+
 # --- what is refused
 
 
@@ -249,6 +297,69 @@ def test_a_second_frame_that_the_header_does_not_count_is_refused(pool: DecoderP
     frame = pydicom.encaps.get_frame(ds.PixelData, 0, number_of_frames=1)
     ds.PixelData = encapsulate([frame, frame], has_bot=False)
     assert refused(pool, ds, tmp_path) == "Number of Frames is 1, but Pixel Data holds 2 frames."
+
+
+@pytest.mark.requirement("P5")
+@pytest.mark.parametrize("table", ["none", "basic", "extended"])
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("transfer_syntax", [RLELossless, JPEG2000Lossless, JPEGLSLossless, JPEGLossless])
+def test_a_number_of_frames_that_lies_is_refused(pool: DecoderPool, tmp_path: Path, transfer_syntax: str, count: int, table: str) -> None:
+    stored = np.random.default_rng(0).integers(0, 4096, (3, 33, 47)).astype("u2")
+    ds = make_image(stored, bits_stored=12, transfer_syntax=transfer_syntax)
+    frames = list(pydicom.encaps.generate_frames(ds.PixelData, number_of_frames=3))
+    ds.PixelData = encapsulate(frames, has_bot=table == "basic")
+    if table == "extended":
+        ds.PixelData, ds.ExtendedOffsetTable, ds.ExtendedOffsetTableLengths = encapsulate_extended(frames)
+    ds.NumberOfFrames = count
+    assert refused(pool, ds, tmp_path) == f"Number of Frames is {count}, but Pixel Data holds 3 frames."
+
+
+@pytest.mark.requirement("P5")
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("bits", [1, 8, 16])
+def test_native_frames_of_another_number_are_refused(pool: DecoderPool, tmp_path: Path, count: int, bits: int) -> None:
+    stored = np.zeros((3, 32, 48), "u2" if bits == 16 else "u1")
+    ds = make_image(stored, bits_stored=max(bits, 8))
+    if bits == 1:
+        ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelData = 1, 1, 0, bytes(3 * 32 * 6)
+    ds.NumberOfFrames = count
+    assert refused(pool, ds, tmp_path).startswith(f"Pixel Data (7FE0,0010) has {3 * 32 * 6 * bits} bytes where Number of Frames")
+
+
+@pytest.mark.requirement("P5")
+@pytest.mark.parametrize("offsets", [[0, 2, 4], [8, 16, 24], [0, 0, 0], "reversed"])
+def test_a_table_that_does_not_point_to_fragments_is_refused(pool: DecoderPool, tmp_path: Path, offsets: list[int] | str) -> None:
+    stored = np.random.default_rng(0).integers(0, 4096, (3, 33, 47)).astype("u2")
+    ds = make_image(stored, bits_stored=12, transfer_syntax=JPEG2000Lossless)
+    frames = list(pydicom.encaps.generate_frames(ds.PixelData, number_of_frames=3))
+    data = encapsulate(frames, has_bot=True)
+    put = struct.unpack_from("<3I", data, 8)[::-1] if isinstance(offsets, str) else offsets
+    ds.PixelData = data[:8] + struct.pack("<3I", *put) + data[20:]
+    assert refused(pool, ds, tmp_path) == "The offset table of 3 frames does not point to fragments of Pixel Data in turn."
+
+
+@pytest.mark.requirement("P5")
+def test_lengths_of_an_extended_table_that_are_not_the_fragments_are_refused(pool: DecoderPool, tmp_path: Path) -> None:
+    ds = make_image(np.zeros((3, 33, 47), "u2"), bits_stored=12, transfer_syntax=JPEG2000Lossless)
+    frames = list(pydicom.encaps.generate_frames(ds.PixelData, number_of_frames=3))
+    ds.PixelData, ds.ExtendedOffsetTable, lengths = encapsulate_extended(frames)
+    ds.ExtendedOffsetTableLengths = lengths[8:] + b"\x05" + b"\0" * 7
+    assert "(7FE0,0002)" in refused(pool, ds, tmp_path)
+
+
+@pytest.mark.requirement("P1")
+def test_frames_that_together_exceed_the_limit_are_refused_before_one_is_decoded(pool: DecoderPool, tmp_path: Path) -> None:
+    """An RLE frame of zeros is small; 30 kB of them claim a gigabyte."""
+    ds = make_image(np.zeros((1, 1024, 1024), "u2"), bits_stored=16, transfer_syntax=RLELossless)
+    frame = pydicom.encaps.get_frame(ds.PixelData, 0, number_of_frames=1)
+    ds.PixelData, ds.NumberOfFrames = encapsulate([frame] * 512), 512
+    assert "512 frames of" in refused(pool, ds, tmp_path)
+
+
+def test_float_pixels_are_refused_by_name(pool: DecoderPool, tmp_path: Path) -> None:
+    ds = factories.make_radiograph()
+    ds.FloatPixelData = bytes(64 * 48 * 4)
+    assert refused(pool, ds, tmp_path).startswith("Float Pixel Data (7FE0,0008)")
 
 
 @pytest.mark.requirement("P1")

@@ -13,7 +13,7 @@ from typing import Final
 
 from worker.errors import PixelError
 
-_APP14: Final = 0xEE
+_APP0, _APP14 = 0xE0, 0xEE
 _ITEM, _DELIMITER = b"\xfe\xff\x00\xe0", b"\xfe\xff\xdd\xe0"
 _SOI: Final = b"\xff\xd8"  # ISO/IEC 10918-1 Table B.1, and 14495-1
 _SOC_SIZ: Final = b"\xff\x4f\xff\x51"  # ISO/IEC 15444-1 §A.2: SIZ comes right after SOC
@@ -151,7 +151,9 @@ def _jpeg(stream: bytes) -> Stated:
             at += 1
             continue
         (length,) = struct.unpack_from(">H", stream, at + 2)
-        if marker == _APP14 and stream[at + 4 : at + 9] == b"Adobe":  # ISO/IEC 10918-6 §6.5.3: the colour transform
+        if marker == _APP0 and stream[at + 4 : at + 9] == b"JFIF\0" and is_ybr is None:  # ISO/IEC 10918-5 §6.2: always YCbCr
+            is_ybr = True
+        if marker == _APP14 and stream[at + 4 : at + 9] == b"Adobe" and length == 14:  # ISO/IEC 10918-6 §6.5.3: the colour transform
             is_ybr = stream[at + 15] == 1
         if marker in _FRAME_HEADERS:
             precision, rows, columns, components = struct.unpack_from(">BHHB", stream, at + 4)
