@@ -9,14 +9,17 @@ from typing import Any, Final
 import pytest
 from numpy.typing import NDArray
 from pydicom.dataset import FileDataset
-from pydicom.uid import ExplicitVRLittleEndian, JPEGBaseline8Bit
+from pydicom.uid import HTJ2K, JPEG2000, ExplicitVRLittleEndian, HTJ2KLossless, HTJ2KLosslessRPCL, JPEGBaseline8Bit, JPEGExtended12Bit
 
 from tests import factories
 from worker.errors import GeometryError, PixelError
-from worker.imaging.decoding import CODECS, DecoderPool
+from worker.imaging.decoding import DecoderPool, decodable_transfer_syntaxes
 from worker.imaging.frame import Frame
 
-LOSSLESS: Final = [uid for uid in CODECS if uid not in {JPEGBaseline8Bit, "1.2.840.10008.1.2.4.91"}]
+_LOSSY: Final = {JPEGBaseline8Bit, JPEGExtended12Bit, JPEG2000, HTJ2K}
+#: Nothing here encodes HTJ2K: its codestreams are golden files (tests/unit/test_codecs.py).
+ENCODED: Final = [uid for uid in decodable_transfer_syntaxes() if uid not in {HTJ2KLossless, HTJ2KLosslessRPCL, HTJ2K}]
+LOSSLESS: Final = [uid for uid in ENCODED if uid not in _LOSSY]
 
 
 def read(pool: DecoderPool, path: Path, *, color: str = "refuse") -> Frame:

@@ -21,9 +21,9 @@ from pydicom.uid import (
 )
 
 from tests import factories
-from tests.decoders import LOSSLESS, make_image, read, read_frames, refused
+from tests.decoders import ENCODED, LOSSLESS, make_image, read, read_frames, refused
 from worker.errors import GeometryError, PixelError, StoredFileLost, WorkerError
-from worker.imaging.decoding import CODECS, DecoderPool, decodable_transfer_syntaxes
+from worker.imaging.decoding import DecoderPool, decodable_transfer_syntaxes
 
 ROOT = Path(__file__).parents[2]
 
@@ -82,7 +82,7 @@ def test_a_real_ct_is_the_same_in_every_transfer_syntax(pool: DecoderPool, share
     compared = {}
     for path in sorted(folder.glob("CTImage.dcm_*")):
         uid = path.name.removesuffix(".dcm").rsplit("_", 1)[1]
-        if uid in CODECS and uid != JPEGBaseline8Bit:  # that one was reduced to 8 bits before it was compressed
+        if uid in decodable_transfer_syntaxes() and uid != JPEGBaseline8Bit:  # that one was reduced to 8 bits before it was compressed
             compared[uid] = int(np.abs(read(pool, path).pixels - reference).max())
     assert compared == {uid: {"1.2.840.10008.1.2.4.91": 5, "1.2.840.10008.1.2.4.81": 1}.get(uid, 0) for uid in compared}
     assert len(compared) == 9
@@ -280,7 +280,7 @@ def test_native_pixels_of_another_length_are_refused(pool: DecoderPool, tmp_path
 
 
 @pytest.mark.requirement("P16")
-@pytest.mark.parametrize("transfer_syntax", decodable_transfer_syntaxes())
+@pytest.mark.parametrize("transfer_syntax", ENCODED)
 def test_a_file_cut_anywhere_is_refused(pool: DecoderPool, tmp_path: Path, transfer_syntax: str) -> None:
     whole = factories.write(factories.make_radiograph(bits_stored=8, transfer_syntax=transfer_syntax), tmp_path / "whole.dcm").read_bytes()
     for part in (0, 100, 140, len(whole) // 3, len(whole) // 2, len(whole) - 200, len(whole) - 20):
@@ -387,12 +387,12 @@ def test_an_image_larger_than_the_limit_is_refused_from_its_header(pool: Decoder
 
 
 @pytest.mark.requirement("P1")
-@pytest.mark.parametrize("uid", ["1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.2", "1.2.840.10008.1.2.4.51", "1.2.3.4"])
+@pytest.mark.parametrize("uid", ["1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.2", "1.2.840.10008.1.2.4.55", "1.2.3.4"])
 def test_a_transfer_syntax_that_is_not_decoded_is_refused_by_its_name(pool: DecoderPool, tmp_path: Path, uid: str) -> None:
     """A deflated data set is refused before a byte of it is inflated: what follows the meta here is no deflate stream."""
     path = factories.write(factories.make_radiograph(), tmp_path / "one.dcm")
     splice(path, 0x00020010, b"UI", uid.encode())
-    with pytest.raises(PixelError, match=r"^The transfer syntax, .*, is not decoded\.$") as caught:
+    with pytest.raises(PixelError, match=r"^The transfer syntax, .*, is not decoded(: .*)?\.$") as caught:
         read(pool, path)
     assert uid not in str(caught.value)
 

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from worker.errors import PixelError, Retry, StoredFileLost
 from worker.imaging.codestream import frames_of
 from worker.imaging.color import palette_luminance
-from worker.imaging.decoding import CODECS
+from worker.imaging.decoding import CODECS, why_not_decoded
 from worker.imaging.facts import OVERLAY_BITS, TAGS, WANTED, Elements, facts_of, integer_of, values_of
 from worker.imaging.layout import GREY, Layout, layout_of
 from worker.imaging.samples import encapsulated, native, sign_extended
@@ -121,9 +121,9 @@ def _parse(data: bytes) -> tuple[Elements, str]:
     uid = str(meta.get("TransferSyntaxUID", ""))
     if uid not in CODECS:
         # A registered UID says nothing of a patient; anything else is not repeated.
-        known = pydicom.uid.UID(uid)
-        name = known.name if known in pydicom.uid.AllTransferSyntaxes else "which is absent or unknown"
-        raise PixelError(f"The transfer syntax, {name}, is not decoded.")
+        known, why = pydicom.uid.UID(uid), why_not_decoded(uid)
+        name = known.name if known.type == "Transfer Syntax" else "which is absent or unknown"
+        raise PixelError(f"The transfer syntax, {name}, is not decoded{': ' + why if why else ''}.")
     return {int(element.tag): element for element in pydicom.dcmread(BytesIO(data), specific_tags=list(WANTED))}, uid
 
 

@@ -28,6 +28,7 @@ from worker.imaging.layout import GREY, SUBSAMPLED, Layout
 _PLUGINS: Final = {"gdcm": "gdcm", "jpeg_ls": "pyjpegls", "openjpeg": "pylibjpeg", "rle": "pylibjpeg"}
 # PS3.5 §G.3.1: two bytes make at most 128, so no image is more than 64 times its RLE stream.
 _RLE_MAX_RATIO: Final = 64
+JPEG_EXTENDED: Final = "1.2.840.10008.1.2.4.51"
 _JPEG_2000_ONLY: Final = frozenset({"YBR_ICT", "YBR_RCT"})
 
 
@@ -60,7 +61,7 @@ def encapsulated(frames: list[list[memoryview]], layout: Layout, transfer_syntax
     codec = CODECS[transfer_syntax_uid]
     if layout.bits_allocated not in ({8, 16, 32} if codec == "rle" else {8, 16}):
         raise PixelError(f"Compressed pixels of Bits Allocated {layout.bits_allocated} are not decoded.")
-    precisions = [_checked(b"".join(fragments), layout, codec) for fragments in frames]
+    precisions = [_checked(b"".join(fragments), layout, transfer_syntax_uid) for fragments in frames]
     pixels = np.empty((layout.frames, layout.rows, layout.columns), layout.dtype)
     for number, (fragments, precision) in enumerate(zip(frames, precisions, strict=True)):
         samples = _decode(b"".join(fragments), layout, transfer_syntax_uid, precision)
@@ -74,10 +75,10 @@ def _pixel_by_pixel(flat: NDArray[Any], layout: Layout, planar: int) -> NDArray[
     return flat.reshape(layout.rows, layout.columns, layout.samples)
 
 
-def _checked(stream: bytes, layout: Layout, codec: str) -> int:
+def _checked(stream: bytes, layout: Layout, transfer_syntax_uid: str) -> int:
     """Return the bits of a sample in this codestream, when what it states agrees with the header."""
-    if codec != "rle":
-        return _precision(stream, layout, is_jpeg_2000=codec == "openjpeg")
+    if CODECS[transfer_syntax_uid] != "rle":
+        return _precision(stream, layout, transfer_syntax_uid)
     if len(stream) * _RLE_MAX_RATIO < layout.frame_bytes:
         raise PixelError(f"An RLE stream of {len(stream)} bytes cannot hold {layout.frame_bytes} bytes of pixels.")
     return layout.bits_stored
@@ -126,14 +127,16 @@ def _run_codec(stream: bytes, layout: Layout, transfer_syntax_uid: str, *, preci
     return buffer, int(made.get("planar_configuration", 0))
 
 
-def _precision(stream: bytes, layout: Layout, *, is_jpeg_2000: bool) -> int:
+def _precision(stream: bytes, layout: Layout, transfer_syntax_uid: str) -> int:
     """Return the bits a sample of the codestream, when its size, components and sign agree with the header."""
-    stated = stated_by_codestream(stream, is_jpeg_2000=is_jpeg_2000)
+    stated = stated_by_codestream(stream, is_jpeg_2000=CODECS[transfer_syntax_uid] == "openjpeg")
     if (stated.rows, stated.columns, stated.components) != (layout.rows, layout.columns, layout.samples):
         raise PixelError(
             f"The codestream states {stated.rows} x {stated.columns} with {stated.components} components; "
             f"the header {layout.rows} x {layout.columns} with {layout.samples}."
         )
+    if transfer_syntax_uid == JPEG_EXTENDED and stated.precision > 8:
+        raise PixelError(f"JPEG Extended of {stated.precision} bits is not decoded, only that of 8 bits: no decoder here knows it.")
     if stated.is_signed is not None and stated.is_signed != layout.is_signed:
         sign = "signed" if stated.is_signed else "unsigned"
         raise PixelError(f"The codestream is {sign} at {stated.precision} bits; Pixel Representation says otherwise.")
