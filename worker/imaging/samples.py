@@ -28,7 +28,8 @@ from worker.imaging.layout import GREY, SUBSAMPLED, Layout
 _PLUGINS: Final = {"gdcm": "gdcm", "jpeg_ls": "pyjpegls", "openjpeg": "pylibjpeg", "rle": "pylibjpeg"}
 # PS3.5 §G.3.1: two bytes make at most 128, so no image is more than 64 times its RLE stream.
 _RLE_MAX_RATIO: Final = 64
-JPEG_EXTENDED: Final = "1.2.840.10008.1.2.4.51"
+_JPEG_EXTENDED: Final = "1.2.840.10008.1.2.4.51"
+_LOSSY_JPEG: Final = frozenset({"1.2.840.10008.1.2.4.50", _JPEG_EXTENDED})
 _JPEG_2000_ONLY: Final = frozenset({"YBR_ICT", "YBR_RCT"})
 
 
@@ -135,8 +136,10 @@ def _precision(stream: bytes, layout: Layout, transfer_syntax_uid: str) -> int:
             f"The codestream states {stated.rows} x {stated.columns} with {stated.components} components; "
             f"the header {layout.rows} x {layout.columns} with {layout.samples}."
         )
-    if transfer_syntax_uid == JPEG_EXTENDED and stated.precision > 8:
+    if transfer_syntax_uid == _JPEG_EXTENDED and stated.precision > 8:
         raise PixelError(f"JPEG Extended of {stated.precision} bits is not decoded, only that of 8 bits: no decoder here knows it.")
+    if transfer_syntax_uid in _LOSSY_JPEG and layout.is_signed:  # PS3.5 Table 8.2.1-1; around 0 two's complement would be torn apart
+        raise PixelError("Signed samples are in a lossy JPEG codestream, which has no sign.")
     if stated.is_signed is not None and stated.is_signed != layout.is_signed:
         sign = "signed" if stated.is_signed else "unsigned"
         raise PixelError(f"The codestream is {sign} at {stated.precision} bits; Pixel Representation says otherwise.")
