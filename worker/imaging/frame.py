@@ -15,6 +15,8 @@ class Frame:
     ``pixels`` (rows, columns) are stored values as PS3.5 §8.1.1 reads them: ``bits_stored`` wide, sign-extended, before rescale.
     ``position`` and ``orientation`` are LPS, mm; ``pixel_spacing`` and ``imager_spacing`` are (between rows, between columns), mm.
     ``padding`` is the closed range of stored values that are no image (PS3.3 §C.7.5.1.1.2); ``window`` holds (center, width).
+    With ``has_modality_lut`` the table has been applied, and ``rescale_type`` names what it gives. ``suv_factor`` turns rescaled
+    values into SUV by body weight, g/ml; where it is None, ``suv_reason`` says why in a sentence.
     ``number`` counts the frames of its instance from 1. None means that the attribute is absent or empty.
     """
 
@@ -35,6 +37,8 @@ class Frame:
     rescale_slope: float | None
     rescale_intercept: float | None
     rescale_type: str
+    suv_factor: float | None
+    suv_reason: str
     position: tuple[float, ...] | None
     orientation: tuple[float, ...] | None
     pixel_spacing: tuple[float, ...] | None
