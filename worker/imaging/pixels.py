@@ -28,7 +28,8 @@ from pydicom.pixels.decoders.base import get_decoder
 from worker.errors import PixelError, Retry, StoredFileLost
 from worker.imaging.codestream import fragments_of_one_frame, stated_by_codestream
 from worker.imaging.decoding import CODECS
-from worker.imaging.facts import OVERLAY_BITS, TAGS, WANTED, Elements, facts_of, integer_of, text_of, values_of
+from worker.imaging.facts import OVERLAY_BITS, TAGS, WANTED, Elements, integer_of, text_of, values_of
+from worker.imaging.functional_groups import frames_of
 
 # pydicom's name for the plug-in around each decoding module.
 _PLUGINS: Final = {"gdcm": "gdcm", "jpeg_ls": "pyjpegls", "openjpeg": "pylibjpeg", "rle": "pylibjpeg"}
@@ -85,7 +86,8 @@ def read(path: str, digest: str, *, memory_bytes: int) -> tuple[dict[str, Any], 
         raise PixelError("Pixel Data (7FE0,0010) is encapsulated where the transfer syntax is native, or the other way round.")
     pixels = _decode(pixel_data.value, layout, transfer_syntax_uid) if codec else _native(pixel_data.value, layout)
     pixels, padding = _bits_stored(pixels, _padding(elements, layout), elements, layout)
-    return facts_of(elements, transfer_syntax_uid) | {"padding": padding}, [{"number": 1}], pixels[np.newaxis]
+    shared, frames = frames_of(elements, transfer_syntax_uid, count=1)
+    return shared | {"padding": padding}, frames, pixels[np.newaxis]
 
 
 def _load(path: str, digest: str, *, limit: int) -> bytes:
