@@ -167,23 +167,29 @@ def test_what_is_no_file_is_refused_and_does_not_hang(pool: DecoderPool, tmp_pat
 
 
 @pytest.mark.requirement("P3")
+@pytest.mark.requirement("P5")
 @pytest.mark.parametrize(
     ("keyword", "value", "sentence"),
     [
         ("Rows", 0, "Rows x Columns is 0 x 48"),
-        ("Columns", 65535, "has 6144 bytes where Rows, Columns and Bits Allocated need 8388480"),
+        ("Columns", 65535, "has 6144 bytes where Number of Frames, Rows, Columns and Bits Allocated need 8388480"),
         ("BitsStored", 17, "Bits Stored 17"),
         ("BitsStored", 0, "Bits Stored 0"),
-        ("BitsAllocated", 32, "Bits Allocated 32"),
+        ("BitsAllocated", 32, "need 12288"),
+        ("BitsAllocated", 64, "Bits Allocated 64"),
         ("BitsAllocated", 12, "Bits Allocated 12"),
         ("HighBit", 15, "High Bit 15"),
         ("PixelRepresentation", 2, "Pixel Representation 2"),
-        ("SamplesPerPixel", 0, "0 samples per pixel"),
-        ("SamplesPerPixel", 3, "3 samples per pixel"),
+        ("SamplesPerPixel", 0, "Samples per Pixel is 0"),
+        ("SamplesPerPixel", 3, "Samples per Pixel is 3"),
         ("PhotometricInterpretation", "PALETTE COLOR", "MONOCHROME1 and MONOCHROME2"),
-        ("PhotometricInterpretation", "RGB", "MONOCHROME1 and MONOCHROME2"),
-        ("NumberOfFrames", 2, r"Number of Frames \(0028,0008\) is 2"),
+        ("PhotometricInterpretation", "RGB", "Samples per Pixel is 1 and Photometric Interpretation RGB"),
+        ("PhotometricInterpretation", "HSV", "none that is read"),
+        ("NumberOfFrames", 2, "has 6144 bytes where Number of Frames, Rows, Columns and Bits Allocated need 12288"),
+        ("NumberOfFrames", 0, r"Number of Frames \(0028,0008\) is 0"),
+        ("NumberOfFrames", -1, r"Number of Frames \(0028,0008\) is -1"),
         ("NumberOfFrames", 2000000, "is 2000000"),
+        ("NumberOfFrames", 100000, "100000 frames of .* are 614400000 bytes; at most 536870912"),
         ("RescaleSlope", ["1", "2"], r"Rescale Slope \(0028,1053\) is not one finite number"),
         ("ImagePositionPatient", ["1", "2"], r"Image Position \(Patient\) \(0020,0032\) does not hold 3"),
     ],

@@ -56,7 +56,7 @@ CODECS: Final[Mapping[str, str]] = {
 #: Files per request: enough to hide the round trip, few enough that two children share a short series.
 CHUNK: Final = 8
 #: Longest answer about one file without its pixels.
-MAX_ANSWER_BYTES: Final = 1 << 20
+MAX_ANSWER_BYTES: Final = 1 << 25
 #: How many inputs that killed a child are remembered.
 _REMEMBERED: Final = 1024
 _ERRORS: Final[Mapping[str, type[WorkerError]]] = {error.__name__: error for error in (PixelError, GeometryError, Retry, StoredFileLost)}
@@ -240,13 +240,15 @@ class DecoderPool:
             child.close()
         self._idle.put(None if child.left else child)
 
-    def read(self, paths: Sequence[Path], digests: Sequence[str]) -> tuple[tuple[Frame, ...], ...]:
+    def read(self, paths: Sequence[Path], digests: Sequence[str], *, color: str = "refuse") -> tuple[tuple[Frame, ...], ...]:
         """Read every file once, check it against its digest and decode it.
 
         Parameters
         ----------
         digests
             The sha256 of each whole file, lower hex, in the order of `paths`.
+        color
+            "refuse" images with colours, or reduce them to their "luminance" (PS3.3 §C.7.6.3.1.2).
 
         Returns
         -------
@@ -256,7 +258,7 @@ class DecoderPool:
         Raises
         ------
         PixelError
-            A file is malformed, colour, multi-frame, in a transfer syntax that is not decoded, larger than
+            A file is malformed, has colours that are not wanted, is in a transfer syntax that is not decoded, larger than
             the limits, or has killed a decoding process before.
         GeometryError
             A spacing, position or orientation is not what the standard says.
@@ -268,20 +270,20 @@ class DecoderPool:
         files = [(str(path), digest) for path, digest in zip(paths, digests, strict=True)]
         size = min(CHUNK, -(-len(files) // self._processes) or 1)
         budget = _Budget(self._memory_bytes)
-        chunks = [self._threads.submit(self._read_chunk, files[at : at + size], budget) for at in range(0, len(files), size)]
+        chunks = [self._threads.submit(self._read_chunk, files[at : at + size], budget, color) for at in range(0, len(files), size)]
         try:
             return tuple(one for chunk in chunks for one in chunk.result())
         except WorkerError:
             budget.stop()
             raise
 
-    def _read_chunk(self, files: Sequence[tuple[str, str]], budget: _Budget) -> list[tuple[Frame, ...]]:
+    def _read_chunk(self, files: Sequence[tuple[str, str]], budget: _Budget, color: str) -> list[tuple[Frame, ...]]:
         if budget.is_stopped:
             return []
         child = self._lease()
         done: list[tuple[Frame, ...]] = []
         try:
-            child.ask({"files": files}, answers=len(files))
+            child.ask({"files": files, "color": color}, answers=len(files))
             while len(done) < len(files):
                 answer, fd = child.answer(timeout_s=self._timeout_s)
                 if "error" in answer:

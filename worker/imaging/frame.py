@@ -65,4 +65,4 @@ class Frame:
     trigger_time: float | None
     acquisition_number: float | None
     acquired_at: str
-    pixels: NDArray[np.uint8 | np.int8 | np.uint16 | np.int16]
+    pixels: NDArray[np.integer]

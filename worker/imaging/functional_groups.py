@@ -65,7 +65,7 @@ _MAY_SAY: Final = (
 _DEPTH: Final = 2
 
 
-def frames_of(elements: Elements, transfer_syntax_uid: str, *, count: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def facts_of_frames(elements: Elements, transfer_syntax_uid: str, *, count: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return the facts that all frames share, and of each frame its number and those in which it differs.
 
     Parameters
