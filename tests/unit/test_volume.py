@@ -224,7 +224,6 @@ def test_an_empty_series_is_refused(pool: DecoderPool) -> None:
         ("RescaleIntercept", None, "Only one of Rescale Slope"),
         ("RescaleType", "US", "no rescale to Hounsfield units"),
         ("ModalityLUTSequence", [], "A Modality LUT Sequence"),
-        ("SharedFunctionalGroupsSequence", [], "Enhanced objects"),
         ("PresentationLUTShape", "INVERSE", "contradicts Photometric Interpretation"),
     ],
 )

@@ -76,7 +76,7 @@ def clip(frames: Sequence[Frame], choose: Choice, values: Values) -> Volume:
         clips.setdefault(one.sop_instance_uid if one.sop_instance_uid in many else one.pixels.shape, []).append(one)
     stacks = [Stack(f"clip {n}" if len(clips) > 1 else "", tuple(of)) for n, of in enumerate(clips.values(), start=1)]
     if len(stacks) > 1 and choose == "only":
-        raise GeometryError(f"The series has {listed(stacks)}, and nothing says which is meant.")
+        raise GeometryError(f"The series has {listed(stacks, of='frame')}, and nothing says which is meant.")
     chosen = stacks[0] if choose in {"only", "first"} else stacks[-1] if choose == "last" else max(stacks, key=lambda one: len(one.frames))
     if not many & {chosen.frames[0].sop_instance_uid}:
         _check_numbered(chosen.frames)

@@ -152,9 +152,9 @@ def split(frames: Sequence[Frame]) -> tuple[tuple[Stack, ...], str]:
     )
 
 
-def listed(stacks: Sequence[Stack]) -> str:
+def listed(stacks: Sequence[Stack], *, of: str = "slice") -> str:
     """Name stacks with the number of slices of each: "2 stacks: axial (30 slices), sagittal (1 slice)"."""
-    named = [f"{one.label} ({len(one.frames)} slice{'s' if len(one.frames) > 1 else ''})" for one in stacks[:_LISTED]]
+    named = [f"{one.label} ({len(one.frames)} {of}{'s' if len(one.frames) > 1 else ''})" for one in stacks[:_LISTED]]
     more = f" and {len(stacks) - _LISTED} more" if len(stacks) > _LISTED else ""
     return f"{len(stacks)} stacks: {', '.join(named)}{more}"
 

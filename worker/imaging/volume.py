@@ -42,6 +42,11 @@ ENHANCED: Final = frozenset({
     "1.2.840.10008.5.1.4.1.1.13.1.2",  # X-Ray 3D Craniofacial
     "1.2.840.10008.5.1.4.1.1.13.1.3",  # Breast Tomosynthesis
 })  # fmt: skip
+#: And those whose frames are pictures without a place: XA, XRF, multi-frame secondary captures.
+_PICTURES: Final = ENHANCED | {
+    "1.2.840.10008.5.1.4.1.1.12.1.1", "1.2.840.10008.5.1.4.1.1.12.2.1", "1.2.840.10008.5.1.4.1.1.7.1",
+    "1.2.840.10008.5.1.4.1.1.7.2", "1.2.840.10008.5.1.4.1.1.7.3", "1.2.840.10008.5.1.4.1.1.7.4",
+}  # fmt: skip
 
 
 def load(
@@ -120,6 +125,8 @@ def _read(series: Series, pool: DecoderPool, *, color: str) -> list[Frame]:
     for (first, *_), instance in zip(read, series.instances, strict=True):
         if (first.sop_instance_uid, first.series_instance_uid) != (instance.sop_instance_uid, series.series_instance_uid):
             raise PixelError("A stored file holds another instance than its row says.")
+        if first.is_enhanced and first.sop_class_uid not in _PICTURES:
+            raise GeometryError("The frames of this SOP class, which has functional groups, are no images of the patient.")
     return [one for frames in read for one in frames]
 
 
@@ -128,7 +135,7 @@ def _volume(frames: Sequence[Frame], *, max_gap_mm: float, gantry_tilt: GantryTi
     frames = [one for one in frames if "LOCALIZER" not in one.image_type[2:]]
     if len(frames) < MIN_SLICES:
         raise GeometryError(f"A volume needs at least {MIN_SLICES} slices; the series has {len(frames)} that are no localizer.")
-    for one in frames:
+    for one in frames[::-1]:  # of an object with several frames and no places, that is said first
         _check_is_slice(one)
     stacks, cause = split(frames)
     if choose == "only" and len(stacks) > 1:
@@ -151,9 +158,7 @@ def _volume(frames: Sequence[Frame], *, max_gap_mm: float, gantry_tilt: GantryTi
 def _check_is_slice(one: Frame) -> None:
     if "MOSAIC" in one.image_type[2:]:
         raise GeometryError("A Siemens mosaic holds the slices of a volume side by side in one frame; it is not taken apart.")
-    if one.is_enhanced and one.sop_class_uid not in ENHANCED:
-        raise GeometryError("The frames of this SOP class, which has functional groups, are not slices of an image of the patient.")
-    if one.number > 1 and not one.is_enhanced:
+    if one.number > 1 and one.sop_class_uid not in ENHANCED:
         raise GeometryError("The object has several frames and no position of each: frames, and not a volume.")
     check_place(one)
 
