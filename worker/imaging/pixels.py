@@ -27,7 +27,8 @@ from worker.errors import PixelError, Retry, StoredFileLost
 from worker.imaging.codestream import frames_of
 from worker.imaging.color import palette_luminance
 from worker.imaging.decoding import CODECS, why_not_decoded
-from worker.imaging.facts import OVERLAY_BITS, TAGS, WANTED, Elements, facts_of, integer_of, values_of
+from worker.imaging.facts import OVERLAY_BITS, TAGS, WANTED, Elements, integer_of, values_of
+from worker.imaging.functional_groups import facts_of_frames
 from worker.imaging.layout import GREY, Layout, layout_of
 from worker.imaging.lookup import modality_lut
 from worker.imaging.samples import encapsulated, native, sign_extended
@@ -66,7 +67,8 @@ def read(path: str, digest: str, *, memory_bytes: int, color: str = "refuse") ->
     else:
         pixels = native(value, layout)
     padding = None
-    shared = facts_of(elements, transfer_syntax_uid) | uptake_of(elements)
+    shared, each = facts_of_frames(elements, transfer_syntax_uid, count=layout.frames)
+    shared |= uptake_of(elements)
     if layout.photometric in GREY:
         pixels, padding = _bits_stored(pixels, _padding(elements, layout), elements, layout)
         if TAGS["ModalityLUTSequence"] in elements:
@@ -75,7 +77,7 @@ def read(path: str, digest: str, *, memory_bytes: int, color: str = "refuse") ->
         table = palette_luminance(elements, is_signed=layout.is_signed)
         pixels, layout = table.apply(pixels), replace(layout, bits_stored=table.bits, is_signed=False)
     shared |= {"padding": padding, "bits_stored": layout.bits_stored, "is_signed": layout.is_signed}
-    return shared, [{"number": number} for number in range(1, layout.frames + 1)], pixels
+    return shared, each, pixels
 
 
 def _pixel_data(elements: Elements) -> tuple[bytes, bool]:
@@ -92,8 +94,8 @@ def _modality_lut(
     pixels: NDArray[Any], padding: tuple[int, int] | None, elements: Elements, layout: Layout
 ) -> tuple[NDArray[Any], tuple[int, int] | None, Layout, str]:
     """Apply the Modality LUT (PS3.3 §C.11.1.1), keeping padding apart as -1, which no table gives."""
-    if TAGS["RescaleSlope"] in elements or TAGS["RescaleIntercept"] in elements:
-        raise PixelError("There are both a Modality LUT Sequence (0028,3000) and a rescale; only one of them may be.")
+    if elements.keys() & {TAGS[other] for other in ("RescaleSlope", "RescaleIntercept", "SharedFunctionalGroupsSequence")}:
+        raise PixelError("There are both a Modality LUT Sequence (0028,3000) and a rescale or functional groups; only one of them may be.")
     table, unit = modality_lut(elements[TAGS["ModalityLUTSequence"]].value, is_signed=layout.is_signed)
     made = table.apply(pixels)
     if padding is not None:
