@@ -97,7 +97,7 @@ def test_any_order_of_frames_over_any_number_of_objects_gives_the_same_volume(
     found = volume.load(series, kind="volume", pool=pool, stack="largest")
     expected = {"echo time 20 ms": 1, "echo time 80 ms": 2}[found.stack]
     np.testing.assert_array_equal(found.array, factories.known_hu(6, seed=expected))
-    with pytest.raises(GeometryError, match="Echo Time differs between slices: 2 different ones. The series has 2 stacks"):
+    with pytest.raises(GeometryError, match=r"Echo Time differs between slices: 2 different ones\. The series has 2 stacks"):
         volume.load(series, kind="volume", pool=pool)
 
 
@@ -182,7 +182,7 @@ def _series(paths: Sequence[Path]) -> Series:
 @pytest.mark.requirement("P15")
 @pytest.mark.parametrize("name", ["23x38x3", "24x38x3"])
 def test_a_real_legacy_converted_ct_is_the_volume_of_its_classic_series(pool: DecoderPool, shared: Path, tmp_path: Path, name: str) -> None:
-    """dcmqi's pairs say no rescale, which CT may not lack: as they are both are refused, and given one both are the same volume."""
+    """The pairs of dcmqi say no rescale, which CT may not lack: as they are both are refused, and given one both are the same volume."""
     folder = shared / "data" / "dicom" / "dcmqi" / "data" / "segmentations" / name
     slices, (multi,) = sorted((folder / "image").glob("*.dcm")), sorted((folder / "multiframe").glob("*.dcm"))
     for paths in (slices, [multi]):

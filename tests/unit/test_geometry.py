@@ -142,38 +142,33 @@ _RAW = st.sampled_from(["nan", "inf", "", "1e400", "a", "1\\2", "1\\2\\3\\4\\5\\
 _KEYWORDS = st.sampled_from(["ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"])
 
 
+def _edit(datasets: list[FileDataset], how: str, keyword: str, slots: tuple[int, int], which: int, number: float, raw: str) -> None:
+    """Edit the geometry of one slice, or swap or copy it between two."""
+    ds, other = datasets[slots[0]], datasets[slots[1]]
+    values = [float(x) for x in ds[keyword].value]
+    added = [x + number * (n == which % len(values)) for n, x in enumerate(values)]
+    turned = [math.cos(number), math.sin(number), 0, -math.sin(number), math.cos(number), 0]
+    said = {"add": added, "scale": [x * (1 + number) for x in values], "copy": list(map(float, other[keyword].value)), "turn": turned}
+    if how == "swap":
+        ds[keyword], other[keyword] = deepcopy(other[keyword]), deepcopy(ds[keyword])
+    elif how == "raw":
+        ds[keyword] = pydicom.DataElement(ds[keyword].tag, "LO", raw)  # implausible text, written as it is
+        ds[keyword].VR = "DS"
+    elif how == "drop":
+        delattr(ds, keyword)
+    elif how == "frame":
+        ds.FrameOfReferenceUID = "1.2.3"
+    else:
+        setattr(ds, "ImageOrientationPatient" if how == "turn" else keyword, [f"{x:.8g}" for x in said[how]])
+
+
 @st.composite
 def edits(draw: st.DrawFn) -> Edit:
     """Draw one edit of the geometry of one slice, or of two that swap something."""
-    keyword, slot, which = draw(_KEYWORDS), draw(st.integers(0, 8)), draw(st.integers(0, 5))
     how = draw(st.sampled_from(["add", "scale", "swap", "raw", "drop", "frame", "copy", "turn"]))
-    number, raw, other = draw(_NUMBERS), draw(_RAW), draw(st.integers(0, 8))
-
-    def edit(datasets: list[FileDataset]) -> None:
-        ds, values = datasets[slot], [float(x) for x in datasets[slot][keyword].value]
-        if how == "add":
-            values[which % len(values)] += number
-        elif how == "scale":
-            values = [x * (1 + number) for x in values]
-        if how in {"add", "scale"}:
-            setattr(ds, keyword, [f"{x:.8g}" for x in values])
-        elif how == "swap":
-            there = deepcopy(datasets[other][keyword].value)
-            setattr(datasets[other], keyword, ds[keyword].value)
-            setattr(ds, keyword, there)
-        elif how == "raw":
-            ds[keyword] = pydicom.DataElement(ds[keyword].tag, "LO", raw)  # implausible text, written as it is
-            ds[keyword].VR = "DS"
-        elif how == "drop":
-            delattr(ds, keyword)
-        elif how == "frame":
-            ds.FrameOfReferenceUID = "1.2.3"
-        elif how == "copy":
-            ds.ImagePositionPatient = datasets[other].ImagePositionPatient
-        else:
-            ds.ImageOrientationPatient = [math.cos(number), math.sin(number), 0, -math.sin(number), math.cos(number), 0]
-
-    return edit
+    keyword, slots, which = draw(_KEYWORDS), draw(st.tuples(st.integers(0, 8), st.integers(0, 8))), draw(st.integers(0, 5))
+    number, raw = draw(_NUMBERS), draw(_RAW)
+    return lambda datasets: _edit(datasets, how, keyword, slots, which, number, raw)
 
 
 @pytest.mark.requirement("P8")

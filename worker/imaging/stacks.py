@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Final, Literal
 
 import numpy as np
@@ -273,7 +273,7 @@ def _ranks(frames: Sequence[Frame], places: Sequence[int], mark: _Mark, *, is_in
         for rank, n in enumerate(sorted(of, key=lambda n: values[n])):
             ranks[n] = (rank,)
     passes = [[value for value, rank in zip(values, ranks, strict=True) if rank == (r,)] for r in range(max(counts))]
-    if is_in_passes and any(max(one) >= min(after) for one, after in zip(passes, passes[1:], strict=False)):
+    if is_in_passes and any(max(one) >= min(after) for one, after in pairwise(passes)):
         return []
     return ranks
 
