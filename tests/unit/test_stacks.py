@@ -105,6 +105,18 @@ def test_two_stacks_in_one_series_are_told_apart_and_never_mixed(pool: DecoderPo
 
 
 @pytest.mark.requirement("P8")
+def test_phases_half_a_gap_apart_are_no_volume_of_thin_slices(pool: DecoderPool, tmp_path: Path) -> None:
+    """No position repeats, and the gaps are even: only the temporal position says that each second slice is of another phase."""
+    one, other = stack(1, TemporalPositionIdentifier=1), stack(2, TemporalPositionIdentifier=2)
+    for ds in other:
+        ds.ImagePositionPatient = [*ds.ImagePositionPatient[:2], float(ds.ImagePositionPatient[2]) + 1.25]
+    series = factories.spool(factories.in_one_series(one, other), tmp_path)
+    with pytest.raises(GeometryError, match=r"The header tells several stacks apart\. The series has 2 stacks: time point 1 \(5 slices\)"):
+        volume.load(series, kind="volume", pool=pool)
+    np.testing.assert_array_equal(volume.load(series, kind="volume", pool=pool, stack="last").array, factories.known_hu(5, seed=2))
+
+
+@pytest.mark.requirement("P8")
 def test_the_largest_stack_is_that_of_most_slices_then_the_first(pool: DecoderPool, tmp_path: Path) -> None:
     parts = [stack(n, slices, EchoTime=10 * n) for n, slices in ((1, 4), (2, 6), (3, 6))]
     found = volume.load(factories.spool(factories.in_one_series(*parts), tmp_path), kind="volume", pool=pool, stack="largest")

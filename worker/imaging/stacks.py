@@ -22,7 +22,7 @@ from typing import Final, Literal
 import numpy as np
 
 from worker.imaging.frame import Frame
-from worker.imaging.geometry import SAME_PLACE_MM
+from worker.imaging.geometry import MIN_SLICES, SAME_PLACE_MM
 
 #: Which stack of several a bundle wants.
 Choice = Literal["only", "first", "last", "largest"]
@@ -119,6 +119,8 @@ _EXPLAINS: Final = (
     _Mark("Acquisition Number", lambda one: _number(one.acquisition_number), _with_unit("acquisition")),
     _AT,
 )
+#: Of these, what is said of stacks alone.
+_SAYS: Final = _EXPLAINS[:3]
 
 
 def split(frames: Sequence[Frame]) -> tuple[tuple[Stack, ...], str]:
@@ -137,7 +139,7 @@ def split(frames: Sequence[Frame]) -> tuple[tuple[Stack, ...], str]:
     repeats = 0
     for words, group in groups:
         parts = _explained(group)
-        repeats += len(group) - max(len(part) for _, part in parts) if len(parts) > 1 else 0
+        repeats += len(group) - len(set(_places(group)))
         found += [([*words, *more], part) for more, part in parts]
     found.sort(key=lambda one: min((f.acquired_at, f.instance_number or 0, f.sop_instance_uid, f.number) for f in one[1]))
     if len(found) < 2:
@@ -148,7 +150,7 @@ def split(frames: Sequence[Frame]) -> tuple[tuple[Stack, ...], str]:
         seen[label] += 1
         labels[n] = f"{label} ({seen[label]})" if often[label] > 1 else label
     return tuple(Stack(label, tuple(group)) for label, (_, group) in zip(labels, found, strict=True)), (
-        cause or f"{repeats} slices stand where another does."
+        cause or (f"{repeats} slices stand where another does." if repeats else "The header tells several stacks apart.")
     )
 
 
@@ -228,7 +230,7 @@ def _explained(frames: list[Frame]) -> list[tuple[list[str], list[Frame]]]:
     places = _places(frames)
     most = max(Counter(places).values())
     if most == 1:
-        return [([], frames)]
+        return _told_apart(frames)
     found = {mark.name: _classes(mark, frames) for mark in _EXPLAINS}
     for size in (1, 2):
         for marks in combinations(_EXPLAINS, size):
@@ -239,6 +241,19 @@ def _explained(frames: list[Frame]) -> list[tuple[list[str], list[Frame]]]:
         ranks = _ranks(frames, places, mark, is_in_passes=is_in_passes)
         if ranks:
             return _grouped(frames, ranks, {rank: [mark.words((), rank[0] + 1)] for rank in ranks})
+    return [([], frames)]
+
+
+def _told_apart(frames: list[Frame]) -> list[tuple[list[str], list[Frame]]]:
+    """Take apart frames none of which repeats a position, when the header says outright that they are of several stacks.
+
+    Two phases half a gap apart would else pass for one volume of thin slices. A value that each slice has for itself says nothing,
+    and neither do acquisition numbers: one volume of MR is often acquired in two passes, odd slices and even.
+    """
+    for mark in _SAYS:
+        classes, named = _classes(mark, frames)
+        if len(named) > 1 and min(Counter(classes).values()) >= MIN_SLICES:
+            return _grouped(frames, [(n,) for n in classes], {(n,): [named[n]] for n in classes})
     return [([], frames)]
 
 
