@@ -12,10 +12,11 @@ import pytest
 from pydicom import Dataset, dcmread
 from pydicom.valuerep import PersonName
 
-from tests import reports
+from tests import factories, reports
 from tests.reports import ALGORITHM, ANALYSED_AT, FINDINGS
 from worker.domain import PatientKey
 from worker.errors import PatientConflict, PixelError
+from worker.report import evidence
 from worker.report.sr import build_report
 
 
@@ -36,6 +37,19 @@ def test_images_of_another_study_are_never_reported_on(tmp_path: Path) -> None:
     source = reports.radiograph(tmp_path)
     with pytest.raises(PatientConflict, match="another study"):
         reports.report([source], study=replace(reports.study_of(source), study_instance_uid="1.2.3"))
+
+
+@pytest.mark.requirement("P15")
+def test_an_enhanced_object_is_one_instance_of_the_evidence(tmp_path: Path) -> None:
+    """Its frames are many, and a report refers to it once, under its own SOP class."""
+    enhanced = factories.make_enhanced(factories.make_ct(slices=5))
+    source = factories.write(enhanced, tmp_path / "enhanced.dcm")
+    found = evidence.read([source], study=reports.study_of(source))
+    assert [(one.SOPInstanceUID, one.SOPClassUID) for one in found.instances] == [(enhanced.SOPInstanceUID, enhanced.SOPClassUID)]
+    written = dcmread(BytesIO(reports.report([source], study=reports.study_of(source)).document.data))
+    (study,) = written.CurrentRequestedProcedureEvidenceSequence
+    (series,) = study.ReferencedSeriesSequence
+    assert [item.ReferencedSOPInstanceUID for item in series.ReferencedSOPSequence] == [enhanced.SOPInstanceUID]
 
 
 def test_one_image_of_another_patient_among_many_is_enough_to_stop(tmp_path: Path) -> None:

@@ -32,9 +32,9 @@ def stack(
     return datasets
 
 
-def timed(seed: int, second: int, *, slices: int = 5, **said: object) -> Datasets:
+def timed(seed: int, second: int) -> Datasets:
     """Make one stack whose slices were acquired one after the other, from `second` on."""
-    datasets = stack(seed, slices, **said)
+    datasets = stack(seed)
     for k, ds in enumerate(datasets):
         ds.AcquisitionTime = f"1030{second + k:02d}.5"
     return datasets
@@ -135,7 +135,7 @@ def test_a_few_stray_slices_are_refused_or_left_out_never_used(pool: DecoderPool
     ):
         volume.load(series, kind="volume", pool=pool)
     for choose in ("first", "last", "largest"):
-        found = volume.load(series, kind="volume", pool=pool, stack=choose)  # type: ignore[arg-type]
+        found = volume.load(series, kind="volume", pool=pool, stack=choose)
         np.testing.assert_array_equal(found.array, factories.known_hu(6, seed=1))
 
 

@@ -24,6 +24,7 @@ from worker.domain import Series, Volume
 from worker.errors import GeometryError, PixelError
 from worker.imaging import volume
 from worker.imaging.decoding import DecoderPool
+from worker.imaging.geometry import MIN_SLICES
 
 
 def _series(files: Sequence[Path]) -> list[Series]:
@@ -70,7 +71,8 @@ def _theirs(one: Volume, nifti: bytes) -> NDArray[np.float64]:
     assert np.abs(index - np.rint(index)).max() < 1e-3
     i, j, k = np.rint(index).astype(int)
     assert min(i.min(), j.min(), k.min()) >= 0
-    return voxels[i, j, k].reshape(one.array.shape)
+    ordered: NDArray[np.float64] = voxels[i, j, k].reshape(one.array.shape)
+    return ordered
 
 
 @pytest.mark.parametrize(
@@ -123,7 +125,7 @@ def test_every_real_series_that_is_a_volume_has_the_voxels_and_places_of_dcm2nii
             continue
         by_series[path.parent, uid].setdefault(instance.sop_instance_uid, path)
     for number, ((folder, _), paths) in enumerate(by_series.items()):
-        if len(paths) < volume.MIN_SLICES:
+        if len(paths) < MIN_SLICES:
             continue
         (series,) = _series(list(paths.values()))
         try:

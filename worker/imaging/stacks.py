@@ -26,7 +26,7 @@ from worker.imaging.geometry import MIN_SLICES, SAME_PLACE_MM
 
 #: Which stack of several a bundle wants.
 Choice = Literal["only", "first", "last", "largest"]
-Value = tuple[float, ...] | tuple[str, ...] | tuple[()]
+Value = tuple[float, ...] | tuple[str, ...]
 
 #: Two orientations are one when no cosine differs by more; two pixel spacings when they differ by no more than this part.
 ORIENTATION_TOLERANCE: Final = 1e-4
@@ -272,14 +272,14 @@ def _ranks(frames: Sequence[Frame], places: Sequence[int], mark: _Mark, *, is_in
 
     A heart's phases come at slightly different times in each slice; of acquisitions, one must end before the next begins.
     """
-    values = [mark.of(one) for one in frames]
+    values, _ = _classes(mark, frames)  # in the order of what they stand for
     at: dict[int, list[int]] = {}
     for n, place in enumerate(places):
         at.setdefault(place, []).append(n)
     counts = {len(of) for of in at.values()}
     if (
         len(counts) > 1
-        or any(value in {(), ("",)} for value in values)
+        or any(mark.of(one) in {(), ("",)} for one in frames)
         or any(len({values[n] for n in of}) < len(of) for of in at.values())
     ):
         return []
