@@ -101,7 +101,7 @@ def check_place(one: Frame) -> None:
     """
     if one.position is None or one.orientation is None or one.pixel_spacing is None:
         raise GeometryError("Image Position (Patient), Image Orientation (Patient) or Pixel Spacing is absent from a slice.")
-    if not (_SMALLEST_MM <= min(one.pixel_spacing) and max(one.pixel_spacing) <= _LARGEST_MM):
+    if not (min(one.pixel_spacing) >= _SMALLEST_MM and max(one.pixel_spacing) <= _LARGEST_MM):
         raise GeometryError(f"The pixel spacing of a slice is {one.pixel_spacing[0]:g} x {one.pixel_spacing[1]:g} mm.")
     if max(map(abs, one.position)) > _FARTHEST_MM:
         raise GeometryError(f"A slice stands {max(map(abs, one.position)):g} mm from the origin of its frame of reference.")

@@ -262,11 +262,7 @@ def _ranks(frames: Sequence[Frame], places: Sequence[int], mark: _Mark, *, is_in
     for n, place in enumerate(places):
         at.setdefault(place, []).append(n)
     counts = {len(of) for of in at.values()}
-    if (
-        len(counts) > 1
-        or any(value in {(), ("",)} for value in values)
-        or any(len({values[n] for n in of}) < len(of) for of in at.values())
-    ):
+    if len(counts) > 1 or any(value in {(), ("",)} for value in values) or any(len({values[n] for n in of}) < len(of) for of in at.values()):
         return []
     ranks: list[tuple[int, ...]] = [()] * len(frames)
     for of in at.values():
