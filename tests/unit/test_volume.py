@@ -223,7 +223,7 @@ def test_an_empty_series_is_refused(pool: DecoderPool) -> None:
         ("RescaleSlope", "1e308", "Rescaled pixel values of slice 2 of 3 are not finite."),
         ("RescaleIntercept", None, "Only one of Rescale Slope"),
         ("RescaleType", "US", "no rescale to Hounsfield units"),
-        ("ModalityLUTSequence", [], "A Modality LUT Sequence"),
+        ("ModalityLUTSequence", [], "both a Modality LUT Sequence"),
         ("PresentationLUTShape", "INVERSE", "contradicts Photometric Interpretation"),
     ],
 )

@@ -14,6 +14,7 @@ Frame: LPS, millimeters. Not here: files and decoders (decoding.py), windows and
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from functools import partial
 from typing import Final, Literal
 
 import numpy as np
@@ -60,6 +61,7 @@ def load(
     gantry_tilt: GantryTilt = "refuse",
     stack: Choice = "only",
     color: Literal["refuse", "luminance"] = "refuse",
+    unit: Literal["", "HU", "SUVbw"] = "",
 ) -> Volume:
     """Read one series into a regular volume, into one radiograph, or into the frames of one clip.
 
@@ -85,6 +87,8 @@ def load(
         acquisition), or "largest" (then the first): of the stacks that form a volume, or of the clips.
     color
         "refuse" images with colors, or reduce them to their "luminance" (PS3.3 §C.7.6.3.1.2).
+    unit
+        "HU", or "SUVbw" for PET (uptake.py), refused where the header does not allow it; "": as the rescale or modality LUT gives it.
 
     Returns
     -------
@@ -111,11 +115,12 @@ def load(
     §C.7.6.16 (functional groups).
     """
     frames = _read(series, pool, color=color)
+    in_unit = partial(values, unit=unit)
     if kind == "radiograph":
-        return planar.radiograph(frames, views, laterality.upper(), values)
+        return planar.radiograph(frames, views, laterality.upper(), in_unit)
     if kind == "frames":
-        return planar.clip(frames, stack, values)
-    return _volume(frames, max_gap_mm=max_gap_mm, gantry_tilt=gantry_tilt, choose=stack)
+        return planar.clip(frames, stack, in_unit)
+    return _volume(frames, max_gap_mm=max_gap_mm, gantry_tilt=gantry_tilt, choose=stack, values=in_unit)
 
 
 def _read(series: Series, pool: DecoderPool, *, color: str) -> list[Frame]:
@@ -130,7 +135,7 @@ def _read(series: Series, pool: DecoderPool, *, color: str) -> list[Frame]:
     return [one for frames in read for one in frames]
 
 
-def _volume(frames: Sequence[Frame], *, max_gap_mm: float, gantry_tilt: GantryTilt, choose: Choice) -> Volume:
+def _volume(frames: Sequence[Frame], *, max_gap_mm: float, gantry_tilt: GantryTilt, choose: Choice, values: planar.Values) -> Volume:
     # PS3.3 §C.8.2.1.1.1 and §C.8.3.1.1.1: value 3 of Image Type.
     frames = [one for one in frames if "LOCALIZER" not in one.image_type[2:]]
     if len(frames) < MIN_SLICES:
