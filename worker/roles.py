@@ -26,7 +26,7 @@ import psutil
 from worker import events
 from worker.config import Config, Destination
 from worker.domain import Header, Job, Received
-from worker.errors import BundleError
+from worker.errors import BundleError, DecoderDied
 from worker.record_feeds import clock, identified
 from worker.store import queue, studies
 from worker.store.database import Connection, DatabaseUnavailable, Store
@@ -119,20 +119,17 @@ def add_instance(conn: Connection, config: Config, header: Header, stored: Store
 def receive(config: Config, store: Store, listener: socket.socket, stop: threading.Event) -> None:
     """Serve C-ECHO and C-STORE on a listening socket until told to stop; transfers under way are finished."""
     from worker.imaging.codecs import decodable_transfer_syntaxes
-    from worker.imaging.decoding import codec_versions
     from worker.intake.negotiation import Policy
     from worker.intake.scp import Limits, StorageScp
 
     settings = config.receive
     spool = Spool(config.spool, low_water_bytes=settings.low_water_mb * 2**20)
-    codecs = codec_versions()
-    _say_unloadable(codecs)
     policy = Policy(
         ae_title=settings.ae_title,
         calling={sender.ae_title: sender.addresses for sender in config.senders},
         max_pdu=settings.max_pdu_bytes,
         accepts_unknown=settings.accept_unknown_sop_classes,
-        transfer_syntaxes=decodable_transfer_syntaxes(codecs),
+        transfer_syntaxes=decodable_transfer_syntaxes(_loadable_codecs()),
     )
     limits = Limits(
         max_pdu=settings.max_pdu_bytes,
@@ -158,6 +155,19 @@ def receive(config: Config, store: Store, listener: socket.socket, stop: threadi
     started("receive", port=scp.address[1])
     stop.wait()
     scp.stop(RECEIVE_GRACE_S)
+
+
+def _loadable_codecs() -> Mapping[str, str] | None:
+    """Return the versions of the decoders; None if they cannot be asked, for images must be received all the same."""
+    from worker.imaging.decoding import codec_versions
+
+    try:
+        versions = codec_versions()
+    except DecoderDied as exc:
+        events.emit("codec.missing", reason=f"It is not known which decoders can be loaded. {exc}")
+        return None
+    _say_unloadable(versions)
+    return versions
 
 
 def _say_unloadable(codecs: Mapping[str, str]) -> None:

@@ -16,7 +16,8 @@ import pydicom
 import pytest
 from numpy.typing import NDArray
 from pydicom.encaps import encapsulate
-from pydicom.pixels import apply_color_lut, pixel_array
+from pydicom.pixels.processing import apply_color_lut
+from pydicom.pixels.utils import pixel_array
 from pydicom.uid import UID
 
 from tests import factories
@@ -24,7 +25,7 @@ from tests.decoders import make_image, read_frames, refused
 from tests.images import ramp
 from tests.peers import dcmtk, require_shared
 from worker.errors import PixelError
-from worker.imaging.codecs import CODECS, NOT_OFFERED
+from worker.imaging.codecs import CODECS, NOT_OFFERED, why_not_decoded
 from worker.imaging.decoding import DecoderPool
 
 ROOT: Final = Path(__file__).parents[2]
@@ -167,9 +168,21 @@ def table(cells: Callable[[str, Kind], str]) -> list[str]:
 @pytest.mark.requirement("P11")
 def test_the_table_of_codecs_is_what_two_decoders_make_of_each_cell(pool: DecoderPool, tmp_path: Path) -> None:
     made = table(lambda uid, kind: cell(pool, uid, kind, tmp_path))
+    keep("codecs", made)
+
+
+@pytest.mark.requirement("P11")
+def test_the_table_of_transfer_syntaxes_that_are_refused_has_each_that_the_library_knows() -> None:
+    refused = [uid for uid in pydicom.uid.AllTransferSyntaxes if uid not in CODECS]
+    rows = [f"| {uid.removeprefix(PREFIX)} {uid.name} | {why_not_decoded(uid)} |" for uid in refused]
+    keep("refused", ["| Transfer syntax | why |", "|---|---|", *rows])
+
+
+def keep(name: str, made: list[str]) -> None:
+    """Compare one table of the document with what it is now; write it where that is asked for."""
     text = DOCUMENT.read_text()
-    head, rest = text.split("<!-- codecs -->\n")[0], text.split("<!-- /codecs -->")[1]
-    wanted = f"{head}<!-- codecs -->\n" + "\n".join(made) + f"\n<!-- /codecs -->{rest}"
+    head, rest = text.split(f"<!-- {name} -->\n")[0], text.split(f"<!-- /{name} -->")[1]
+    wanted = f"{head}<!-- {name} -->\n" + "\n".join(made) + f"\n<!-- /{name} -->{rest}"
     if os.environ.get("UPDATE_TABLES"):
         DOCUMENT.write_text(wanted)
     assert wanted == DOCUMENT.read_text(), "run again with UPDATE_TABLES=1 and read what changed"

@@ -30,16 +30,16 @@ CODECS: Final[Mapping[str, str]] = {
 #: Decoded when a file comes in it, and not negotiated: GDCM's wheel cannot decode the 12-bit form of JPEG Extended, which is the usual
 #: one, and a sender that is not offered it sends another.
 NOT_OFFERED: Final = frozenset({"1.2.840.10008.1.2.4.51"})
-_VIDEO: Final = "it is video, of which no single frame can be checked against its header"
+_VIDEO: Final = "it is video, and no video is analyzed"
 _JPIP: Final = "its pixels are on another server"
 #: Start of the UID of a transfer syntax that is not decoded → why. The longest start counts.
 REFUSED: Final[Mapping[str, str]] = {
     "1.2.840.10008.1.2.1.9": "a small file may inflate to any size before its header can be checked",  # Deflated, and .98
-    "1.2.840.10008.1.2.2": "it is retired, and no scanner has sent it since 2006",  # Explicit VR Big Endian
-    "1.2.840.10008.1.2.4.5": "it is retired",  # .52 to .56, .58, .59: JPEG processes that no product kept
+    "1.2.840.10008.1.2.2": "it is retired, and whoever sends it must offer Little Endian, too",  # Explicit VR Big Endian
+    "1.2.840.10008.1.2.4.5": "it is retired",  # .52 to .56, .58, .59: retired JPEG processes
     "1.2.840.10008.1.2.4.6": "it is retired",
-    "1.2.840.10008.1.2.4.92": "no open decoder knows its transforms across components",  # JPEG 2000 Part 2
-    "1.2.840.10008.1.2.4.93": "no open decoder knows its transforms across components",
+    "1.2.840.10008.1.2.4.92": "openjpeg does not know its transforms across components",  # JPEG 2000 Part 2
+    "1.2.840.10008.1.2.4.93": "openjpeg does not know its transforms across components",
     "1.2.840.10008.1.2.4.94": _JPIP,
     "1.2.840.10008.1.2.4.95": _JPIP,
     "1.2.840.10008.1.2.4.10": _VIDEO,  # .100 to .108: MPEG-2, MPEG-4, HEVC
