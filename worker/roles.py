@@ -16,7 +16,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta, timezone, tzinfo
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -26,7 +26,7 @@ import psutil
 from worker import events
 from worker.config import Config, Destination
 from worker.domain import Header, Job, Received
-from worker.errors import BundleError
+from worker.errors import BundleError, DecoderDied
 from worker.record_feeds import clock, identified
 from worker.store import queue, studies
 from worker.store.database import Connection, DatabaseUnavailable, Store
@@ -118,7 +118,7 @@ def add_instance(conn: Connection, config: Config, header: Header, stored: Store
 
 def receive(config: Config, store: Store, listener: socket.socket, stop: threading.Event) -> None:
     """Serve C-ECHO and C-STORE on a listening socket until told to stop; transfers under way are finished."""
-    from worker.imaging.decoding import decodable_transfer_syntaxes
+    from worker.imaging.codecs import decodable_transfer_syntaxes
     from worker.intake.negotiation import Policy
     from worker.intake.scp import Limits, StorageScp
 
@@ -129,7 +129,7 @@ def receive(config: Config, store: Store, listener: socket.socket, stop: threadi
         calling={sender.ae_title: sender.addresses for sender in config.senders},
         max_pdu=settings.max_pdu_bytes,
         accepts_unknown=settings.accept_unknown_sop_classes,
-        transfer_syntaxes=decodable_transfer_syntaxes(),
+        transfer_syntaxes=decodable_transfer_syntaxes(_loadable_codecs()),
     )
     limits = Limits(
         max_pdu=settings.max_pdu_bytes,
@@ -157,6 +157,26 @@ def receive(config: Config, store: Store, listener: socket.socket, stop: threadi
     scp.stop(RECEIVE_GRACE_S)
 
 
+def _loadable_codecs() -> Mapping[str, str] | None:
+    """Return the versions of the decoders; None if they cannot be asked, for images must be received all the same."""
+    from worker.imaging.decoding import codec_versions
+
+    try:
+        versions = codec_versions()
+    except DecoderDied as exc:
+        events.emit("codec.missing", reason=f"It is not known which decoders can be loaded. {exc}")
+        return None
+    _say_unloadable(versions)
+    return versions
+
+
+def _say_unloadable(codecs: Mapping[str, str]) -> None:
+    from worker.imaging.codecs import unloadable
+
+    for sentence in unloadable(codecs):
+        events.emit("codec.missing", reason=sentence)
+
+
 # --- run
 
 
@@ -172,7 +192,7 @@ def run(config: Config, store: Store, stop: threading.Event) -> None:
     with DecoderPool(
         processes=settings.decoders, memory_bytes=settings.decoder_memory_mb * 2**20, timeout_s=settings.decoder_timeout_s
     ) as pool:
-        pool.warm()
+        _say_unloadable(pool.warm())
         line = Line(
             store=store,
             models={model.name: model for model in loaded},

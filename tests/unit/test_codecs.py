@@ -16,7 +16,8 @@ import pydicom
 import pytest
 from numpy.typing import NDArray
 from pydicom.encaps import encapsulate
-from pydicom.pixels import apply_color_lut, pixel_array
+from pydicom.pixels.processing import apply_color_lut
+from pydicom.pixels.utils import pixel_array
 from pydicom.uid import UID
 
 from tests import factories
@@ -24,7 +25,8 @@ from tests.decoders import make_image, read_frames, refused
 from tests.images import ramp
 from tests.peers import dcmtk, require_shared
 from worker.errors import PixelError
-from worker.imaging.decoding import CODECS, NOT_OFFERED, DecoderPool
+from worker.imaging.codecs import CODECS, NOT_OFFERED, why_not_decoded
+from worker.imaging.decoding import DecoderPool
 
 ROOT: Final = Path(__file__).parents[2]
 DOCUMENT: Final = ROOT / "deploy" / "IMAGES.md"
@@ -166,9 +168,21 @@ def table(cells: Callable[[str, Kind], str]) -> list[str]:
 @pytest.mark.requirement("P11")
 def test_the_table_of_codecs_is_what_two_decoders_make_of_each_cell(pool: DecoderPool, tmp_path: Path) -> None:
     made = table(lambda uid, kind: cell(pool, uid, kind, tmp_path))
+    keep("codecs", made)
+
+
+@pytest.mark.requirement("P11")
+def test_the_table_of_transfer_syntaxes_that_are_refused_has_each_that_the_library_knows() -> None:
+    refused = [uid for uid in pydicom.uid.AllTransferSyntaxes if uid not in CODECS]
+    rows = [f"| {uid.removeprefix(PREFIX)} {uid.name} | {why_not_decoded(uid)} |" for uid in refused]
+    keep("refused", ["| Transfer syntax | why |", "|---|---|", *rows])
+
+
+def keep(name: str, made: list[str]) -> None:
+    """Compare one table of the document with what it is now; write it where that is asked for."""
     text = DOCUMENT.read_text()
-    head, rest = text.split("<!-- codecs -->\n")[0], text.split("<!-- /codecs -->")[1]
-    wanted = f"{head}<!-- codecs -->\n" + "\n".join(made) + f"\n<!-- /codecs -->{rest}"
+    head, rest = text.split(f"<!-- {name} -->\n")[0], text.split(f"<!-- /{name} -->")[1]
+    wanted = f"{head}<!-- {name} -->\n" + "\n".join(made) + f"\n<!-- /{name} -->{rest}"
     if os.environ.get("UPDATE_TABLES"):
         DOCUMENT.write_text(wanted)
     assert wanted == DOCUMENT.read_text(), "run again with UPDATE_TABLES=1 and read what changed"
@@ -181,7 +195,7 @@ REAL: Final = (
 )
 #: Sentences of the real files that are refused: what they are, not ours to guess.
 NOT_READ: Final = ("transfer syntax", "JPEG Extended of 12 bits", "not a JPEG 2000", "Pixel Representation", "states 1024 x 3722445056",
-                   "has 8320 bytes", "has 8130 bytes", "Number of Frames", "DICOM prefix")  # fmt: skip
+                   "has 8320 bytes", "has 8130 bytes", "Number of Frames", "functional groups", "DICOM prefix")  # fmt: skip
 
 
 @pytest.mark.peer
@@ -189,7 +203,7 @@ NOT_READ: Final = ("transfer syntax", "JPEG Extended of 12 bits", "not a JPEG 20
 @pytest.mark.parametrize("folder", REAL)
 @pytest.mark.filterwarnings("ignore::UserWarning:pydicom")  # what real headers are like is no news
 def test_real_files_are_what_a_second_decoder_makes_of_them(pool: DecoderPool, tmp_path: Path, folder: str) -> None:
-    compared, apart = 0, {}
+    compared, apart, unread = 0, {}, []
     for path in sorted(path for path in require_shared(folder).glob("*") if path.is_file()):
         ds = pydicom.dcmread(path, force=True)
         if "Rows" not in ds or "PixelData" not in ds:
@@ -200,25 +214,30 @@ def test_real_files_are_what_a_second_decoder_makes_of_them(pool: DecoderPool, t
             if not any(sentence in str(exc) for sentence in NOT_READ):
                 raise
             continue
+        theirs = luminance_by_another(path, ds, tmp_path)
+        if theirs is None:
+            unread.append(path.name)
+            continue
         compared += 1
-        if (worst := int(np.abs(ours - luminance_by_another(path, ds, tmp_path)).max())) > 0:
+        if (worst := int(np.abs(ours - theirs).max())) > 0:
             apart[path.name] = worst
     assert compared > 8
     assert apart == dict.fromkeys(apart, 1), "lossy colours may round apart by one"
     assert len(apart) <= 3
+    assert set(unread) <= {"SC_rgb_jpeg.dcm"}, "its header is broken, and DCMTK stops at it"
 
 
-def luminance_by_another(path: Path, ds: pydicom.Dataset, folder: Path) -> NDArray[Any]:
-    """Decode a real file by DCMTK, or by GDCM for JPEG 2000, and take its luminance."""
+def luminance_by_another(path: Path, ds: pydicom.Dataset, folder: Path) -> NDArray[Any] | None:
+    """Decode a real file by DCMTK, or by GDCM for JPEG 2000, and take its luminance; None where that cannot."""
     uid = ds.file_meta.TransferSyntaxUID
     photometric, target = ds.PhotometricInterpretation, folder / "decoded.dcm"
     if uid.startswith(JPEG_2000):
         image = pixel_array(ds, raw=True, decoding_plugin="gdcm")
     else:
         program = ("dcmdjpls",) if uid[-2:] in {"80", "81"} else ("dcmdrle",) if uid.endswith(".5") else ("dcmdjpeg", "+cn")
-        done = dcmtk(*program, str(path), str(target))
-        assert done.returncode == 0, done.stdout
-        image = pixel_array(pydicom.dcmread(target), raw=photometric != "YBR_FULL_422" or ds.file_meta.TransferSyntaxUID.is_compressed)
+        if dcmtk(*program, str(path), str(target)).returncode:
+            return None
+        image = pixel_array(pydicom.dcmread(target), raw=True)
     if photometric == "PALETTE COLOR":
         image = apply_color_lut(image, ds)
     shape = (int(ds.get("NumberOfFrames") or 1), ds.Rows, ds.Columns)

@@ -23,7 +23,8 @@ from pydicom.uid import (
 from tests import factories
 from tests.decoders import ENCODED, LOSSLESS, make_image, read, read_frames, refused
 from worker.errors import GeometryError, PixelError, StoredFileLost, WorkerError
-from worker.imaging.decoding import DecoderPool, decodable_transfer_syntaxes
+from worker.imaging.codecs import decodable_transfer_syntaxes
+from worker.imaging.decoding import DecoderPool
 
 ROOT = Path(__file__).parents[2]
 
@@ -119,6 +120,7 @@ def test_signed_values_that_were_not_sign_extended_are_extended(pool: DecoderPoo
     assert read(pool, factories.write(ds, tmp_path / "one.dcm")).pixels.tolist() == [[0, 1], [-1, -2048]]
 
 
+@pytest.mark.requirement("P14")
 def test_an_overlay_in_the_unused_bits_is_cleared(pool: DecoderPool, tmp_path: Path) -> None:
     ds = factories.make_radiograph(stored=np.array([[0x1123, 0x0456], [0x0FFF, 0x1000]], np.uint16), bits_stored=12)
     message = refused(pool, ds, tmp_path)
@@ -290,6 +292,7 @@ def test_a_file_cut_anywhere_is_refused(pool: DecoderPool, tmp_path: Path, trans
             read(pool, path)
 
 
+@pytest.mark.requirement("P4")
 @pytest.mark.requirement("P5")
 @pytest.mark.parametrize("transfer_syntax", [RLELossless, JPEG2000Lossless, JPEGLSLossless, JPEGLossless])
 def test_a_second_frame_that_the_header_does_not_count_is_refused(pool: DecoderPool, tmp_path: Path, transfer_syntax: str) -> None:
@@ -314,6 +317,7 @@ def test_a_number_of_frames_that_lies_is_refused(pool: DecoderPool, tmp_path: Pa
     assert refused(pool, ds, tmp_path) == f"Number of Frames is {count}, but Pixel Data holds 3 frames."
 
 
+@pytest.mark.requirement("P4")
 @pytest.mark.requirement("P5")
 @pytest.mark.parametrize("count", [1, 2, 4])
 @pytest.mark.parametrize("bits", [1, 8, 16])

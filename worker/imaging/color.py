@@ -27,9 +27,9 @@ def luminance(samples: NDArray[Any], photometric: str) -> NDArray[Any]:
     """
     if photometric in _RED_GREEN_BLUE:
         return _rounded(*(samples[..., part] for part in range(3))).astype(samples.dtype)
-    first = samples[..., 0]
+    first: NDArray[Any] = samples[..., 0]
     if photometric == "YBR_PARTIAL_422":
-        return np.rint((first.astype(np.float32) - 16) * (255 / 219)).clip(0, 255).astype(samples.dtype)
+        first = np.rint((first.astype(np.float32) - 16) * (255 / 219)).clip(0, 255).astype(samples.dtype)
     return first
 
 

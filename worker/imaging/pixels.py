@@ -24,9 +24,9 @@ import pydicom
 from numpy.typing import NDArray
 
 from worker.errors import PixelError, Retry, StoredFileLost
+from worker.imaging.codecs import CODECS, why_not_decoded
 from worker.imaging.codestream import frames_of
 from worker.imaging.color import palette_luminance
-from worker.imaging.decoding import CODECS, why_not_decoded
 from worker.imaging.facts import OVERLAY_BITS, TAGS, WANTED, Elements, integer_of, values_of
 from worker.imaging.functional_groups import facts_of_frames
 from worker.imaging.layout import GREY, Layout, layout_of

@@ -10,7 +10,7 @@ contradicts itself, there is a sentence and no factor. Runs in a decoding proces
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 from typing import Any, Final
 
@@ -98,16 +98,13 @@ def _left_at_reference(elements: Elements, item: Dataset) -> float:
 
 def _injected(item: Dataset, scan: datetime, half_life_s: float) -> datetime:
     """Return when the radiopharmaceutical was given; a time without a date is the last one before the scan."""
-    try:
-        start, clock = DT(str(item.get("RadiopharmaceuticalStartDateTime") or "")), TM(str(item.get("RadiopharmaceuticalStartTime") or ""))
-    except ValueError as exc:
-        raise PixelError("Radiopharmaceutical Start Time (0018,1072) or Start DateTime (0018,1078) is no time.") from exc
+    start, clock = _parsed(DT, item, "RadiopharmaceuticalStartDateTime"), _parsed(TM, item, "RadiopharmaceuticalStartTime")
     on_day = None if clock is None else datetime.combine(scan.date(), clock)
     if start is not None:
-        start = start.replace(tzinfo=None)
-        if on_day is not None and (start - on_day + _CLOCKS_AGREE) % _DAY > 2 * _CLOCKS_AGREE:
+        given = datetime.combine(start.date(), start.time())  # in the clock of the site, as the series is
+        if on_day is not None and (given - on_day + _CLOCKS_AGREE) % _DAY > 2 * _CLOCKS_AGREE:
             raise PixelError("Radiopharmaceutical Start Time (0018,1072) and Start DateTime (0018,1078) contradict each other.")
-        return datetime.combine(start.date(), start.time())
+        return given
     if on_day is None:
         raise PixelError("Radiopharmaceutical Start Time (0018,1072) and Start DateTime (0018,1078) are absent.")
     if half_life_s > _SAME_DAY_HALF_LIFE_S:
@@ -115,6 +112,13 @@ def _injected(item: Dataset, scan: datetime, half_life_s: float) -> datetime:
             "Radiopharmaceutical Start DateTime (0018,1078) is absent, and the half life is too long for a time without a date."
         )
     return on_day if on_day <= scan else on_day - _DAY
+
+
+def _parsed(kind: Callable[[str], Any], item: Dataset, keyword: str) -> Any:
+    try:
+        return kind(str(item.get(keyword) or ""))
+    except ValueError as exc:
+        raise PixelError("Radiopharmaceutical Start Time (0018,1072) or Start DateTime (0018,1078) is no time.") from exc
 
 
 def _moment(elements: Elements, what: str) -> datetime:
