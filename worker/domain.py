@@ -138,10 +138,33 @@ class PatientRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class ImageFacts:
+    """What an instance says of its image at the top level of its header, for the rules that choose series.
+
+    "", (), 0 and None: it does not say, or it came before this was kept. ``image_type``: the values of Image Type (PS3.3
+    §C.7.6.1.1.2), upper case. ``region``: the code of Anatomic Region. ``laterality``: L, R, B or U. ``slice_mm``: distance of slices,
+    else their thickness. ``pixel_mm``: (between rows, between columns), at the detector where the patient's is not told.
+    ``intent``: Presentation Intent Type (PS3.3 §C.8.11.1). ``age_years``: Patient's Age.
+    """
+
+    image_type: tuple[str, ...] = ()
+    body_part: str = ""
+    region: str = ""
+    laterality: str = ""
+    orientation: Orientation = ""
+    slice_mm: float = 0.0
+    pixel_mm: tuple[float, ...] = ()
+    has_contrast: bool | None = None
+    kernel: str = ""
+    intent: str = ""
+    age_years: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Instance:
     """One received SOP instance: where its bytes are and what they hash to.
 
-    ``view`` is its View Position (PS3.3 §C.8.1.1), "" unknown.
+    ``view`` is its View Position (PS3.3 §C.8.1.1), "" unknown; ``frames`` the Number of Frames it claims, 0 unknown.
     """
 
     sop_instance_uid: str
@@ -151,6 +174,8 @@ class Instance:
     sha256: str
     size_bytes: int
     view: str = ""
+    frames: int = 0
+    facts: ImageFacts = ImageFacts()
 
 
 @dataclass(frozen=True, slots=True)
@@ -358,6 +383,7 @@ class Header:
     orientation: Orientation = ""
     slice_mm: float = 0.0
     view: str = ""
+    facts: ImageFacts = ImageFacts()
 
 
 class Received(Enum):
