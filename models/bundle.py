@@ -20,7 +20,7 @@ import re
 import tomllib
 import types
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -58,7 +58,7 @@ class Bundle:
     weights: WeightsFile
     folder: Path
     digest: str
-    patients: PatientRule = PatientRule()
+    patients: PatientRule = field(default_factory=PatientRule)
     #: For the card alone.
     learned_from: str = ""
     limits: tuple[str, ...] = ()

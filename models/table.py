@@ -14,8 +14,8 @@ from torch import Tensor
 
 from models.augmentation import augment
 from models.fusion import Tokens
-from models.network import FusionNetwork
 from models.image_spec import RESERVED
+from models.network import FusionNetwork
 from models.spec import TrainingConfig
 from models.transforms import Sample, collate
 

@@ -4,9 +4,8 @@
 
     dicom/**             any nesting, any file names
     hl7/*.hl7  fhir/*.json
-    labels.csv           study_instance_uid, one column a label (1, 0, empty = unknown), optional group (else patient_id,
-                         else the study's patient), optional split (train, calibration, test); where any row has one,
-                         an empty one is "train"
+    labels.csv           study_instance_uid, one column a label (1, 0, empty = unknown), optional group (else patient_id, else the
+                         patient), optional split (train, calibration, test); where any row has one, an empty one is "train"
 
 There is no second way to make a tensor: files go through the spool and the parsers into a database of their own in a
 scratch folder, studies come out as `select_inputs`, `volume.load` and `infer.prepare` make them.
@@ -35,7 +34,7 @@ from safetensors.torch import load_file, save_file
 from models.bundle import Bundle
 from models.training import Labeled
 from models.transforms import Sample
-from worker import __version__, joining, pipeline
+from worker import __version__, checks, joining, pipeline
 from worker.config import Config, ConfigError
 from worker.domain import Inputs, Study, Volume
 from worker.errors import DecoderDied, Unanalysable
@@ -292,6 +291,7 @@ def _study(uid: str, *, config: Config, store: Store, pool: DecoderPool, bundle:
     if doubt:
         raise Unanalysable(doubt)
     inputs = select_inputs(study, record, bundle)
+    checks.patient(study, record, inputs.series.values(), bundle.patients)
     if reason := joining.incomplete(inputs, bundle.record):
         raise Unanalysable(reason)
     images = pipeline.load_images(bundle, inputs, pool)

@@ -32,6 +32,7 @@ from models.text import bert_ids
 from models.transforms import (
     Sample,
     collate,
+    frames_tensor,
     gene_tensors,
     history_tensors,
     radiograph_tensor,
@@ -39,6 +40,7 @@ from models.transforms import (
     value_tensors,
     volume_tensor,
 )
+from worker import checks, selection
 from worker.domain import Code, Finding, Inputs, Saliency, Verdict, Volume
 from worker.errors import BundleError, DeviceOutOfMemory, GeometryError, PixelError
 
@@ -202,9 +204,12 @@ def read(folder: Path, *, verify: bool = True) -> Bundle:
         Naming the file and the key.
     """
     try:
-        return Bundle.read(folder, verify=verify)
+        bundle = Bundle.read(folder, verify=verify)
     except InvalidBundleError as exc:
         raise BundleError(str(exc)) from exc
+    for image in bundle.images:
+        selection.check(image)
+    return bundle
 
 
 def load_network(bundle: Bundle) -> tuple[FusionNetwork, Atypical | None]:
@@ -227,7 +232,9 @@ def prepare(bundle: Bundle, volumes: Mapping[str, Volume], inputs: Inputs) -> Pr
     Raises
     ------
     PixelError
-        A pixel or a value is infinite or undefined, or a radiograph is blank or has more than one plane.
+        A pixel, a value or a number of a tensor is infinite or undefined, or a radiograph is blank or has more than one plane.
+    Implausible
+        The pixels are not what the bundle says it takes; see checks.py.
     GeometryError
         A volume without patient coordinates, where the network needs millimetres.
     """
@@ -272,13 +279,19 @@ def record_tensors(bundle: Bundle, inputs: Inputs) -> Sample:
 
 
 def _image(spec: ImageSpec, volume: Volume) -> torch.Tensor:
-    if not np.isfinite(volume.array).all():
-        raise PixelError(f"{int((~np.isfinite(volume.array)).sum())} pixels of the series are not finite numbers.")
-    if spec.kind == "radiograph":
-        if volume.array.shape[0] != 1:
+    """One image's tensor, looked at before and after."""
+    checks.image(volume, spec)
+    made = _transformed(spec, volume)
+    checks.tensor(made.numpy(), spec)
+    return made
+
+
+def _transformed(spec: ImageSpec, volume: Volume) -> torch.Tensor:
+    if spec.kind != "volume":
+        if spec.kind == "radiograph" and volume.array.shape[0] != 1:
             raise PixelError(f"A radiograph has one plane; this series has {volume.array.shape[0]}.")
         try:
-            return radiograph_tensor(volume.array[0], spec)
+            return radiograph_tensor(volume.array[0], spec) if spec.kind == "radiograph" else frames_tensor(volume.array, spec)
         except ValueError as exc:
             raise PixelError(str(exc)) from exc
     if volume.affine is None:

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Final
 
 from models.bundle import Bundle
-from worker import __version__, events, joining
+from worker import __version__, checks, events, joining
 from worker.domain import Code, Document, Finding, Inputs, Job, PatientKey, Study, Volume
 from worker.errors import (
     NoSuitableSeries,
+    OutsideIntendedUse,
     PatientAmbiguous,
     PatientConflict,
     PeerRefused,
@@ -40,9 +41,10 @@ from worker.fingerprint import digest, record_digest
 from worker.imaging import volume
 from worker.imaging.decoding import DecoderPool
 from worker.infer import Model, Place, Prepared, places
-from worker.inputs import select_inputs, takes
+from worker.inputs import select_inputs
 from worker.ops.log import places as places_of
 from worker.report.sr import Algorithm, build_report
+from worker.selection import takes
 from worker.store import documents, queue, records, studies
 from worker.store.database import Connection, Store
 
@@ -145,6 +147,10 @@ def gather(line: Line, case: Case) -> Case:
     if pending := joining.pending(study, record, inputs, model.bundle.record, now=line.clock(), trouble=trouble):
         return replace(case, error=pending)  # not raised: the verdict needs to know of what record
     case = replace(case, inputs=inputs)
+    try:
+        checks.patient(study, record, inputs.series.values(), model.bundle.patients)
+    except OutsideIntendedUse as exc:
+        return replace(case, error=exc)
     reason = joining.incomplete(inputs, model.bundle.record)
     return replace(case, error=RecordIncomplete(reason)) if reason else case
 
@@ -225,8 +231,7 @@ def report(line: Line, case: Case) -> Case:
     failure = str(case.error) if case.error is not None else ""
     # Without a chosen series all that the bundle could have taken was looked at, never a report of our own that came back.
     if case.inputs:
-        # Two images may be of one series.
-        looked_at = list({s.series_instance_uid: s for s in case.inputs.series.values()}.values())
+        looked_at = list(case.inputs.series.values())  # two images may be of one series, but no instance serves both
     else:
         looked_at = [s for s in study.series if any(takes(image.modalities, s.modality) for image in bundle.images)]
     # A volume may leave localizers out.

@@ -50,12 +50,13 @@ _MAX_VALUES: Final = 16
 
 def image_facts(values: Mapping[int, bytes], *, is_implicit: bool) -> ImageFacts:
     """Read the facts from the raw values by tag; sequences are their items as they stand, in the data set's encoding."""
-    told = {tag: _text(values.get(tag, b"")) for tag in (_INTENT, _AGENT, _BODY_PART, _IMAGE_SIDE, _SERIES_SIDE, _KERNEL, _AGE)}
+    told = {tag: _text(values.get(tag, b"")) for tag in (_INTENT, _AGENT, _IMAGE_SIDE, _SERIES_SIDE, _KERNEL, _AGE)}
     side = told[_IMAGE_SIDE] or told[_SERIES_SIDE]
     age = _AGE_STRING.fullmatch(told[_AGE])
     return ImageFacts(
         image_type=_image_type(values.get(_IMAGE_TYPE, b"")),
-        body_part=told[_BODY_PART][:16],
+        # Not ASCII, as it should be, it is still another part than those a bundle names.
+        body_part=_CONTROLS.sub(b"", values.get(_BODY_PART, b"")[:64]).decode("latin-1").strip("\0 ").upper()[:16].strip(),
         region=first_code(values.get(_REGION, b""), is_implicit=is_implicit),
         laterality=side if side in ("L", "R", "B", "U") else "",
         orientation=_orientation(values.get(_ORIENTATION, b"")),
