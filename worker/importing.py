@@ -21,7 +21,7 @@ from worker import record_feeds, roles
 from worker.config import Config
 from worker.domain import PatientKey, Received, RecordUpdate
 from worker.errors import RecordError, Reject
-from worker.imaging.decoding import decodable_transfer_syntaxes
+from worker.imaging.decoding import CODECS
 from worker.intake import fhir, hl7, mllp
 from worker.intake.header import read_header
 from worker.store import feeds, records
@@ -110,7 +110,7 @@ def import_dicom(path: Path, *, config: Config, store: Store, spool: Spool) -> R
         start = 132 + 12 + int(meta.FileMetaInformationGroupLength)
     except Exception as exc:
         raise Reject(f"The file meta information cannot be read ({type(exc).__name__}).") from exc
-    if transfer_syntax_uid not in decodable_transfer_syntaxes():
+    if transfer_syntax_uid not in CODECS:
         raise Reject(f"Transfer syntax {UID(transfer_syntax_uid).name} is not taken.")
     data = path.read_bytes()
     header = read_header(data, transfer_syntax_uid, offset=start)

@@ -44,7 +44,7 @@ def main(fd: int, memory_bytes: int, parent: int) -> None:
             _send(link, {name: _version(name) for name in request["codecs"]})
             continue
         for path, digest in request["files"]:
-            if not _answer(link, path, digest, memory_bytes=memory_bytes):
+            if not _answer(link, path, digest, memory_bytes=memory_bytes, color=request["color"]):
                 break  # the parent knows: after an error nothing more comes
 
 
@@ -61,10 +61,10 @@ def _confine(memory_bytes: int, parent: int) -> None:
     pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
 
 
-def _answer(link: socket.socket, path: str, digest: str, *, memory_bytes: int) -> bool:
+def _answer(link: socket.socket, path: str, digest: str, *, memory_bytes: int, color: str) -> bool:
     """Answer for one file; False after an error."""
     try:
-        shared, frames, stored = pixels.read(path, digest, memory_bytes=memory_bytes)
+        shared, frames, stored = pixels.read(path, digest, memory_bytes=memory_bytes, color=color)
     except WorkerError as exc:
         _send(link, {"error": type(exc).__name__, "message": str(exc)})
     except MemoryError:

@@ -38,33 +38,63 @@ import numpy as np
 from worker.errors import DecoderDied, GeometryError, PixelError, Retry, StoredFileLost, WorkerError
 from worker.imaging.frame import Frame
 
-#: Transfer syntax (PS3.5 §10, PS3.6 Table A-1) → the module that decodes it; '' needs none. Missing on purpose: Deflated (a
-#: bomb before any check), Big Endian (retired), JPEG Extended .51 (GDCM's wheel cannot decode its 12-bit form; a sender that
-#: is not offered it sends another), and the libjpeg plug-in of pylibjpeg (GPL).
+#: Transfer syntax (PS3.5 §10, PS3.6 Table A-1) → the module that decodes it; '' needs none. Each is compared with a second decoder
+#: in deploy/IMAGES.md. The libjpeg plug-in of pylibjpeg is GPL and not used.
 CODECS: Final[Mapping[str, str]] = {
     "1.2.840.10008.1.2": "",  # Implicit VR Little Endian
     "1.2.840.10008.1.2.1": "",  # Explicit VR Little Endian
     "1.2.840.10008.1.2.4.50": "gdcm",  # JPEG Baseline, 8 bit
+    "1.2.840.10008.1.2.4.51": "gdcm",  # JPEG Extended: 8 bit, see NOT_OFFERED
     "1.2.840.10008.1.2.4.57": "gdcm",  # JPEG Lossless
     "1.2.840.10008.1.2.4.70": "gdcm",  # JPEG Lossless, selection value 1
     "1.2.840.10008.1.2.4.80": "jpeg_ls",  # JPEG-LS Lossless
     "1.2.840.10008.1.2.4.81": "jpeg_ls",  # JPEG-LS Near-lossless
     "1.2.840.10008.1.2.4.90": "openjpeg",  # JPEG 2000 Lossless
     "1.2.840.10008.1.2.4.91": "openjpeg",  # JPEG 2000
+    "1.2.840.10008.1.2.4.201": "openjpeg",  # High-Throughput JPEG 2000 Lossless
+    "1.2.840.10008.1.2.4.202": "openjpeg",  # High-Throughput JPEG 2000 Lossless, RPCL
+    "1.2.840.10008.1.2.4.203": "openjpeg",  # High-Throughput JPEG 2000
     "1.2.840.10008.1.2.5": "rle",  # RLE Lossless
+}
+#: Decoded when a file comes in it, and not negotiated: GDCM's wheel cannot decode the 12-bit form of JPEG Extended, which is the usual
+#: one, and a sender that is not offered it sends another.
+NOT_OFFERED: Final = frozenset({"1.2.840.10008.1.2.4.51"})
+_VIDEO: Final = "it is video, of which no single frame can be checked against its header"
+_JPIP: Final = "its pixels are on another server"
+#: Start of the UID of a transfer syntax that is not decoded → why. The longest start counts.
+REFUSED: Final[Mapping[str, str]] = {
+    "1.2.840.10008.1.2.1.9": "a small file may inflate to any size before its header can be checked",  # Deflated, and .98
+    "1.2.840.10008.1.2.2": "it is retired, and no scanner has sent it since 2006",  # Explicit VR Big Endian
+    "1.2.840.10008.1.2.4.5": "it is retired",  # .52 to .56, .58, .59: JPEG processes that no product kept
+    "1.2.840.10008.1.2.4.6": "it is retired",
+    "1.2.840.10008.1.2.4.92": "no open decoder knows its transforms across components",  # JPEG 2000 Part 2
+    "1.2.840.10008.1.2.4.93": "no open decoder knows its transforms across components",
+    "1.2.840.10008.1.2.4.94": _JPIP,
+    "1.2.840.10008.1.2.4.95": _JPIP,
+    "1.2.840.10008.1.2.4.10": _VIDEO,  # .100 to .108: MPEG-2, MPEG-4, HEVC
+    "1.2.840.10008.1.2.4.204": _JPIP,
+    "1.2.840.10008.1.2.4.205": _JPIP,
+    "1.2.840.10008.1.2.7": _VIDEO,  # SMPTE ST 2110
 }
 #: Files per request: enough to hide the round trip, few enough that two children share a short series.
 CHUNK: Final = 8
 #: Longest answer about one file without its pixels.
-MAX_ANSWER_BYTES: Final = 1 << 20
+MAX_ANSWER_BYTES: Final = 1 << 25
 #: How many inputs that killed a child are remembered.
 _REMEMBERED: Final = 1024
 _ERRORS: Final[Mapping[str, type[WorkerError]]] = {error.__name__: error for error in (PixelError, GeometryError, Retry, StoredFileLost)}
 
 
 def decodable_transfer_syntaxes() -> tuple[str, ...]:
-    """Return the UIDs of the transfer syntaxes whose decoder is installed; imports none of them."""
-    return tuple(uid for uid, module in CODECS.items() if not module or find_spec(module) is not None)
+    """Return the UIDs of the transfer syntaxes to negotiate, those whose decoder is installed; imports none of them."""
+    return tuple(uid for uid, module in CODECS.items() if uid not in NOT_OFFERED and (not module or find_spec(module) is not None))
+
+
+def why_not_decoded(uid: str) -> str:
+    """Return why a transfer syntax is not decoded; '' if it is, or nothing is known of it."""
+    if uid in CODECS:
+        return ""
+    return next((REFUSED[start] for start in sorted(REFUSED, key=len, reverse=True) if uid.startswith(start)), "")
 
 
 class _Died(Exception):
@@ -240,13 +270,15 @@ class DecoderPool:
             child.close()
         self._idle.put(None if child.left else child)
 
-    def read(self, paths: Sequence[Path], digests: Sequence[str]) -> tuple[tuple[Frame, ...], ...]:
+    def read(self, paths: Sequence[Path], digests: Sequence[str], *, color: str = "refuse") -> tuple[tuple[Frame, ...], ...]:
         """Read every file once, check it against its digest and decode it.
 
         Parameters
         ----------
         digests
             The sha256 of each whole file, lower hex, in the order of `paths`.
+        color
+            "refuse" images with colours, or reduce them to their "luminance" (PS3.3 §C.7.6.3.1.2).
 
         Returns
         -------
@@ -256,7 +288,7 @@ class DecoderPool:
         Raises
         ------
         PixelError
-            A file is malformed, colour, multi-frame, in a transfer syntax that is not decoded, larger than
+            A file is malformed, has colours that are not wanted, is in a transfer syntax that is not decoded, larger than
             the limits, or has killed a decoding process before.
         GeometryError
             A spacing, position or orientation is not what the standard says.
@@ -268,20 +300,20 @@ class DecoderPool:
         files = [(str(path), digest) for path, digest in zip(paths, digests, strict=True)]
         size = min(CHUNK, -(-len(files) // self._processes) or 1)
         budget = _Budget(self._memory_bytes)
-        chunks = [self._threads.submit(self._read_chunk, files[at : at + size], budget) for at in range(0, len(files), size)]
+        chunks = [self._threads.submit(self._read_chunk, files[at : at + size], budget, color) for at in range(0, len(files), size)]
         try:
             return tuple(one for chunk in chunks for one in chunk.result())
         except WorkerError:
             budget.stop()
             raise
 
-    def _read_chunk(self, files: Sequence[tuple[str, str]], budget: _Budget) -> list[tuple[Frame, ...]]:
+    def _read_chunk(self, files: Sequence[tuple[str, str]], budget: _Budget, color: str) -> list[tuple[Frame, ...]]:
         if budget.is_stopped:
             return []
         child = self._lease()
         done: list[tuple[Frame, ...]] = []
         try:
-            child.ask({"files": files}, answers=len(files))
+            child.ask({"files": files, "color": color}, answers=len(files))
             while len(done) < len(files):
                 answer, fd = child.answer(timeout_s=self._timeout_s)
                 if "error" in answer:

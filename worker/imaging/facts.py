@@ -26,6 +26,13 @@ _KEYWORDS: Final = (
     "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelPaddingValue", "PixelPaddingRangeLimit",
     "RescaleSlope", "RescaleIntercept", "RescaleType", "WindowCenter", "WindowWidth", "ViewPosition", "PresentationIntentType",
     "ModalityLUTSequence", "SharedFunctionalGroupsSequence", "PixelData",
+    # How pixels are laid out and coloured (layout.py, samples.py, color.py).
+    "PlanarConfiguration", "ExtendedOffsetTable", "ExtendedOffsetTableLengths", "FloatPixelData", "DoubleFloatPixelData",
+    "RedPaletteColorLookupTableDescriptor", "GreenPaletteColorLookupTableDescriptor", "BluePaletteColorLookupTableDescriptor",
+    "RedPaletteColorLookupTableData", "GreenPaletteColorLookupTableData", "BluePaletteColorLookupTableData",
+    # What a standardized uptake value needs (uptake.py).
+    "Units", "SUVType", "CorrectedImage", "DecayCorrection", "RadiopharmaceuticalInformationSequence", "PatientWeight",
+    "SeriesDate", "SeriesTime", "AcquisitionDate", "AcquisitionTime",
 )  # fmt: skip
 # Overlay Bit Position of each overlay group (PS3.3 §C.9.2): which of the unused high bits older files put an overlay into.
 OVERLAY_BITS: Final = tuple((group << 16) | 0x0102 for group in range(0x6000, 0x6020, 2))

@@ -45,4 +45,4 @@ class Frame:
     window: tuple[tuple[float, float], ...]
     view_position: str
     presentation_intent: str
-    pixels: NDArray[np.uint8 | np.int8 | np.uint16 | np.int16]
+    pixels: NDArray[np.integer]

@@ -2,12 +2,12 @@
 
 ::
 
-    open once ─▶ sha256 ─▶ file meta ─▶ header ─▶ sizes believed? ─▶ codestream's own header ─▶ decode ─▶ bits stored
+    open once ─▶ sha256 ─▶ file meta ─▶ header ─▶ layout.py: sizes believed? ─▶ samples.py: decode ─▶ bits stored ─▶ facts
 
 Every size is checked against another witness before memory is taken for it: header against limit, header against length,
 header against codestream, decoder's output against header. Whatever does not agree is refused, never repaired.
 Sentences say which attribute and which numbers; never a value of one, which could be a patient's.
-Not here: geometry, rescale and photometric interpretation (volume.py).
+Not here: geometry (volume.py), rescale (values.py).
 """
 
 from __future__ import annotations
@@ -15,57 +15,33 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from dataclasses import dataclass
-from importlib import import_module
+from dataclasses import replace
 from io import BytesIO
 from typing import Any, Final
 
 import numpy as np
 import pydicom
 from numpy.typing import NDArray
-from pydicom.pixels.decoders.base import get_decoder
 
 from worker.errors import PixelError, Retry, StoredFileLost
-from worker.imaging.codestream import fragments_of_one_frame, stated_by_codestream
-from worker.imaging.decoding import CODECS
-from worker.imaging.facts import OVERLAY_BITS, TAGS, WANTED, Elements, facts_of, integer_of, text_of, values_of
+from worker.imaging.codestream import frames_of
+from worker.imaging.color import palette_luminance
+from worker.imaging.decoding import CODECS, why_not_decoded
+from worker.imaging.facts import OVERLAY_BITS, TAGS, WANTED, Elements, facts_of, integer_of, values_of
+from worker.imaging.layout import GREY, Layout, layout_of
+from worker.imaging.samples import encapsulated, native, sign_extended
 
-# pydicom's name for the plug-in around each decoding module.
-_PLUGINS: Final = {"gdcm": "gdcm", "jpeg_ls": "pyjpegls", "openjpeg": "pylibjpeg", "rle": "pylibjpeg"}
-#: A file may take a quarter of the child's memory (pydicom copies the pixels out of it), its pixels an eighth
-#: (openjpeg works on 4 bytes a sample, beside input and output).
-_FILE_SHARE, _PIXEL_SHARE = 4, 8
-# PS3.5 §G.3.1: two bytes make at most 128, so no image is more than 64 times its RLE stream.
-_RLE_MAX_RATIO: Final = 64
+#: A file may take a quarter of the child's memory (pydicom copies the pixels out of it).
+_FILE_SHARE: Final = 4
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """What the header says of the pixels, its numbers agreeing with each other. ``dtype`` is Bits Allocated wide."""
-
-    rows: int
-    columns: int
-    bits_stored: int
-    dtype: np.dtype[Any]
-
-    @property
-    def bits_allocated(self) -> int:
-        """8 or 16."""
-        return 8 * self.dtype.itemsize
-
-    @property
-    def is_signed(self) -> bool:
-        """Pixel Representation is 1."""
-        return self.dtype.kind == "i"
-
-    @property
-    def size_bytes(self) -> int:
-        """Size of the decoded pixels, without a pad byte."""
-        return self.rows * self.columns * self.dtype.itemsize
-
-
-def read(path: str, digest: str, *, memory_bytes: int) -> tuple[dict[str, Any], list[dict[str, Any]], NDArray[Any]]:
+def read(path: str, digest: str, *, memory_bytes: int, color: str = "refuse") -> tuple[dict[str, Any], list[dict[str, Any]], NDArray[Any]]:
     """Read one file.
+
+    Parameters
+    ----------
+    color
+        "refuse" an image with colours, or reduce it to its "luminance" (PS3.3 §C.7.6.3.1.2), rounded to the stored width.
 
     Returns
     -------
@@ -75,17 +51,46 @@ def read(path: str, digest: str, *, memory_bytes: int) -> tuple[dict[str, Any], 
     """
     data = _load(path, digest, limit=memory_bytes // _FILE_SHARE)
     elements, transfer_syntax_uid = _parse(data)
+    del data  # pydicom copied what is wanted
+    value, is_encapsulated = _pixel_data(elements)
+    layout = layout_of(elements, color=color, memory_bytes=memory_bytes)
+    codec = CODECS[transfer_syntax_uid]
+    if is_encapsulated != bool(codec):
+        raise PixelError("Pixel Data (7FE0,0010) is encapsulated where the transfer syntax is native, or the other way round.")
+    if codec:
+        tables = [getattr(elements.get(TAGS[f"ExtendedOffsetTable{part}"]), "value", None) for part in ("", "Lengths")]
+        frames = frames_of(value, layout.frames, extended=tables[0], lengths=tables[1], is_rle=codec == "rle")
+        pixels = encapsulated(frames, layout, transfer_syntax_uid)
+    else:
+        pixels = native(value, layout)
+    padding = None
+    if layout.photometric in GREY:
+        pixels, padding = _bits_stored(pixels, _padding(elements, layout), elements, layout)
+    elif layout.photometric == "PALETTE COLOR":
+        pixels, layout = _mapped(pixels, elements, layout)
+    shared = facts_of(elements, transfer_syntax_uid)
+    shared |= {"padding": padding, "bits_stored": layout.bits_stored, "is_signed": layout.is_signed}
+    return shared, [{"number": number} for number in range(1, layout.frames + 1)], pixels
+
+
+def _pixel_data(elements: Elements) -> tuple[bytes, bool]:
+    for keyword in ("FloatPixelData", "DoubleFloatPixelData"):
+        if TAGS[keyword] in elements:
+            raise PixelError("Float Pixel Data (7FE0,0008) and Double Float Pixel Data (7FE0,0009) are not read, only integers are.")
     pixel_data = elements.get(TAGS["PixelData"])
     if pixel_data is None or not isinstance(pixel_data.value, bytes) or not pixel_data.value:
         raise PixelError("Pixel Data (7FE0,0010) is absent or empty, or the file ends before it does.")
-    _check_is_one_grey_frame(elements)
-    layout = _layout(elements, limit=memory_bytes // _PIXEL_SHARE)
-    codec = CODECS[transfer_syntax_uid]
-    if pixel_data.is_undefined_length != bool(codec):
-        raise PixelError("Pixel Data (7FE0,0010) is encapsulated where the transfer syntax is native, or the other way round.")
-    pixels = _decode(pixel_data.value, layout, transfer_syntax_uid) if codec else _native(pixel_data.value, layout)
-    pixels, padding = _bits_stored(pixels, _padding(elements, layout), elements, layout)
-    return facts_of(elements, transfer_syntax_uid) | {"padding": padding}, [{"number": 1}], pixels[np.newaxis]
+    return pixel_data.value, pixel_data.is_undefined_length
+
+
+def _mapped(pixels: NDArray[Any], elements: Elements, layout: Layout) -> tuple[NDArray[Any], Layout]:
+    """Map palette indices to luminance; indices beyond the ends take the end's entry (PS3.3 §C.7.6.3.1.5)."""
+    first, table = palette_luminance(elements, is_signed=layout.is_signed)
+    made = np.empty(pixels.shape, table.dtype)
+    for number, one in enumerate(pixels):
+        np.take(table, one.astype(np.int64) - first, mode="clip", out=made[number])
+    bits = 8 * table.dtype.itemsize
+    return made, replace(layout, bits_allocated=bits, bits_stored=bits, is_signed=False)
 
 
 def _load(path: str, digest: str, *, limit: int) -> bytes:
@@ -116,115 +121,10 @@ def _parse(data: bytes) -> tuple[Elements, str]:
     uid = str(meta.get("TransferSyntaxUID", ""))
     if uid not in CODECS:
         # A registered UID says nothing of a patient; anything else is not repeated.
-        known = pydicom.uid.UID(uid)
-        name = known.name if known in pydicom.uid.AllTransferSyntaxes else "which is absent or unknown"
-        raise PixelError(f"The transfer syntax, {name}, is not decoded.")
+        known, why = pydicom.uid.UID(uid), why_not_decoded(uid)
+        name = known.name if known.type == "Transfer Syntax" else "which is absent or unknown"
+        raise PixelError(f"The transfer syntax, {name}, is not decoded{': ' + why if why else ''}.")
     return {int(element.tag): element for element in pydicom.dcmread(BytesIO(data), specific_tags=list(WANTED))}, uid
-
-
-def _check_is_one_grey_frame(elements: Elements) -> None:
-    frames = integer_of(elements, "NumberOfFrames", default=1)
-    if frames != 1:
-        raise PixelError(f"Multi-frame objects are not analyzed: Number of Frames (0028,0008) is {frames}.")
-    samples = integer_of(elements, "SamplesPerPixel")
-    photometric = text_of(elements, "PhotometricInterpretation")
-    if samples != 1 or photometric not in {"MONOCHROME1", "MONOCHROME2"}:
-        raise PixelError(f"Only MONOCHROME1 and MONOCHROME2 images are analyzed; this one is neither, with {samples} samples per pixel.")
-
-
-def _layout(elements: Elements, *, limit: int) -> Layout:
-    """Return the layout of the pixels, when the header's numbers agree with each other (PS3.3 §C.7.6.3)."""
-    rows, columns = integer_of(elements, "Rows"), integer_of(elements, "Columns")
-    allocated, stored, high = integer_of(elements, "BitsAllocated"), integer_of(elements, "BitsStored"), integer_of(elements, "HighBit")
-    representation = integer_of(elements, "PixelRepresentation")
-    if not (1 <= rows <= 65535 and 1 <= columns <= 65535):
-        raise PixelError(f"Rows x Columns is {rows} x {columns}.")
-    if allocated not in {8, 16} or not 1 <= stored <= allocated or high != stored - 1 or representation not in {0, 1}:
-        raise PixelError(
-            f"Bits Allocated {allocated}, Bits Stored {stored}, High Bit {high} and Pixel Representation {representation} "
-            "are not decoded together."
-        )
-    layout = Layout(rows, columns, stored, np.dtype(f"<{'ui'[representation]}{allocated // 8}"))
-    if layout.size_bytes > limit:
-        raise PixelError(
-            f"Rows {rows} x Columns {columns} at {allocated} bits are {layout.size_bytes} bytes; at most {limit} can be decoded."
-        )
-    return layout
-
-
-def _native(value: bytes, layout: Layout) -> NDArray[Any]:
-    size = layout.size_bytes + layout.size_bytes % 2
-    if len(value) != size:
-        raise PixelError(f"Pixel Data (7FE0,0010) has {len(value)} bytes where Rows, Columns and Bits Allocated need {size}.")
-    return np.frombuffer(value, layout.dtype, layout.rows * layout.columns).reshape(layout.rows, layout.columns)
-
-
-def _decode(value: bytes, layout: Layout, transfer_syntax_uid: str) -> NDArray[Any]:
-    """Decode one encapsulated frame (PS3.5 §A.4) with the one plug-in that CODECS names."""
-    codec = CODECS[transfer_syntax_uid]
-    stream = fragments_of_one_frame(value, is_rle=codec == "rle")
-    container, precision = layout.dtype, layout.bits_stored
-    if codec == "rle":
-        if len(stream) * _RLE_MAX_RATIO < layout.size_bytes:
-            raise PixelError(f"An RLE stream of {len(stream)} bytes cannot hold {layout.size_bytes} bytes of pixels.")
-    else:
-        precision = _precision(stream, layout, is_jpeg_2000=codec == "openjpeg")
-        if codec != "gdcm":  # these two size their samples by the precision of the codestream, and JPEG-LS has no sign
-            container = np.dtype(f"<{'i' if layout.is_signed and codec == 'openjpeg' else 'u'}{(precision + 7) // 8}")
-    buffer = _run_codec(value, layout, transfer_syntax_uid, precision=precision)
-    if len(buffer) != layout.rows * layout.columns * container.itemsize:
-        raise PixelError(
-            f"The decoder {codec} made {len(buffer)} bytes where the header and the codestream state "
-            f"{layout.rows * layout.columns * container.itemsize}."
-        )
-    pixels: NDArray[Any] = np.frombuffer(buffer, container).reshape(layout.rows, layout.columns).astype(layout.dtype, copy=False)
-    # JPEG-LS gives back the two's complement of `precision` bits.
-    return _sign_extended(pixels, precision) if codec == "jpeg_ls" and layout.is_signed else pixels
-
-
-def _run_codec(value: bytes, layout: Layout, transfer_syntax_uid: str, *, precision: int) -> bytes | bytearray | memoryview:
-    codec = CODECS[transfer_syntax_uid]
-    try:
-        import_module(codec)
-        buffer, _ = get_decoder(pydicom.uid.UID(transfer_syntax_uid)).as_buffer(
-            value,
-            index=0,
-            decoding_plugin=_PLUGINS[codec],
-            rows=layout.rows,
-            columns=layout.columns,
-            number_of_frames=1,
-            samples_per_pixel=1,
-            bits_allocated=layout.bits_allocated,
-            bits_stored=precision,  # GDCM aborts when Bits Stored is not the precision of the codestream
-            pixel_representation=int(layout.is_signed),
-            photometric_interpretation="MONOCHROME2",
-            pixel_keyword="PixelData",
-        )
-    except (MemoryError, RecursionError):
-        raise
-    except ImportError as exc:
-        raise Retry(f"The decoder {codec} is not installed.") from exc
-    except Exception as exc:  # C code fed by strangers raises what it likes, and its text may quote the file
-        raise PixelError(f"The pixel data cannot be decoded by {codec} ({type(exc).__name__}).") from exc
-    return buffer
-
-
-def _precision(stream: bytes, layout: Layout, *, is_jpeg_2000: bool) -> int:
-    """Return the bits a sample of the codestream, when its size, components and sign agree with the header."""
-    stated = stated_by_codestream(stream, is_jpeg_2000=is_jpeg_2000)
-    if (stated.rows, stated.columns, stated.components) != (layout.rows, layout.columns, 1):
-        raise PixelError(
-            f"The codestream states {stated.rows} x {stated.columns} with {stated.components} components; "
-            f"the header {layout.rows} x {layout.columns} with 1."
-        )
-    if stated.is_signed is not None and stated.is_signed != layout.is_signed:
-        sign = "signed" if stated.is_signed else "unsigned"
-        raise PixelError(f"The codestream is {sign} at {stated.precision} bits; Pixel Representation says otherwise.")
-    if not 1 <= stated.precision <= layout.bits_allocated:
-        raise PixelError(f"The codestream has {stated.precision} bits a sample; Bits Allocated is {layout.bits_allocated}.")
-    if stated.is_signed is None and layout.is_signed and stated.precision not in {layout.bits_stored, layout.bits_allocated}:
-        raise PixelError(f"Signed samples of {layout.bits_stored} bits are in a codestream of {stated.precision} bits that has no sign.")
-    return stated.precision
 
 
 def _padding(elements: Elements, layout: Layout) -> tuple[int, int] | None:
@@ -262,10 +162,10 @@ def _bits_stored(
         return pixels, padding
     cleared = _without_overlays(pixels, elements, layout)
     if cleared is not None:
-        return (_sign_extended(cleared, bits) if layout.is_signed else cleared), padding
+        return (sign_extended(cleared, bits) if layout.is_signed else cleared), padding
     if layout.is_signed and least >= 0 and most < 2**bits:
-        ends = None if padding is None else sorted(int(_sign_extended(np.array(end, layout.dtype), bits)) for end in padding)
-        return _sign_extended(pixels, bits), None if ends is None else (ends[0], ends[1])
+        ends = None if padding is None else sorted(int(sign_extended(np.array(end, layout.dtype), bits)) for end in padding)
+        return sign_extended(pixels, bits), None if ends is None else (ends[0], ends[1])
     sign = "signed" if layout.is_signed else "unsigned"
     raise PixelError(f"Pixel values from {least} to {most} do not fit Bits Stored {bits} ({sign}).")
 
@@ -279,8 +179,3 @@ def _without_overlays(pixels: NDArray[Any], elements: Elements, layout: Layout) 
     keep = sum(1 << bit for bit in range(layout.bits_allocated) if bit not in positions)
     cleared = pixels.view(unsigned) & np.array(keep, unsigned)
     return cleared.view(layout.dtype) if int(cleared.max()) < 2**layout.bits_stored else None
-
-
-def _sign_extended(pixels: NDArray[Any], bits: int) -> NDArray[Any]:
-    shift = 8 * pixels.dtype.itemsize - bits
-    return (pixels << shift) >> shift
