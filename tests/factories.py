@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,6 +126,93 @@ def make_ct(
         set_pixels(ds, stored[k], bits_stored=16 if is_signed else 12)
         made.append(encode(ds, transfer_syntax))
     return made
+
+
+def make_tilted_ct(*, degrees: float, lesions_mm: Sequence[Sequence[float]], slices: int = 12, seed: int = 0) -> list[FileDataset]:
+    """Make a CT of a gantry tilted about the patient's left-right axis: 1000 HU in balls of 6 mm about `lesions_mm` (LPS), air around.
+
+    The table moves along z by 4 mm a slice while the planes lean, as PS3.3 §C.8.2.1 has it for Gantry/Detector Tilt.
+    """
+    lean = np.radians(degrees)
+    along_row, along_column = np.array([1.0, 0, 0]), np.array([0, np.cos(lean), np.sin(lean)])
+    j, i = np.meshgrid(np.arange(96), np.arange(80), indexing="ij")
+    hu = np.full((slices, 96, 80), -1000, np.float32)
+    starts = [np.array([-40.0, -48.0, 4.0 * k]) for k in range(slices)]
+    for k, start in enumerate(starts):
+        at = start + i[..., np.newaxis] * along_row + j[..., np.newaxis] * along_column  # (rows, columns, 3), pixels of 1 mm
+        for lesion in lesions_mm:
+            hu[k][np.linalg.norm(at - np.array(lesion), axis=-1) < 6] = 1000
+    datasets = make_ct(hu=hu, spacing_mm=(4, 1, 1), orientation=[*along_row, *along_column], seed=seed)
+    for ds, start in zip(datasets, starts, strict=True):
+        ds.ImagePositionPatient, ds.GantryDetectorTilt = [float(x) for x in start], degrees
+    return datasets
+
+
+def in_one_series(*series: Sequence[FileDataset]) -> list[FileDataset]:
+    """Put the instances of several series into the first, as scanners do with phases, echoes and b-values; Instance Numbers run on."""
+    first, joined = series[0][0], [ds for one in series for ds in one]
+    for number, ds in enumerate(joined, start=1):
+        ds.StudyInstanceUID, ds.SeriesInstanceUID, ds.InstanceNumber = first.StudyInstanceUID, first.SeriesInstanceUID, number
+        ds.FrameOfReferenceUID = first.FrameOfReferenceUID
+    return joined
+
+
+def make_enhanced(datasets: Sequence[FileDataset]) -> FileDataset:
+    """Make the enhanced object (PS3.3 §A.38, §A.36, §A.56) of a classic CT, MR or PET series: a frame of each slice, in the order given.
+
+    What all slices say alike goes into the shared functional groups, the rest into those of each frame.
+    """
+    first = datasets[0]
+    uid = "1.2.840.10008.5.1.4.1.1." + {"CT": "2.1", "MR": "4.1", "PT": "130"}[first.Modality]
+    ds = deepcopy(first)
+    ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = UID(uid)
+    ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = generate_uid(entropy_srcs=[one.SOPInstanceUID for one in datasets])
+    for keyword in _PER_FRAME:
+        if keyword in ds:
+            delattr(ds, keyword)
+    groups = [_groups(one) for one in datasets]
+    alike = {name for name in groups[0] if all(one[name] == groups[0][name] for one in groups)}
+    ds.SharedFunctionalGroupsSequence = [_item(**{name: [groups[0][name]] for name in sorted(alike)})]
+    ds.PerFrameFunctionalGroupsSequence = [_item(**{name: [one[name]] for name in sorted(one.keys() - alike)}) for one in groups]
+    ds.NumberOfFrames, ds.InstanceNumber = len(datasets), 1
+    ds.PixelData = b"".join(one.PixelData for one in datasets)
+    return ds
+
+
+_PER_FRAME = (
+    "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness", "SliceLocation", "RescaleSlope",
+    "RescaleIntercept", "RescaleType", "WindowCenter", "WindowWidth", "EchoTime", "DiffusionBValue", "AcquisitionNumber",
+    "AcquisitionDate", "AcquisitionTime", "TemporalPositionIdentifier", "TriggerTime", "GantryDetectorTilt",
+)  # fmt: skip
+
+
+def _groups(ds: Dataset) -> dict[str, Dataset]:
+    kind = {"CT": "CTImageFrameTypeSequence", "MR": "MRImageFrameTypeSequence", "PT": "PETFrameTypeSequence"}[ds.Modality]
+    content = _item(FrameAcquisitionDateTime=ds.AcquisitionDate + ds.AcquisitionTime, FrameAcquisitionNumber=int(ds.AcquisitionNumber))
+    if "TemporalPositionIdentifier" in ds:
+        content.TemporalPositionIndex = int(ds.TemporalPositionIdentifier)
+    groups = {
+        kind: _item(FrameType=list(ds.ImageType)),
+        "FrameContentSequence": content,
+        "PlanePositionSequence": _item(ImagePositionPatient=list(ds.ImagePositionPatient)),
+        "PlaneOrientationSequence": _item(ImageOrientationPatient=list(ds.ImageOrientationPatient)),
+        "PixelMeasuresSequence": _item(PixelSpacing=list(ds.PixelSpacing), SliceThickness=ds.SliceThickness),
+        "PixelValueTransformationSequence": _item(
+            RescaleSlope=ds.RescaleSlope, RescaleIntercept=ds.RescaleIntercept, RescaleType=ds.RescaleType
+        ),
+    }
+    if "EchoTime" in ds:
+        groups["MREchoSequence"] = _item(EffectiveEchoTime=float(ds.EchoTime))
+    if "DiffusionBValue" in ds:
+        groups["MRDiffusionSequence"] = _item(DiffusionBValue=float(ds.DiffusionBValue))
+    return groups
+
+
+def _item(**said: object) -> Dataset:
+    ds = Dataset()
+    for keyword, value in said.items():
+        setattr(ds, keyword, value)
+    return ds
 
 
 def make_radiograph(

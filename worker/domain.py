@@ -212,11 +212,15 @@ class Study:
 
 @dataclass(frozen=True, slots=True)
 class Volume:
-    """A regular 3-D image, or one radiograph as a single plane.
+    """A regular 3-D image, one radiograph as a single plane, or the frames of a clip.
 
     ``array`` (K, J, I) float32: HU for CT, rescaled stored values otherwise, bright is dense
     (MONOCHROME1 inverted). ``affine`` (4, 4): index (i, j, k, 1) → LPS mm; None for a projection
-    radiograph, which has no patient coordinates. ``spacing_mm`` (k, j, i); 0 where unknown.
+    radiograph and a clip, which have no patient coordinates. ``spacing_mm`` (k, j, i); 0 where unknown.
+
+    ``sop_instance_uids`` and ``frame_numbers`` (from 1) name, plane by plane, where it comes from: an enhanced object's planes are
+    of one instance. ``stack`` says which of several stacks of the series it is; ``spacing_from`` the attribute that gave the
+    spacing in plane; ``view`` and ``laterality`` are a radiograph's. '' where there is nothing to say.
     """
 
     array: NDArray[np.float32]
@@ -225,6 +229,11 @@ class Volume:
     modality: str
     series_instance_uid: str
     sop_instance_uids: tuple[str, ...]
+    frame_numbers: tuple[int, ...] = ()
+    stack: str = ""
+    spacing_from: str = ""
+    view: str = ""
+    laterality: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -182,7 +182,16 @@ def load(line: Line, case: Case) -> Case:
 def load_images(bundle: Bundle, inputs: Inputs, pool: DecoderPool) -> dict[str, Volume]:
     """The chosen series as volumes or radiographs, by image name."""
     return {
-        spec.name: volume.load(inputs.series[spec.name], kind=spec.kind, views=spec.views, pool=pool)
+        spec.name: volume.load(
+            inputs.series[spec.name],
+            kind=spec.kind,
+            pool=pool,
+            views=spec.views,
+            laterality=spec.laterality,
+            gantry_tilt=spec.gantry_tilt,
+            stack=spec.stack,
+            color=spec.color,
+        )
         for spec in bundle.images
         if spec.name in inputs.series
     }

@@ -166,7 +166,7 @@ def _set_all(keyword: str, value: object) -> Change:
         (_drift, "The spacing drifts"),
         (
             _set("ImageOrientationPatient", [1, 0, 0, 0, 0, -1]),
-            "1 of 8 slices have another orientation than the first; their normals are up to 90.00",
+            "1 of 8 slices have another orientation than the others; their normals are up to 90.00",
         ),
         (_set("ImageOrientationPatient", [1, 0, 0, 0, math.cos(0.01), math.sin(0.01)]), "up to 0.57 degrees apart"),
         (_set("PixelSpacing", [0.76, 0.5]), "The pixel spacing differs between slices: 0.75 to 0.76 by 0.5 to 0.5 mm."),
@@ -192,7 +192,7 @@ def test_what_is_no_regular_volume_is_refused_with_its_numbers(pool: DecoderPool
 def test_slices_of_two_sizes_are_refused(pool: DecoderPool, tmp_path: Path) -> None:
     datasets = factories.make_ct(slices=4)
     datasets[2] = factories.make_ct(slices=4, rows=42)[2]
-    assert refused(GeometryError, pool, datasets, tmp_path) == "Rows x Columns differs between slices: 2 different ones."
+    assert "Rows x Columns differs between slices: 2 different ones." in refused(GeometryError, pool, datasets, tmp_path)
 
 
 def test_slices_nearer_than_the_tolerance_are_refused(pool: DecoderPool, tmp_path: Path) -> None:
@@ -224,7 +224,6 @@ def test_an_empty_series_is_refused(pool: DecoderPool) -> None:
         ("RescaleIntercept", None, "Only one of Rescale Slope"),
         ("RescaleType", "US", "no rescale to Hounsfield units"),
         ("ModalityLUTSequence", [], "A Modality LUT Sequence"),
-        ("SharedFunctionalGroupsSequence", [], "Enhanced objects"),
         ("PresentationLUTShape", "INVERSE", "contradicts Photometric Interpretation"),
     ],
 )

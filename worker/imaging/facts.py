@@ -7,6 +7,7 @@ Not here: pixels (pixels.py), what facts mean together (volume.py).
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -25,7 +26,11 @@ _KEYWORDS: Final = (
     "SamplesPerPixel", "PhotometricInterpretation", "PresentationLUTShape", "NumberOfFrames", "Rows", "Columns",
     "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelPaddingValue", "PixelPaddingRangeLimit",
     "RescaleSlope", "RescaleIntercept", "RescaleType", "WindowCenter", "WindowWidth", "ViewPosition", "PresentationIntentType",
-    "ModalityLUTSequence", "SharedFunctionalGroupsSequence", "PixelData",
+    "SliceLocation", "ViewCodeSequence", "ImageLaterality", "Laterality", "EstimatedRadiographicMagnificationFactor",
+    "SequenceOfUltrasoundRegions", "EchoTime", "EchoNumbers", "DiffusionBValue", "DiffusionGradientOrientation",
+    "ContrastBolusAgent", "StackID", "TemporalPositionIdentifier", "NominalPercentageOfCardiacPhase", "TriggerTime",
+    "AcquisitionNumber", "AcquisitionDateTime",
+    "ModalityLUTSequence", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "PixelData",
     # How pixels are laid out and coloured (layout.py, samples.py, color.py).
     "PlanarConfiguration", "ExtendedOffsetTable", "ExtendedOffsetTableLengths", "FloatPixelData", "DoubleFloatPixelData",
     "RedPaletteColorLookupTableDescriptor", "GreenPaletteColorLookupTableDescriptor", "BluePaletteColorLookupTableDescriptor",
@@ -38,6 +43,15 @@ _KEYWORDS: Final = (
 OVERLAY_BITS: Final = tuple((group << 16) | 0x0102 for group in range(0x6000, 0x6020, 2))
 TAGS: Final = {keyword: Tag(tag_for_keyword(keyword) or 0) for keyword in _KEYWORDS}
 WANTED: Final = [*TAGS.values(), *(Tag(tag) for tag in OVERLAY_BITS)]
+
+#: View codes of PS3.16 CID 4010 and 4014, SNOMED CT and its older SRT form → View Position (PS3.3 §C.8.1.1, §C.8.11.7).
+_VIEWS: Final = {
+    "399348003": "AP", "R-10206": "AP", "272479007": "PA", "R-40888": "PA", "399173006": "LL", "R-10236": "LL", "399198007": "RL",
+    "399162004": "CC", "R-10242": "CC", "399368009": "MLO", "R-10226": "MLO", "399260004": "ML", "R-10224": "ML",
+    "399352003": "LM", "R-10228": "LM",
+}  # fmt: skip
+# PS3.3 §C.8.5.5.1.15 and .1.1: centimeters; §C.8.5.5.1.1: 2D (tissue or flow).
+_CENTIMETERS, _TWO_D = 3, 1
 
 #: The wanted elements by tag. A dict, for a `Dataset` spends 2 ms a file on looking them up again and again.
 Elements = dict[int, DataElement]
@@ -57,21 +71,68 @@ def facts_of(elements: Elements, transfer_syntax_uid: str) -> dict[str, Any]:
         "presentation_lut_shape": text_of(elements, "PresentationLUTShape"),
         "bits_stored": integer_of(elements, "BitsStored"),
         "is_signed": integer_of(elements, "PixelRepresentation") == 1,
-        "is_enhanced": TAGS["SharedFunctionalGroupsSequence"] in elements,
+        "is_enhanced": bool({TAGS["SharedFunctionalGroupsSequence"], TAGS["PerFrameFunctionalGroupsSequence"]} & elements.keys()),
         "has_modality_lut": TAGS["ModalityLUTSequence"] in elements,
         "rescale_slope": number_of(elements, "RescaleSlope"),
         "rescale_intercept": number_of(elements, "RescaleIntercept"),
         "rescale_type": text_of(elements, "RescaleType"),
         "position": numbers_of(elements, "ImagePositionPatient", 3),
         "orientation": numbers_of(elements, "ImageOrientationPatient", 6),
+        "slice_location": _first_number(elements, "SliceLocation"),
         "pixel_spacing": numbers_of(elements, "PixelSpacing", 2),
         "imager_spacing": numbers_of(elements, "ImagerPixelSpacing", 2),
+        "region_spacing": _region_spacing(elements),
+        "magnification": number_of(elements, "EstimatedRadiographicMagnificationFactor"),
         "aspect_ratio": numbers_of(elements, "PixelAspectRatio", 2),
         "frame_of_reference_uid": text_of(elements, "FrameOfReferenceUID"),
         "window": _window(elements),
-        "view_position": text_of(elements, "ViewPosition"),
+        "view_position": text_of(elements, "ViewPosition").upper() or _coded_view(elements),
+        # PS3.3 §C.8.11.1.1.6 before §C.7.3.1: that of the image before that of its series.
+        "laterality": (text_of(elements, "ImageLaterality") or text_of(elements, "Laterality")).upper(),
         "presentation_intent": text_of(elements, "PresentationIntentType"),
+    } | _stack_facts(elements)
+
+
+def _stack_facts(elements: Elements) -> dict[str, Any]:
+    """What tells one stack from another. Not checked here: what is malformed is as good as absent, and tells nothing apart."""
+    direction = _floats(values_of(elements, "DiffusionGradientOrientation"))
+    return {
+        "echo_time": _first_number(elements, "EchoTime"),
+        "echo_number": _first_number(elements, "EchoNumbers"),
+        "b_value": _first_number(elements, "DiffusionBValue"),
+        "diffusion_direction": [round(part, 4) for part in direction] if len(direction) == 3 else None,
+        "has_contrast": bool(values_of(elements, "ContrastBolusAgent")),
+        "stack_id": text_of(elements, "StackID"),
+        "temporal_position": _first_number(elements, "TemporalPositionIdentifier"),
+        "cardiac_phase": _first_number(elements, "NominalPercentageOfCardiacPhase"),
+        "trigger_time": _first_number(elements, "TriggerTime"),
+        "acquisition_number": _first_number(elements, "AcquisitionNumber"),
+        "acquired_at": _acquired_at(elements),
     }
+
+
+def _acquired_at(elements: Elements) -> str:
+    """Return Acquisition DateTime, or date and time, as digits that sort by time; '' if they are none."""
+    said = [str(next(iter(values_of(elements, keyword)), "")) for keyword in ("AcquisitionDateTime", "AcquisitionDate", "AcquisitionTime")]
+    at = said[0] or (said[1] + said[2] if said[1] and said[2] else "")
+    return at if re.fullmatch(r"\d{8,14}(\.\d{1,6})?", at) else ""
+
+
+def _coded_view(elements: Elements) -> str:
+    codes = [str(item.get("CodeValue", "")) for item in values_of(elements, "ViewCodeSequence")]
+    return _VIEWS.get(codes[0], "") if len(codes) == 1 else ""
+
+
+def _region_spacing(elements: Elements) -> list[float] | None:
+    """Return (between rows, between columns) mm of the one region of an ultrasound image (PS3.3 §C.8.5.5); None if there is none."""
+    regions = values_of(elements, "SequenceOfUltrasoundRegions")
+    if len(regions) != 1:
+        return None
+    units = {regions[0].get(keyword) for keyword in ("PhysicalUnitsXDirection", "PhysicalUnitsYDirection")}
+    deltas = _floats([regions[0].get("PhysicalDeltaY"), regions[0].get("PhysicalDeltaX")])
+    if units != {_CENTIMETERS} or regions[0].get("RegionSpatialFormat") != _TWO_D or len(deltas) != 2 or 0 in deltas:
+        return None
+    return [10 * abs(delta) for delta in deltas]
 
 
 def _named(keyword: str) -> str:
@@ -85,7 +146,7 @@ def values_of(elements: Elements, keyword: str) -> Sequence[Any]:
     if element is None or element.value in (None, "", b"", []):
         return ()
     value = element.value
-    return tuple(value) if isinstance(value, list | pydicom.multival.MultiValue) else (value,)
+    return tuple(value) if isinstance(value, list | pydicom.multival.MultiValue | pydicom.sequence.Sequence) else (value,)
 
 
 def text_of(elements: Elements, keyword: str) -> str:
@@ -122,6 +183,12 @@ def number_of(elements: Elements, keyword: str) -> float | None:
     if len(numbers) != 1:
         raise PixelError(f"{_named(keyword)} is not one finite number.")
     return numbers[0]
+
+
+def _first_number(elements: Elements, keyword: str) -> float | None:
+    """The one finite number of an element; None if it has none or several."""
+    numbers = _floats(values_of(elements, keyword))
+    return numbers[0] if len(numbers) == 1 else None
 
 
 def numbers_of(elements: Elements, keyword: str, count: int) -> list[float] | None:

@@ -13,9 +13,14 @@ class Frame:
     """One frame of an instance: stored values and the facts that give them meaning.
 
     ``pixels`` (rows, columns) are stored values as PS3.5 §8.1.1 reads them: ``bits_stored`` wide, sign-extended, before rescale.
-    ``position`` and ``orientation`` are LPS, mm; ``pixel_spacing`` and ``imager_spacing`` are (between rows, between columns), mm.
+    ``position`` and ``orientation`` are LPS, mm; ``pixel_spacing``, ``imager_spacing`` and ``region_spacing`` (of the one
+    ultrasound region) are (between rows, between columns), mm; ``magnification`` is that of the object on the detector.
     ``padding`` is the closed range of stored values that are no image (PS3.3 §C.7.5.1.1.2); ``window`` holds (center, width).
     ``number`` counts the frames of its instance from 1. None means that the attribute is absent or empty.
+
+    What tells one stack of a series from another: ``image_type`` (Frame Type of an enhanced object), ``echo_time`` ms,
+    ``echo_number``, ``b_value`` s/mm², ``diffusion_direction``, ``has_contrast``, ``stack_id``, ``temporal_position``,
+    ``cardiac_phase`` %, ``trigger_time`` ms, ``acquisition_number`` and ``acquired_at`` (digits of a DICOM date and time).
     """
 
     sop_instance_uid: str
@@ -37,12 +42,27 @@ class Frame:
     rescale_type: str
     position: tuple[float, ...] | None
     orientation: tuple[float, ...] | None
+    slice_location: float | None
     pixel_spacing: tuple[float, ...] | None
     imager_spacing: tuple[float, ...] | None
+    region_spacing: tuple[float, ...] | None
+    magnification: float | None
     aspect_ratio: tuple[float, ...] | None
     frame_of_reference_uid: str
     padding: tuple[int, int] | None
     window: tuple[tuple[float, float], ...]
     view_position: str
+    laterality: str
     presentation_intent: str
+    echo_time: float | None
+    echo_number: float | None
+    b_value: float | None
+    diffusion_direction: tuple[float, ...] | None
+    has_contrast: bool
+    stack_id: str
+    temporal_position: float | None
+    cardiac_phase: float | None
+    trigger_time: float | None
+    acquisition_number: float | None
+    acquired_at: str
     pixels: NDArray[np.integer]

@@ -27,7 +27,8 @@ from worker.errors import PixelError, Retry, StoredFileLost
 from worker.imaging.codestream import frames_of
 from worker.imaging.color import palette_luminance
 from worker.imaging.decoding import CODECS, why_not_decoded
-from worker.imaging.facts import OVERLAY_BITS, TAGS, WANTED, Elements, facts_of, integer_of, values_of
+from worker.imaging.facts import OVERLAY_BITS, TAGS, WANTED, Elements, integer_of, values_of
+from worker.imaging.functional_groups import facts_of_frames
 from worker.imaging.layout import GREY, Layout, layout_of
 from worker.imaging.samples import encapsulated, native, sign_extended
 
@@ -68,9 +69,9 @@ def read(path: str, digest: str, *, memory_bytes: int, color: str = "refuse") ->
         pixels, padding = _bits_stored(pixels, _padding(elements, layout), elements, layout)
     elif layout.photometric == "PALETTE COLOR":
         pixels, layout = _mapped(pixels, elements, layout)
-    shared = facts_of(elements, transfer_syntax_uid)
+    shared, each = facts_of_frames(elements, transfer_syntax_uid, count=layout.frames)
     shared |= {"padding": padding, "bits_stored": layout.bits_stored, "is_signed": layout.is_signed}
-    return shared, [{"number": number} for number in range(1, layout.frames + 1)], pixels
+    return shared, each, pixels
 
 
 def _pixel_data(elements: Elements) -> tuple[bytes, bool]:

@@ -1,0 +1,196 @@
+"""Series of several stacks: each is found, named in words and never mixed, whatever the order, the names and the folders of the files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydicom.dataset import FileDataset
+
+from tests import factories
+from worker.domain import Series
+from worker.errors import GeometryError
+from worker.imaging import volume
+from worker.imaging.decoding import DecoderPool
+
+Datasets = list[FileDataset]
+
+
+def stack(
+    seed: int, slices: int = 5, modality: str = "MR", image_type: Sequence[str] = ("ORIGINAL", "PRIMARY", "M"), **said: object
+) -> Datasets:
+    """Make one stack whose voxels are those of `known_hu(slices, seed=seed)`."""
+    datasets = factories.make_ct(slices=slices, seed=seed)
+    for ds in datasets:
+        ds.Modality, ds.ImageType = modality, list(image_type)
+        for keyword, value in said.items():
+            setattr(ds, keyword, value)
+    return datasets
+
+
+def timed(seed: int, second: int, *, slices: int = 5, **said: object) -> Datasets:
+    """Make one stack whose slices were acquired one after the other, from `second` on."""
+    datasets = stack(seed, slices, **said)
+    for k, ds in enumerate(datasets):
+        ds.AcquisitionTime = f"1030{second + k:02d}.5"
+    return datasets
+
+
+def beating(seed: int, phase: int) -> Datasets:
+    """Make one phase of a heart: the trigger time is a little different in each slice."""
+    datasets = stack(seed)
+    for k, ds in enumerate(datasets):
+        ds.TriggerTime = 100 * phase + 1.25 * k
+    return datasets
+
+
+#: Two stacks of one series, and the words for each.
+PAIRS: dict[str, tuple[Callable[[], tuple[Datasets, Datasets]], str, str]] = {
+    "echo times": (
+        lambda: (stack(1, EchoTime=20, EchoNumbers=1), stack(2, EchoTime=80.5, EchoNumbers=2)),
+        "echo time 20 ms",
+        "echo time 80.5 ms",
+    ),
+    "b-values": (lambda: (stack(1, DiffusionBValue=0.0), stack(2, DiffusionBValue=1000.0)), "b-value 0", "b-value 1000"),
+    "one without b-value": (lambda: (stack(1), stack(2, DiffusionBValue=1000.0)), "no b-value", "b-value 1000"),
+    "magnitude and phase": (lambda: (stack(1), stack(2, image_type=["ORIGINAL", "PRIMARY", "P"])), "magnitude", "phase"),
+    "MIP": (lambda: (stack(1), stack(2, image_type=["DERIVED", "SECONDARY", "MIP"])), "primary", "secondary"),
+    "contrast": (lambda: (stack(1), stack(2, ContrastBolusAgent="AGENT")), "without contrast agent", "with contrast agent"),
+    "time points": (
+        lambda: (stack(1, TemporalPositionIdentifier=1), stack(2, TemporalPositionIdentifier=2)),
+        "time point 1",
+        "time point 2",
+    ),
+    "phases of the heart": (lambda: (beating(1, 0), beating(2, 1)), "cardiac phase 1", "cardiac phase 2"),
+    "acquisition numbers": (lambda: (stack(1, AcquisitionNumber=2), stack(2, AcquisitionNumber=3)), "acquisition 2", "acquisition 3"),
+    "acquisition times": (lambda: (timed(1, 0), timed(2, 20)), "acquisition 1", "acquisition 2"),
+    "ranges that overlap": (lambda: (stack(1, AcquisitionNumber=2), stack(2, 4, AcquisitionNumber=3)), "acquisition 2", "acquisition 3"),
+    "directions": (
+        lambda: (
+            stack(1, DiffusionBValue=1000.0, DiffusionGradientOrientation=[1.0, 0.0, 0.0]),
+            stack(2, DiffusionBValue=1005.0, DiffusionGradientOrientation=[0.0, 1.0, 0.0]),
+        ),
+        "diffusion direction 2",
+        "diffusion direction 1",
+    ),
+    "sizes": (lambda: (stack(1), factories.make_ct(slices=5, rows=44, seed=2)), "40 x 48 pixels", "44 x 48 pixels"),
+    "orientations": (
+        lambda: (stack(1), factories.make_ct(slices=5, seed=2, orientation=(0, 1, 0, 0, 0, -1))),
+        "axial",
+        "sagittal",
+    ),
+}
+
+
+@pytest.mark.requirement("P8")
+@pytest.mark.parametrize("name", PAIRS)
+def test_two_stacks_in_one_series_are_told_apart_and_never_mixed(pool: DecoderPool, tmp_path: Path, name: str) -> None:
+    make, first, second = PAIRS[name]
+    one, other = make()
+    series = factories.spool(factories.in_one_series(one, other)[::-1], tmp_path)
+    with pytest.raises(GeometryError) as caught:
+        volume.load(series, kind="volume", pool=pool)
+    assert f"The series has 2 stacks: {first}" in str(caught.value)
+    assert f", {second}" in str(caught.value)
+    assert str(caught.value).endswith("and nothing says which is meant.")
+    for choose, datasets in (("first", one), ("last", other)):
+        found = volume.load(series, kind="volume", pool=pool, stack=choose)  # type: ignore[arg-type]
+        np.testing.assert_array_equal(found.array, np.stack([ds.pixel_array.astype(int) for ds in datasets]) + factories.INTERCEPT_HU)
+        assert found.sop_instance_uids == tuple(ds.SOPInstanceUID for ds in datasets)
+        assert found.stack.startswith(first if choose == "first" else second)
+
+
+@pytest.mark.requirement("P8")
+def test_the_largest_stack_is_that_of_most_slices_then_the_first(pool: DecoderPool, tmp_path: Path) -> None:
+    parts = [stack(n, slices, EchoTime=10 * n) for n, slices in ((1, 4), (2, 6), (3, 6))]
+    found = volume.load(factories.spool(factories.in_one_series(*parts), tmp_path), kind="volume", pool=pool, stack="largest")
+    np.testing.assert_array_equal(found.array, factories.known_hu(6, seed=2))
+    assert found.stack == "echo time 20 ms"
+
+
+@pytest.mark.requirement("P8")
+@pytest.mark.parametrize("stray", [1, 2])
+def test_a_few_stray_slices_are_refused_or_left_out_never_used(pool: DecoderPool, tmp_path: Path, stray: int) -> None:
+    """Localizers that nobody called so."""
+    odd = factories.make_ct(slices=3, seed=9, orientation=(0, 1, 0, 0, 0, -1))[:stray]
+    series = factories.spool(factories.in_one_series(odd, stack(1, 6)), tmp_path)
+    with pytest.raises(
+        GeometryError, match=rf"^{stray} of {6 + stray} slices have another orientation than the others.*sagittal \({stray} slice"
+    ):
+        volume.load(series, kind="volume", pool=pool)
+    for choose in ("first", "last", "largest"):
+        found = volume.load(series, kind="volume", pool=pool, stack=choose)  # type: ignore[arg-type]
+        np.testing.assert_array_equal(found.array, factories.known_hu(6, seed=1))
+
+
+@pytest.mark.requirement("P8")
+@pytest.mark.parametrize("choose", ["only", "first", "last", "largest"])
+def test_repeated_positions_that_nothing_explains_are_refused(pool: DecoderPool, tmp_path: Path, choose: str) -> None:
+    series = factories.spool(factories.in_one_series(stack(1), stack(2)), tmp_path)
+    with pytest.raises(GeometryError, match="5 or more slices stand where another does"):
+        volume.load(series, kind="volume", pool=pool, stack=choose)  # type: ignore[arg-type]
+
+
+@pytest.mark.requirement("P8")
+def test_acquisitions_that_interleave_in_time_are_not_guessed_apart(pool: DecoderPool, tmp_path: Path) -> None:
+    """Slice by slice twice, not pass after pass: which of two is the first phase differs from slice to slice."""
+    one, other = timed(1, 0), timed(2, 1)
+    for k, (a, b) in enumerate(zip(one, other, strict=True)):
+        a.AcquisitionTime, b.AcquisitionTime = f"1030{2 * k:02d}", f"1030{2 * k + 1:02d}"
+    with pytest.raises(GeometryError, match="5 or more slices stand where another does"):
+        volume.load(factories.spool(factories.in_one_series(one, other), tmp_path), kind="volume", pool=pool)
+
+
+def test_times_and_numbers_that_differ_where_nothing_repeats_split_nothing(pool: DecoderPool, tmp_path: Path) -> None:
+    """Sequential CT has an acquisition number and a time for each slice."""
+    datasets = timed(1, 0)
+    for k, ds in enumerate(datasets):
+        ds.AcquisitionNumber, ds.TriggerTime, ds.TemporalPositionIdentifier = k, k, k
+    found = volume.load(factories.spool(datasets, tmp_path), kind="volume", pool=pool)
+    np.testing.assert_array_equal(found.array, factories.known_hu(5, seed=1))
+    assert found.stack == ""
+
+
+@pytest.mark.requirement("P8")
+def test_many_stacks_are_counted_and_some_are_named(pool: DecoderPool, tmp_path: Path) -> None:
+    parts = [stack(n, 3, TemporalPositionIdentifier=n) for n in range(1, 11)]
+    with pytest.raises(GeometryError, match=r"10 stacks: time point 1 \(3 slices\), .*time point 6 \(3 slices\) and 4 more"):
+        volume.load(factories.spool(factories.in_one_series(*parts), tmp_path), kind="volume", pool=pool)
+
+
+@pytest.mark.requirement("P8")
+def test_when_no_stack_forms_a_volume_the_largest_says_why(pool: DecoderPool, tmp_path: Path) -> None:
+    gap = stack(1, 6, EchoTime=20)
+    del gap[2]
+    series = factories.spool(factories.in_one_series(gap, stack(2, 3, EchoTime=80)[:2]), tmp_path)
+    with pytest.raises(GeometryError, match=r"There is a gap of 5.00 mm .* It is the largest of 2 stacks: echo time 20 ms \(5 slices\)"):
+        volume.load(series, kind="volume", pool=pool, stack="first")
+
+
+@pytest.fixture(scope="module")
+def echoes(tmp_path_factory: pytest.TempPathFactory) -> Datasets:
+    """Two echoes, magnitude and phase of each: four stacks of one series."""
+    parts = [
+        stack(n, EchoTime=echo, image_type=["ORIGINAL", "PRIMARY", kind])
+        for n, (echo, kind) in enumerate(((20, "M"), (20, "P"), (80, "M"), (80, "P")))
+    ]
+    return factories.in_one_series(*parts)
+
+
+@pytest.mark.requirement("P8")
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(order=st.permutations(range(20)), folders=st.lists(st.integers(0, 3), min_size=20, max_size=20))
+def test_any_order_any_names_and_any_folders_give_the_same_stack(
+    pool: DecoderPool, echoes: Datasets, tmp_path_factory: pytest.TempPathFactory, order: list[int], folders: list[int]
+) -> None:
+    root = tmp_path_factory.mktemp("shuffled")
+    paths = [factories.write(echoes[n], root / str(folders[at]) / f"{order[at]}.x") for at, n in enumerate(order)]
+    instances = tuple(factories.instance_of(path) for path in paths)
+    found = volume.load(Series(echoes[0].SeriesInstanceUID, "MR", "", "", instances), kind="volume", pool=pool, stack="last")
+    np.testing.assert_array_equal(found.array, factories.known_hu(5, seed=3))
+    assert found.stack == "phase, echo time 80 ms"
+    assert found.sop_instance_uids == tuple(ds.SOPInstanceUID for ds in echoes[15:])
