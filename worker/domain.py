@@ -141,10 +141,9 @@ class PatientRecord:
 class ImageFacts:
     """What an instance says of its image at the top level of its header, for the rules that choose series.
 
-    "", (), 0 and None: it does not say, or it came before this was kept. ``image_type``: the values of Image Type (PS3.3
-    §C.7.6.1.1.2), upper case. ``region``: the code of Anatomic Region. ``laterality``: L, R, B or U. ``slice_mm``: distance of slices,
-    else their thickness. ``pixel_mm``: (between rows, between columns), at the detector where the patient's is not told.
-    ``intent``: Presentation Intent Type (PS3.3 §C.8.11.1). ``age_years``: Patient's Age.
+    "", (), 0 and None: it does not say, or came before this was kept. ``image_type``: the values of Image Type (PS3.3 §C.7.6.1.1.2).
+    ``region``: the code of Anatomic Region. ``laterality``: L, R, B or U. ``slice_mm``: distance of slices, else their thickness.
+    ``pixel_mm``: (between rows, between columns), else at the detector. ``intent``: Presentation Intent Type (PS3.3 §C.8.11.1).
     """
 
     image_type: tuple[str, ...] = ()
@@ -371,7 +370,7 @@ class Header:
     Texts are decoded (Specific Character Set), stripped of padding and control characters. Dates
     are YYYYMMDD or '', times HHMMSS.FFFFFF (or a prefix) or ''; ``timezone_offset`` is ±HHMM or ''.
     The three instance UIDs are 1-64 characters of digits and dots; the patient ID is never empty.
-    ``slice_mm`` is 0 where unknown, ``view`` "".
+    ``view`` is "" where unknown.
     """
 
     sop_class_uid: str
@@ -386,11 +385,8 @@ class Header:
     timezone_offset: str = ""
     study_description: str = ""
     modality: str = ""
-    body_part: str = ""
     series_description: str = ""
     number_of_frames: int = 1
-    orientation: Orientation = ""
-    slice_mm: float = 0.0
     view: str = ""
     facts: ImageFacts = ImageFacts()
 

@@ -315,7 +315,7 @@ def _of_part(one: Instance, series: Series, rule: ImageSpec) -> str:
     wanted = {_PART_OF.get(part.upper(), part.upper()) for part in rule.body_parts}
     if wanted and told and not wanted & {_PART_OF.get(part, part) for part in told}:
         return f"body part is not {' or '.join(rule.body_parts)}"
-    if rule.laterality and one.facts.laterality not in ("", rule.laterality):
+    if rule.laterality and one.facts.laterality not in ("", "U", rule.laterality):
         return f"laterality {one.facts.laterality} is not {rule.laterality}"
     return ""
 

@@ -456,8 +456,8 @@ def test_a_study_is_as_old_as_its_oldest_image(store: Store) -> None:
 
 
 def test_a_series_is_of_the_plane_and_the_slices_of_its_first_image(store: Store) -> None:
-    add(store, replace(header(1), orientation="coronal", slice_mm=1.25))
-    add(store, replace(header(2), orientation="axial", slice_mm=5.0))
+    add(store, replace(header(1), facts=ImageFacts(orientation="coronal", slice_mm=1.25)))
+    add(store, replace(header(2), facts=ImageFacts(orientation="axial", slice_mm=5.0)))
     add(store, replace(header(3), series_instance_uid="2.25.1.200"))
     with store.read() as conn:
         parts = studies.find(conn, "2.25.1")[0][1].series

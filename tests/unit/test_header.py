@@ -60,7 +60,7 @@ def test_every_wanted_attribute_is_read_in_both_encodings(is_implicit: bool) -> 
     assert (header.patient.key.patient_id, header.patient.key.issuer) == ("P-17", "HOSPITAL")
     assert (header.patient.name, header.patient.birth_date, header.patient.sex) == ("Made^Up", "19500102", "F")
     assert (header.study_date, header.study_time, header.timezone_offset) == ("20260102", "101112", "+0100")
-    assert (header.accession_number, header.modality, header.body_part) == ("A-1", "CT", "CHEST")
+    assert (header.accession_number, header.modality, header.facts.body_part) == ("A-1", "CT", "CHEST")
     assert (header.study_description, header.series_description, header.number_of_frames) == ("Thorax", "axial", 3)
 
 
@@ -125,7 +125,7 @@ def test_the_distance_of_slices_comes_before_their_thickness(
 ) -> None:
     told: dict[str, Any] = {"SpacingBetweenSlices": spacing, "SliceThickness": thickness}
     ds = slice_of(**{keyword: value for keyword, value in told.items() if value is not None})
-    assert header_of(ds, is_implicit=is_implicit).slice_mm == slice_mm
+    assert header_of(ds, is_implicit=is_implicit).facts.slice_mm == slice_mm
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_the_distance_of_slices_comes_before_their_thickness(
     ],
 )
 def test_an_image_along_the_patients_axes_is_of_the_plane_known(row: tuple[int, ...], column: tuple[int, ...], expected: str) -> None:
-    assert header_of(slice_of(ImageOrientationPatient=[*row, *column])).orientation == expected
+    assert header_of(slice_of(ImageOrientationPatient=[*row, *column])).facts.orientation == expected
 
 
 @given(st.floats(0, 89), st.sampled_from([0, 1, 2]), st.sampled_from([1, 2]), st.floats(0, 360))
@@ -154,7 +154,7 @@ def test_the_plane_is_that_of_the_axis_within_30_degrees_of_the_normal(tilt_deg:
     assume(min(abs(tilt_deg - 30), abs(tilt_deg - 60)) > 0.01)
     near = axis if tilt_deg < 30 else (axis + step) % 3
     expected = "" if 30 < tilt_deg < 60 else ("sagittal", "coronal", "axial")[near]
-    assert read_header(with_raw(slice_of(), {0x00200037: raw + b" " * (len(raw) % 2)}), EXPLICIT).orientation == expected
+    assert read_header(with_raw(slice_of(), {0x00200037: raw + b" " * (len(raw) % 2)}), EXPLICIT).facts.orientation == expected
 
 
 @pytest.mark.parametrize(
@@ -165,21 +165,21 @@ def test_the_plane_is_that_of_the_axis_within_30_degrees_of_the_normal(tilt_deg:
     ],
 )  # fmt: skip
 def test_a_malformed_orientation_is_none_and_never_refused(raw: bytes) -> None:
-    assert read_header(with_raw(slice_of(), {0x00200037: raw}), EXPLICIT).orientation == ""
+    assert read_header(with_raw(slice_of(), {0x00200037: raw}), EXPLICIT).facts.orientation == ""
 
 
 @pytest.mark.parametrize(
     "raw", [b"", b"-2", b"0 ", b"thin", b"nan ", b"inf ", b"1e999 ", b"1\\2 ", b"1_0 ", b"1\0000", b"\xb2 ", b"9" * 5000]
 )
 def test_a_malformed_distance_of_slices_is_unknown_and_never_refused(raw: bytes) -> None:
-    assert read_header(with_raw(slice_of(), {0x00180088: raw, 0x00180050: raw}), EXPLICIT).slice_mm == 0
+    assert read_header(with_raw(slice_of(), {0x00180088: raw, 0x00180050: raw}), EXPLICIT).facts.slice_mm == 0
 
 
 @given(st.binary(max_size=80), st.sampled_from([0x00180050, 0x00180088, 0x00200037]))
 def test_no_value_of_the_geometry_escapes_as_an_error(raw: bytes, tag: int) -> None:
     header = read_header(with_raw(slice_of(), {tag: raw}), EXPLICIT)
-    assert header.orientation in ("", "axial", "coronal", "sagittal")
-    assert 0 <= header.slice_mm < float("inf")
+    assert header.facts.orientation in ("", "axial", "coronal", "sagittal")
+    assert 0 <= header.facts.slice_mm < float("inf")
 
 
 @pytest.mark.requirement("R11")
@@ -299,8 +299,8 @@ def test_real_files_read_as_pydicom_reads_them(shared: Path) -> None:
         assert header.patient.name == str(ds.get("PatientName", "")).strip()
         assert header.study_instance_uid == ds.StudyInstanceUID
         assert header.series_description == str(ds.get("SeriesDescription") or "").strip()
-        assert header.slice_mm == float(ds.get("SpacingBetweenSlices") or ds.get("SliceThickness") or 0)
-        assert header.orientation == plane_of(ds)
+        assert header.facts.slice_mm == float(ds.get("SpacingBetweenSlices") or ds.get("SliceThickness") or 0)
+        assert header.facts.orientation == plane_of(ds)
         assert header.view == str(ds.get("ViewPosition") or "").strip()
     assert compared > 300
 
@@ -343,7 +343,7 @@ def test_what_an_image_says_of_itself_is_read_in_both_encodings(is_implicit: boo
     assert (header.view, header.number_of_frames) == ("MLO", 7)
     assert header.facts == ImageFacts(
         image_type=("ORIGINAL", "PRIMARY", "AXIAL", "CT_SOM5 SPI"), body_part="CHEST", region="51185008", laterality="L",
-        orientation=header.orientation, slice_mm=2.0, pixel_mm=(0.7, 0.5), has_contrast=True, kernel="B30F",
+        orientation=header.facts.orientation, slice_mm=2.0, pixel_mm=(0.7, 0.5), has_contrast=True, kernel="B30F",
         intent="FOR PRESENTATION", age_years=0.5,
     )  # fmt: skip
 
@@ -422,4 +422,4 @@ def test_whether_an_agent_was_given_is_told_by_its_name_but_not_by_none(agent: s
 @pytest.mark.parametrize(("raw", "part"), [(b"B\xfccken", "BÜCKEN"), (b"thorax", "THORAX"), (b"CHEST\0", "CHEST"), (b"", "")])
 def test_a_body_part_is_told_even_in_letters_it_may_not_have(raw: bytes, part: str) -> None:
     header = read_header(with_raw(slice_of(), {0x00180015: raw + b" " * (len(raw) % 2)}), EXPLICIT)
-    assert header.body_part == header.facts.body_part == part
+    assert header.facts.body_part == part

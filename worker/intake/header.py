@@ -122,11 +122,8 @@ def _of_series(items: tuple[tuple[int, bytes], ...], transfer_syntax_uid: str) -
         timezone_offset=only(_TIMEZONE, _OFFSET),
         study_description=text(_STUDY_DESCRIPTION),
         modality=text(_MODALITY)[:16],
-        body_part=facts.body_part,
         series_description=text(_SERIES_DESCRIPTION),
         number_of_frames=int(frames) if re.fullmatch("[0-9]{1,9}", frames) and int(frames) > 0 else 1,
-        orientation=facts.orientation,
-        slice_mm=facts.slice_mm,
         view=image_facts.view_of(values, is_implicit=is_implicit),
         facts=facts,
     )

@@ -176,10 +176,10 @@ def _series_of(conn: Connection, study_id: int, header: Header) -> int:
                 "study_id": study_id,
                 "series_instance_uid": header.series_instance_uid,
                 "modality": header.modality,
-                "body_part": header.body_part,
+                "body_part": header.facts.body_part,
                 "description": header.series_description,
-                "orientation": header.orientation,
-                "slice_mm": header.slice_mm,
+                "orientation": header.facts.orientation,
+                "slice_mm": header.facts.slice_mm,
             },
         )
         found = conn.execute(_SERIES, wanted).scalar_one()
