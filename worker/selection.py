@@ -16,10 +16,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Final
 
-from pydicom.uid import UID, UID_dictionary
+from pydicom import uid as uids
+from pydicom.uid import UID
 
 from models.image_spec import ImageSpec, matches
 from worker.domain import Instance, Series, Study
@@ -180,13 +180,8 @@ def suitable_series(study: Study, rule: ImageSpec) -> tuple[Series, ...]:
 def check(rule: ImageSpec) -> None:
     """Refuse a rule that no series can meet, for it names a SOP Class that there is none of (BundleError)."""
     for name in rule.sop_classes:
-        if not name[0].isdecimal() and name not in _keywords():
+        if not name[0].isdecimal() and not isinstance(getattr(uids, name, None), UID):
             raise BundleError(f"Image {rule.name!r}: {name!r} is no SOP Class of PS3.6; write its keyword, or its UID.")
-
-
-@lru_cache(maxsize=1)
-def _keywords() -> frozenset[str]:
-    return frozenset(keyword for _, kind, _, _, keyword in UID_dictionary.values() if kind == "SOP Class")
 
 
 def _rank(one: Judged) -> tuple[int, int, str]:
@@ -272,14 +267,19 @@ def _miscounted(images: int, rule: ImageSpec) -> str:
 def _of_class(one: Instance, _series: Series, rule: ImageSpec) -> str:
     uid = one.sop_class_uid
     if uid.startswith(_NO_IMAGE_CLASSES) or (uid.startswith(_RADIOTHERAPY) and uid != _RT_IMAGE):
-        return f"{UID(uid).name if uid in UID_dictionary else 'its SOP Class'} holds no image"
+        return f"{_name_of(uid)} holds no image"
     if rule.sop_classes and uid not in rule.sop_classes and UID(uid).keyword not in rule.sop_classes:
-        return f"SOP Class {UID(uid).name if uid in UID_dictionary else 'unknown'} is not {' or '.join(rule.sop_classes)}"
+        return f"{_name_of(uid)} is not {' or '.join(rule.sop_classes)}"
     if uid.startswith(_SECONDARY_CAPTURE) and uid[len(_SECONDARY_CAPTURE) :][:1] in ("", ".") and not (rule.derived or rule.sop_classes):
         return "a secondary capture, and the bundle takes none"
     if one.facts.intent == "FOR PROCESSING" and rule.kind == "radiograph":
         return "raw data for processing, not for presentation"
     return ""
+
+
+def _name_of(uid: str) -> str:
+    name = UID(uid).name
+    return f"SOP Class {name}" if name != uid else "an unknown SOP Class"
 
 
 def _of_type(one: Instance, _series: Series, rule: ImageSpec) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -32,8 +32,9 @@ def encoded(facts: ImageFacts) -> str:
 @lru_cache(maxsize=4096)
 def decoded(text: str) -> ImageFacts:
     """What `encoded` wrote."""
-    known = json.loads(text) if text else {}
-    return ImageFacts(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items() if name in _UNKNOWN})
+    told: dict[str, Any] = json.loads(text) if text else {}
+    known: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in told.items() if name in _UNKNOWN}
+    return ImageFacts(**known)
 
 
 def of_study(conn: Connection, study_id: int, root: Path = Path()) -> Iterator[Series]:
