@@ -106,11 +106,13 @@ def _scaled(small: Tensor, what: str) -> Tensor:
     return _plain(ScaleIntensityRange(low, high, 0.0, 1.0, clip=True)(small))
 
 
-def volume_tensor(array: NDArray[np.float32], affine: NDArray[np.float64], spec: ImageSpec) -> Tensor:
+def volume_tensor(
+    array: NDArray[np.float32], affine: NDArray[np.float64], spec: ImageSpec, *, device: torch.device | str = "cpu"
+) -> Tensor:
     """Make (1, X, Y, Z) in [0, 1] from a volume (K, J, I) in HU; `affine` takes (i, j, k, 1) to LPS mm.
 
     The field of view is centered on the volume's middle. This is the single turn from LPS to MonAI's RAS.
-    Voxels that measure nothing, or next to it, are a ValueError.
+    Voxels that measure nothing, or next to it, are a ValueError. It is cropped and averaged on `device`; the result is on the CPU.
     """
     order, backwards, voxel_mm = _to_ras(affine)
     # Crop, window and average in the order in which the voxels lie in memory; turn only the small result.
@@ -120,7 +122,7 @@ def volume_tensor(array: NDArray[np.float32], affine: NDArray[np.float64], spec:
         size[2 - source] = spec.size[axis]
         view[2 - source] = max(1, round(spec.size[axis] * spec.spacing_mm[axis] / float(voxel_mm[axis])))
     low, high = spec.window_hu
-    volume = torch.from_numpy(array)[None]
+    volume = torch.from_numpy(array).to(device)[None]
     means = [1, 1, 1]
     while math.prod(view) > FINEST:
         axis = view.index(max(view))
@@ -132,7 +134,7 @@ def volume_tensor(array: NDArray[np.float32], affine: NDArray[np.float64], spec:
     shrink = Compose([Resize(size, mode="area"), ScaleIntensityRange(low, high, 0.0, 1.0)])
     small = _plain(shrink(crop(volume).clamp(low, high)))  # (1, K, J, I)
     turned = small.permute(0, *(3 - source for source in order))  # (1, X, Y, Z)
-    return turned.flip([1 + axis for axis in backwards]).contiguous()
+    return turned.flip([1 + axis for axis in backwards]).contiguous().cpu()
 
 
 def value_tensors(values: Mapping[str, tuple[float, str, float]], specs: Sequence[ValueSpec]) -> Sample:

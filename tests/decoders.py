@@ -13,7 +13,8 @@ from pydicom.uid import HTJ2K, JPEG2000, ExplicitVRLittleEndian, HTJ2KLossless, 
 
 from tests import factories
 from worker.errors import GeometryError, PixelError
-from worker.imaging.decoding import DecoderPool, decodable_transfer_syntaxes
+from worker.imaging.codecs import decodable_transfer_syntaxes
+from worker.imaging.decoding import DecoderPool
 from worker.imaging.frame import Frame
 
 _LOSSY: Final = {JPEGBaseline8Bit, JPEGExtended12Bit, JPEG2000, HTJ2K}

@@ -137,7 +137,7 @@ def make_tilted_ct(*, degrees: float, lesions_mm: Sequence[Sequence[float]], sli
     along_row, along_column = np.array([1.0, 0, 0]), np.array([0, np.cos(lean), np.sin(lean)])
     j, i = np.meshgrid(np.arange(96), np.arange(80), indexing="ij")
     hu = np.full((slices, 96, 80), -1000, np.float32)
-    starts = [np.array([-40.0, -48.0, 4.0 * k]) for k in range(slices)]
+    starts = [np.array([-40.0, 0, 4.0 * k]) - 48 * along_column for k in range(slices)]
     for k, start in enumerate(starts):
         at = start + i[..., np.newaxis] * along_row + j[..., np.newaxis] * along_column  # (rows, columns, 3), pixels of 1 mm
         for lesion in lesions_mm:

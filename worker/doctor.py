@@ -23,6 +23,8 @@ from rich.table import Table
 from worker import __version__, daemon, guards, roles
 from worker.config import Config, ConfigError
 from worker.errors import PeerRefused, PeerUnavailable, WorkerError
+from worker.imaging.codecs import unloadable
+from worker.imaging.decoding import codec_versions
 from worker.store.database import Store
 from worker.store.spool import Spool, SpoolError
 
@@ -32,6 +34,11 @@ if TYPE_CHECKING:
 #: So long and so much a FHIR server may take to say what it is; a large one's statement is a few megabytes.
 FHIR_S: Final = 5.0
 _FHIR_BYTES: Final = 32 * 2**20
+
+
+class DecoderMissing(WorkerError):
+    """A decoder cannot be loaded; raised and told here only."""
+
 
 #: (what, found, is it well)
 Check = tuple[str, str, bool]
@@ -55,6 +62,7 @@ def checks(config: Config, config_file: Path | None) -> Iterator[Check]:
     yield "synoptic", f"{__version__} on Python {platform.python_version()}, {platform.platform()}", True
     yield "libraries", ", ".join(f"{name} {version(name)}" for name in LIBRARIES), True
     yield "configuration", str(config_file or "none: the defaults"), True
+    yield _tried("codecs", _codecs)
     yield _tried("database", lambda: _database(config))
     yield _tried("spool", lambda: _spool(config))
     yield from _bundles(config)
@@ -70,6 +78,13 @@ def _tried(what: str, check: Callable[[], str]) -> Check:
         return what, check(), True
     except (WorkerError, ConfigError, SpoolError, OSError, ValueError) as exc:
         return what, str(exc), False
+
+
+def _codecs() -> str:
+    versions = codec_versions()
+    if missing := unloadable(versions):
+        raise DecoderMissing(" ".join(missing))
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
 def _database(config: Config) -> str:

@@ -34,6 +34,7 @@ NAMES: Final = frozenset(
         "record.expired",  # retention
         "explanation.failed",  # the findings are reported all the same
         "spool.swept",
+        "codec.missing",  # at start: a decoder cannot be loaded, and its transfer syntaxes are not offered
         "role.started",
         "role.stopped",
         "role.restarted",

@@ -21,7 +21,7 @@ from worker import record_feeds, roles
 from worker.config import Config
 from worker.domain import PatientKey, Received, RecordUpdate
 from worker.errors import RecordError, Reject
-from worker.imaging.decoding import CODECS
+from worker.imaging.codecs import CODECS
 from worker.intake import fhir, hl7, mllp
 from worker.intake.header import read_header
 from worker.store import feeds, records

@@ -92,8 +92,11 @@ class Model:
             raise answer
 
     def prepare(self, volumes: Mapping[str, Volume], inputs: Inputs) -> Prepared:
-        """Turn one study into tensors; see `prepare`."""
-        return prepare(self.bundle, volumes, inputs)
+        """Turn one study into tensors; see `prepare`. Volumes are resized on the model's device, on the CPU if it has no room."""
+        try:
+            return prepare(self.bundle, volumes, inputs, device=self.device)
+        except torch.OutOfMemoryError:
+            return prepare(self.bundle, volumes, inputs)
 
     def predict(self, batch: Sequence[Prepared]) -> list[tuple[Finding, ...] | BundleError]:
         """Answer for each study, in order, in one forward; halves the batch while the device is out of memory.
@@ -226,8 +229,10 @@ def load_network(bundle: Bundle) -> tuple[FusionNetwork, Atypical | None]:
         raise BundleError(f"The weights of bundle {bundle.name} do not fit its network: {exc}") from exc
 
 
-def prepare(bundle: Bundle, volumes: Mapping[str, Volume], inputs: Inputs) -> Prepared:
+def prepare(bundle: Bundle, volumes: Mapping[str, Volume], inputs: Inputs, *, device: torch.device | str = "cpu") -> Prepared:
     """Turn one study into the tensors the network of `bundle` takes; `volumes` by image name, without those that are missing.
+
+    The tensors are on the CPU, whatever `device` made them.
 
     Raises
     ------
@@ -244,7 +249,7 @@ def prepare(bundle: Bundle, volumes: Mapping[str, Volume], inputs: Inputs) -> Pr
     tensors: Sample = {}
     for spec in bundle.images:
         there = spec.name in volumes
-        tensors[spec.name] = _image(spec, volumes[spec.name]) if there else torch.zeros(1, *spec.size)
+        tensors[spec.name] = _image(spec, volumes[spec.name], device) if there else torch.zeros(1, *spec.size)
         tensors[f"{spec.name}_mask"] = torch.tensor(there)
     return Prepared(tensors | record_tensors(bundle, inputs))
 
@@ -278,15 +283,15 @@ def record_tensors(bundle: Bundle, inputs: Inputs) -> Sample:
     return tensors
 
 
-def _image(spec: ImageSpec, volume: Volume) -> torch.Tensor:
+def _image(spec: ImageSpec, volume: Volume, device: torch.device | str) -> torch.Tensor:
     """One image's tensor, looked at before and after."""
     checks.image(volume, spec)
-    made = _transformed(spec, volume)
+    made = _transformed(spec, volume, device)
     checks.tensor(made.numpy(), spec)
     return made
 
 
-def _transformed(spec: ImageSpec, volume: Volume) -> torch.Tensor:
+def _transformed(spec: ImageSpec, volume: Volume, device: torch.device | str) -> torch.Tensor:
     if spec.kind != "volume":
         if spec.kind == "radiograph" and volume.array.shape[0] != 1:
             raise PixelError(f"A radiograph has one plane; this series has {volume.array.shape[0]}.")
@@ -297,7 +302,7 @@ def _transformed(spec: ImageSpec, volume: Volume) -> torch.Tensor:
     if volume.affine is None:
         raise GeometryError("The series has no patient coordinates; the network needs a volume in millimetres.")
     try:
-        return volume_tensor(volume.array, volume.affine, spec)
+        return volume_tensor(volume.array, volume.affine, spec, device=device)
     except ValueError as exc:
         raise GeometryError(str(exc)) from exc
 

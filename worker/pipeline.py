@@ -191,6 +191,7 @@ def load_images(bundle: Bundle, inputs: Inputs, pool: DecoderPool) -> dict[str, 
             gantry_tilt=spec.gantry_tilt,
             stack=spec.stack,
             color=spec.color,
+            unit=spec.unit,
         )
         for spec in bundle.images
         if spec.name in inputs.series

@@ -16,7 +16,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta, timezone, tzinfo
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -118,18 +118,21 @@ def add_instance(conn: Connection, config: Config, header: Header, stored: Store
 
 def receive(config: Config, store: Store, listener: socket.socket, stop: threading.Event) -> None:
     """Serve C-ECHO and C-STORE on a listening socket until told to stop; transfers under way are finished."""
-    from worker.imaging.decoding import decodable_transfer_syntaxes
+    from worker.imaging.codecs import decodable_transfer_syntaxes
+    from worker.imaging.decoding import codec_versions
     from worker.intake.negotiation import Policy
     from worker.intake.scp import Limits, StorageScp
 
     settings = config.receive
     spool = Spool(config.spool, low_water_bytes=settings.low_water_mb * 2**20)
+    codecs = codec_versions()
+    _say_unloadable(codecs)
     policy = Policy(
         ae_title=settings.ae_title,
         calling={sender.ae_title: sender.addresses for sender in config.senders},
         max_pdu=settings.max_pdu_bytes,
         accepts_unknown=settings.accept_unknown_sop_classes,
-        transfer_syntaxes=decodable_transfer_syntaxes(),
+        transfer_syntaxes=decodable_transfer_syntaxes(codecs),
     )
     limits = Limits(
         max_pdu=settings.max_pdu_bytes,
@@ -157,6 +160,13 @@ def receive(config: Config, store: Store, listener: socket.socket, stop: threadi
     scp.stop(RECEIVE_GRACE_S)
 
 
+def _say_unloadable(codecs: Mapping[str, str]) -> None:
+    from worker.imaging.codecs import unloadable
+
+    for sentence in unloadable(codecs):
+        events.emit("codec.missing", reason=sentence)
+
+
 # --- run
 
 
@@ -172,7 +182,7 @@ def run(config: Config, store: Store, stop: threading.Event) -> None:
     with DecoderPool(
         processes=settings.decoders, memory_bytes=settings.decoder_memory_mb * 2**20, timeout_s=settings.decoder_timeout_s
     ) as pool:
-        pool.warm()
+        _say_unloadable(pool.warm())
         line = Line(
             store=store,
             models={model.name: model for model in loaded},

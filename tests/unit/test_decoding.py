@@ -22,8 +22,11 @@ from pydicom.uid import (
 
 from tests import factories
 from tests.decoders import read, refused
+from worker import doctor
 from worker.errors import DecoderDied, GeometryError, PixelError, StoredFileLost
-from worker.imaging.decoding import CODECS, NOT_OFFERED, DecoderPool, decodable_transfer_syntaxes, why_not_decoded
+from worker.imaging import child
+from worker.imaging.codecs import CODECS, NOT_OFFERED, decodable_transfer_syntaxes, unloadable, why_not_decoded
+from worker.imaging.decoding import DecoderPool
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,6 +62,25 @@ def test_every_codec_loads_and_says_its_version(pool: DecoderPool) -> None:
 @pytest.mark.requirement("P12")
 def test_what_is_negotiated_is_what_is_installed() -> None:
     assert set(decodable_transfer_syntaxes()) == CODECS.keys() - NOT_OFFERED
+
+
+@pytest.mark.requirement("P12")
+@pytest.mark.parametrize("module", sorted(set(CODECS.values()) - {""}))
+def test_a_decoder_that_cannot_be_loaded_is_told_at_start_and_its_transfer_syntaxes_are_not_negotiated(
+    module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)  # makes its import fail
+    versions = {name: child._version(name) for name in set(CODECS.values()) - {""}}
+    assert [name for name, version in versions.items() if not version] == [module]
+    theirs = {uid for uid, by in CODECS.items() if by == module}
+    assert set(decodable_transfer_syntaxes(versions)) == CODECS.keys() - NOT_OFFERED - theirs
+    (sentence,) = unloadable(versions)
+    assert sentence.startswith(
+        f"The decoder {module} cannot be loaded: images in {', '.join(sorted(theirs, key=list(CODECS).index))} are not"
+    )
+    monkeypatch.setattr(doctor, "codec_versions", lambda: versions)
+    found = {what: (words, is_well) for what, words, is_well in [doctor._tried("codecs", doctor._codecs)]}
+    assert found == {"codecs": (sentence, False)}
 
 
 @pytest.mark.requirement("P11")

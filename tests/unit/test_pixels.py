@@ -23,7 +23,8 @@ from pydicom.uid import (
 from tests import factories
 from tests.decoders import ENCODED, LOSSLESS, make_image, read, read_frames, refused
 from worker.errors import GeometryError, PixelError, StoredFileLost, WorkerError
-from worker.imaging.decoding import DecoderPool, decodable_transfer_syntaxes
+from worker.imaging.codecs import decodable_transfer_syntaxes
+from worker.imaging.decoding import DecoderPool
 
 ROOT = Path(__file__).parents[2]
 

@@ -147,11 +147,13 @@ def test_a_series_outside_what_the_bundle_takes_is_refused_with_the_rule_and_its
     changes: dict[str, Any], fits: ImageFacts, misfits: ImageFacts, said: str
 ) -> None:
     rule = replace(VOLUME, **changes)
-    kind = {"body_part": ""}
-    assert choose(study(made("1.1", (9, misfits), **kind), made("1.2", (3, fits), **kind)), [rule])["image"].series_instance_uid == "1.2"
-    assert said in reason(rule, made("1.1", (9, misfits), **kind))
+    assert (
+        choose(study(made("1.1", (9, misfits), body_part=""), made("1.2", (3, fits), body_part="")), [rule])["image"].series_instance_uid
+        == "1.2"
+    )
+    assert said in reason(rule, made("1.1", (9, misfits), body_part=""))
     if "kernels" not in changes:  # a kernel must be told; all else that is not known excludes nothing
-        assert choose(study(made("1.1", (9, ImageFacts()), **kind)), [rule])
+        assert choose(study(made("1.1", (9, ImageFacts()), body_part="")), [rule])
 
 
 @pytest.mark.requirement("P13")

@@ -24,12 +24,12 @@ from typing import Any, Final
 import numpy as np
 import pydicom
 from numpy.typing import NDArray
+from pydicom.pixels.decoders.base import get_decoder
 
 from worker.errors import WorkerError
 from worker.imaging import pixels
+from worker.imaging.codecs import CODECS, DISTRIBUTIONS, PLUGINS
 
-#: The distribution that brings each decoding module.
-DISTRIBUTIONS: Final = {"gdcm": "python-gdcm", "jpeg_ls": "pyjpegls", "openjpeg": "pylibjpeg-openjpeg", "rle": "pylibjpeg-rle"}
 _PR_SET_PDEATHSIG: Final = 1  # prctl(2)
 
 
@@ -93,10 +93,13 @@ def _send(link: socket.socket, answer: Mapping[str, object], stored: NDArray[Any
 
 
 def _version(module: str) -> str:
+    """Return the version of a decoding module; '' if it cannot be loaded, or pydicom does not find its way to it."""
+    uid = next(uid for uid, by in CODECS.items() if by == module)
     try:
         import_module(module)
-        return version(DISTRIBUTIONS[module])
-    except ImportError:
+        is_reached = PLUGINS[module] in get_decoder(pydicom.uid.UID(uid)).available_plugins
+        return version(DISTRIBUTIONS[module]) if is_reached else ""
+    except (ImportError, OSError):  # OSError: a shared library of another build
         return ""
 
 

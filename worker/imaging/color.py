@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from worker.errors import PixelError
 from worker.imaging.facts import TAGS, Elements, values_of
+from worker.imaging.lookup import Table, table_of
 
 #: PS3.3 §C.7.6.3.1.2, the first row of YBR_FULL; the same as ITU-R BT.601.
 WEIGHTS: Final = (0.2990, 0.5870, 0.1140)
@@ -37,31 +38,20 @@ def _rounded(red: NDArray[Any], green: NDArray[Any], blue: NDArray[Any]) -> NDAr
     return np.rint(exact, out=exact)
 
 
-def palette_luminance(elements: Elements, *, is_signed: bool) -> tuple[int, NDArray[Any]]:
-    """Return the first value that the palette maps and the luminance of each entry (PS3.3 §C.7.9), 8 or 16 bits wide.
+def palette_luminance(elements: Elements, *, is_signed: bool) -> Table:
+    """Return the table from the indices of a palette to the luminance of each entry, 8 or 16 bits wide (PS3.3 §C.7.9).
 
     Raises
     ------
     PixelError
-        A table is absent, segmented, or not as long as its descriptor says.
+        A table is absent, segmented, not as long as its descriptor says, or the three do not go together.
     """
-    tables, descriptors = [], set()
+    tables = []
     for name in ("Red", "Green", "Blue"):
         descriptor = values_of(elements, f"{name}PaletteColorLookupTableDescriptor")
-        data = elements.get(TAGS[f"{name}PaletteColorLookupTableData"])
-        if len(descriptor) != 3 or data is None or not isinstance(data.value, bytes):
-            raise PixelError("A Palette Color Lookup Table (0028,1201) or its descriptor is absent; segmented ones are not read.")
-        count, first, bits = (int(value) & 0xFFFF for value in descriptor)
-        descriptors.add((count, first, bits))
-        count = count or 65536
-        # PS3.3 §C.7.6.3.1.6: 8-bit entries are packed two a word; older writers gave each a word.
-        width = 2 if bits == 16 or len(data.value) == 2 * count else 1
-        if bits not in {8, 16} or len(data.value) != count * width + count * width % 2:
-            raise PixelError(f"A Palette Color Lookup Table of {len(data.value)} bytes does not hold {count} entries of {bits} bits.")
-        tables.append(np.frombuffer(data.value, f"<u{width}", count))
-        if bits == 8 and int(tables[-1].max()) > 255:
-            raise PixelError("Entries of a Palette Color Lookup Table are wider than the 8 bits that its descriptor states.")
-    if len(descriptors) != 1:
-        raise PixelError("The three Palette Color Lookup Tables have different descriptors.")
-    ((_, first, bits),) = descriptors
-    return first - (first >> 15 << 16 if is_signed else 0), _rounded(*tables).astype(f"u{bits // 8}")
+        data = getattr(elements.get(TAGS[f"{name}PaletteColorLookupTableData"]), "value", None)
+        tables.append(table_of(descriptor, data, is_signed=is_signed, name="Palette Color Lookup Table (0028,1201)"))
+    first, bits, length = tables[0].first, tables[0].bits, tables[0].entries.size
+    if {(one.first, one.bits, one.entries.size) for one in tables} != {(first, bits, length)} or bits not in {8, 16}:
+        raise PixelError("The three Palette Color Lookup Tables have different descriptors, or entries of neither 8 nor 16 bits.")
+    return Table(first, bits, _rounded(*(one.entries for one in tables)).astype(f"u{bits // 8}"))

@@ -6,7 +6,7 @@
                                          └──◀── memfd: the pixels ──────────┘
 
 A decoder is C code fed by strangers: it may crash, loop or swell. So it runs in a child that can be killed, and what
-comes back is JSON and bytes, never a pickle. This module is light (numpy only): the receiver asks it what to negotiate.
+comes back is JSON and bytes, never a pickle. This module is light (numpy only): the receiver asks it which codecs there are.
 Not here: what a file must look like (pixels.py), what the values mean (volume.py).
 
 A child that dies or overruns a limit is replaced. The input it was working on gets `DecoderDied` (Retry) the first time
@@ -28,7 +28,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -36,46 +35,9 @@ from typing import Any, Final, Self
 import numpy as np
 
 from worker.errors import DecoderDied, GeometryError, PixelError, Retry, StoredFileLost, WorkerError
+from worker.imaging.codecs import CODECS
 from worker.imaging.frame import Frame
 
-#: Transfer syntax (PS3.5 §10, PS3.6 Table A-1) → the module that decodes it; '' needs none. Each is compared with a second decoder
-#: in deploy/IMAGES.md. The libjpeg plug-in of pylibjpeg is GPL and not used.
-CODECS: Final[Mapping[str, str]] = {
-    "1.2.840.10008.1.2": "",  # Implicit VR Little Endian
-    "1.2.840.10008.1.2.1": "",  # Explicit VR Little Endian
-    "1.2.840.10008.1.2.4.50": "gdcm",  # JPEG Baseline, 8 bit
-    "1.2.840.10008.1.2.4.51": "gdcm",  # JPEG Extended: 8 bit, see NOT_OFFERED
-    "1.2.840.10008.1.2.4.57": "gdcm",  # JPEG Lossless
-    "1.2.840.10008.1.2.4.70": "gdcm",  # JPEG Lossless, selection value 1
-    "1.2.840.10008.1.2.4.80": "jpeg_ls",  # JPEG-LS Lossless
-    "1.2.840.10008.1.2.4.81": "jpeg_ls",  # JPEG-LS Near-lossless
-    "1.2.840.10008.1.2.4.90": "openjpeg",  # JPEG 2000 Lossless
-    "1.2.840.10008.1.2.4.91": "openjpeg",  # JPEG 2000
-    "1.2.840.10008.1.2.4.201": "openjpeg",  # High-Throughput JPEG 2000 Lossless
-    "1.2.840.10008.1.2.4.202": "openjpeg",  # High-Throughput JPEG 2000 Lossless, RPCL
-    "1.2.840.10008.1.2.4.203": "openjpeg",  # High-Throughput JPEG 2000
-    "1.2.840.10008.1.2.5": "rle",  # RLE Lossless
-}
-#: Decoded when a file comes in it, and not negotiated: GDCM's wheel cannot decode the 12-bit form of JPEG Extended, which is the usual
-#: one, and a sender that is not offered it sends another.
-NOT_OFFERED: Final = frozenset({"1.2.840.10008.1.2.4.51"})
-_VIDEO: Final = "it is video, of which no single frame can be checked against its header"
-_JPIP: Final = "its pixels are on another server"
-#: Start of the UID of a transfer syntax that is not decoded → why. The longest start counts.
-REFUSED: Final[Mapping[str, str]] = {
-    "1.2.840.10008.1.2.1.9": "a small file may inflate to any size before its header can be checked",  # Deflated, and .98
-    "1.2.840.10008.1.2.2": "it is retired, and no scanner has sent it since 2006",  # Explicit VR Big Endian
-    "1.2.840.10008.1.2.4.5": "it is retired",  # .52 to .56, .58, .59: JPEG processes that no product kept
-    "1.2.840.10008.1.2.4.6": "it is retired",
-    "1.2.840.10008.1.2.4.92": "no open decoder knows its transforms across components",  # JPEG 2000 Part 2
-    "1.2.840.10008.1.2.4.93": "no open decoder knows its transforms across components",
-    "1.2.840.10008.1.2.4.94": _JPIP,
-    "1.2.840.10008.1.2.4.95": _JPIP,
-    "1.2.840.10008.1.2.4.10": _VIDEO,  # .100 to .108: MPEG-2, MPEG-4, HEVC
-    "1.2.840.10008.1.2.4.204": _JPIP,
-    "1.2.840.10008.1.2.4.205": _JPIP,
-    "1.2.840.10008.1.2.7": _VIDEO,  # SMPTE ST 2110
-}
 #: Files per request: enough to hide the round trip, few enough that two children share a short series.
 CHUNK: Final = 8
 #: Longest answer about one file without its pixels.
@@ -85,16 +47,16 @@ _REMEMBERED: Final = 1024
 _ERRORS: Final[Mapping[str, type[WorkerError]]] = {error.__name__: error for error in (PixelError, GeometryError, Retry, StoredFileLost)}
 
 
-def decodable_transfer_syntaxes() -> tuple[str, ...]:
-    """Return the UIDs of the transfer syntaxes to negotiate, those whose decoder is installed; imports none of them."""
-    return tuple(uid for uid, module in CODECS.items() if uid not in NOT_OFFERED and (not module or find_spec(module) is not None))
+def codec_versions() -> Mapping[str, str]:
+    """Return what each decoder's library calls its version, '' if it cannot be loaded; asked of a child that then ends.
 
-
-def why_not_decoded(uid: str) -> str:
-    """Return why a transfer syntax is not decoded; '' if it is, or nothing is known of it."""
-    if uid in CODECS:
-        return ""
-    return next((REFUSED[start] for start in sorted(REFUSED, key=len, reverse=True) if uid.startswith(start)), "")
+    Raises
+    ------
+    DecoderDied
+        A child cannot be started.
+    """
+    with DecoderPool(processes=1) as pool:
+        return pool.warm()
 
 
 class _Died(Exception):

@@ -101,10 +101,14 @@ def check_place(one: Frame) -> None:
     """
     if one.position is None or one.orientation is None or one.pixel_spacing is None:
         raise GeometryError("Image Position (Patient), Image Orientation (Patient) or Pixel Spacing is absent from a slice.")
-    if not (_SMALLEST_MM <= min(one.pixel_spacing) and max(one.pixel_spacing) <= _LARGEST_MM):
+    if not (min(one.pixel_spacing) >= _SMALLEST_MM and max(one.pixel_spacing) <= _LARGEST_MM):
         raise GeometryError(f"The pixel spacing of a slice is {one.pixel_spacing[0]:g} x {one.pixel_spacing[1]:g} mm.")
     if max(map(abs, one.position)) > _FARTHEST_MM:
         raise GeometryError(f"A slice stands {max(map(abs, one.position)):g} mm from the origin of its frame of reference.")
+    row, column = one.orientation[:3], one.orientation[3:]
+    lengths, dot = (math.hypot(*row), math.hypot(*column)), sum(a * b for a, b in zip(row, column, strict=True))
+    if max(abs(lengths[0] - 1), abs(lengths[1] - 1), abs(dot)) > _COSINE_TOLERANCE:
+        raise GeometryError(f"The direction cosines have lengths {lengths[0]:.4f} and {lengths[1]:.4f} and a dot product of {dot:.4f}.")
 
 
 def straighten(array: NDArray[np.float32], grid: Grid) -> NDArray[np.float32]:
@@ -125,10 +129,7 @@ def straighten(array: NDArray[np.float32], grid: Grid) -> NDArray[np.float32]:
 def _axes(frames: Sequence[Frame]) -> NDArray[np.float64]:
     """Return the two directions in the plane (2, 3), of unit length and at right angles; the median, for no slice is the first."""
     cosines = np.median(np.array([one.orientation for one in frames], np.float64), axis=0).reshape(2, 3)
-    lengths, dot = np.linalg.norm(cosines, axis=1), float(cosines[0] @ cosines[1])
-    if abs(lengths - 1).max() > _COSINE_TOLERANCE or abs(dot) > _COSINE_TOLERANCE:
-        raise GeometryError(f"The direction cosines have lengths {lengths[0]:.4f} and {lengths[1]:.4f} and a dot product of {dot:.4f}.")
-    along_row = cosines[0] / lengths[0]
+    along_row = cosines[0] / np.linalg.norm(cosines[0])
     along_column = cosines[1] - (cosines[1] @ along_row) * along_row
     return np.stack([along_row, along_column / np.linalg.norm(along_column)])
 

@@ -24,13 +24,15 @@ import pydicom
 from numpy.typing import NDArray
 
 from worker.errors import PixelError, Retry, StoredFileLost
+from worker.imaging.codecs import CODECS, why_not_decoded
 from worker.imaging.codestream import frames_of
 from worker.imaging.color import palette_luminance
-from worker.imaging.decoding import CODECS, why_not_decoded
 from worker.imaging.facts import OVERLAY_BITS, TAGS, WANTED, Elements, integer_of, values_of
 from worker.imaging.functional_groups import facts_of_frames
 from worker.imaging.layout import GREY, Layout, layout_of
+from worker.imaging.lookup import modality_lut
 from worker.imaging.samples import encapsulated, native, sign_extended
+from worker.imaging.uptake import uptake_of
 
 #: A file may take a quarter of the child's memory (pydicom copies the pixels out of it).
 _FILE_SHARE: Final = 4
@@ -65,11 +67,15 @@ def read(path: str, digest: str, *, memory_bytes: int, color: str = "refuse") ->
     else:
         pixels = native(value, layout)
     padding = None
+    shared, each = facts_of_frames(elements, transfer_syntax_uid, count=layout.frames)
+    shared |= uptake_of(elements)
     if layout.photometric in GREY:
         pixels, padding = _bits_stored(pixels, _padding(elements, layout), elements, layout)
+        if TAGS["ModalityLUTSequence"] in elements:
+            pixels, padding, layout, shared["rescale_type"] = _modality_lut(pixels, padding, elements, layout)
     elif layout.photometric == "PALETTE COLOR":
-        pixels, layout = _mapped(pixels, elements, layout)
-    shared, each = facts_of_frames(elements, transfer_syntax_uid, count=layout.frames)
+        table = palette_luminance(elements, is_signed=layout.is_signed)
+        pixels, layout = table.apply(pixels), replace(layout, bits_stored=table.bits, is_signed=False)
     shared |= {"padding": padding, "bits_stored": layout.bits_stored, "is_signed": layout.is_signed}
     return shared, each, pixels
 
@@ -84,14 +90,19 @@ def _pixel_data(elements: Elements) -> tuple[bytes, bool]:
     return pixel_data.value, pixel_data.is_undefined_length
 
 
-def _mapped(pixels: NDArray[Any], elements: Elements, layout: Layout) -> tuple[NDArray[Any], Layout]:
-    """Map palette indices to luminance; indices beyond the ends take the end's entry (PS3.3 §C.7.6.3.1.5)."""
-    first, table = palette_luminance(elements, is_signed=layout.is_signed)
-    made = np.empty(pixels.shape, table.dtype)
-    for number, one in enumerate(pixels):
-        np.take(table, one.astype(np.int64) - first, mode="clip", out=made[number])
-    bits = 8 * table.dtype.itemsize
-    return made, replace(layout, bits_allocated=bits, bits_stored=bits, is_signed=False)
+def _modality_lut(
+    pixels: NDArray[Any], padding: tuple[int, int] | None, elements: Elements, layout: Layout
+) -> tuple[NDArray[Any], tuple[int, int] | None, Layout, str]:
+    """Apply the Modality LUT (PS3.3 §C.11.1.1), keeping padding apart as -1, which no table gives."""
+    if elements.keys() & {TAGS[other] for other in ("RescaleSlope", "RescaleIntercept", "SharedFunctionalGroupsSequence")}:
+        raise PixelError("There are both a Modality LUT Sequence (0028,3000) and a rescale or functional groups; only one of them may be.")
+    table, unit = modality_lut(elements[TAGS["ModalityLUTSequence"]].value, is_signed=layout.is_signed)
+    made = table.apply(pixels)
+    if padding is not None:
+        made = made.astype(np.int32)
+        made[(pixels >= padding[0]) & (pixels <= padding[1])] = -1
+        padding = (-1, -1)
+    return made, padding, replace(layout, bits_stored=table.bits, is_signed=False), unit
 
 
 def _load(path: str, digest: str, *, limit: int) -> bytes:

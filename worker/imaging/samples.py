@@ -19,13 +19,11 @@ from pydicom.encaps import encapsulate
 from pydicom.pixels.decoders.base import get_decoder
 
 from worker.errors import PixelError, Retry
+from worker.imaging.codecs import CODECS, PLUGINS
 from worker.imaging.codestream import stated_by_codestream
 from worker.imaging.color import luminance
-from worker.imaging.decoding import CODECS
 from worker.imaging.layout import GREY, SUBSAMPLED, Layout
 
-# pydicom's name for the plug-in around each decoding module.
-_PLUGINS: Final = {"gdcm": "gdcm", "jpeg_ls": "pyjpegls", "openjpeg": "pylibjpeg", "rle": "pylibjpeg"}
 # PS3.5 §G.3.1: two bytes make at most 128, so no image is more than 64 times its RLE stream.
 _RLE_MAX_RATIO: Final = 64
 _JPEG_EXTENDED: Final = "1.2.840.10008.1.2.4.51"
@@ -107,7 +105,7 @@ def _run_codec(stream: bytes, layout: Layout, transfer_syntax_uid: str, *, preci
         buffer, made = get_decoder(pydicom.uid.UID(transfer_syntax_uid)).as_buffer(
             encapsulate([stream], has_bot=False),
             index=0,
-            decoding_plugin=_PLUGINS[codec],
+            decoding_plugin=PLUGINS[codec],
             rows=layout.rows,
             columns=layout.columns,
             number_of_frames=1,

@@ -14,20 +14,31 @@ from numpy.typing import NDArray
 from worker.errors import PixelError
 from worker.imaging.frame import Frame
 
-#: Values of these modalities are physical, whatever their display: PS3.3 §C.8.2.1 (HU), §C.8.9.1 (Units).
 _FLOAT32_MAX: Final = float(np.finfo(np.float32).max)
+#: Values of these modalities are physical, whatever their display: PS3.3 §C.8.2.1 (HU), §C.8.9.1 (Units).
 _HAVE_UNITS: Final = frozenset({"CT", "PT"})
 
 
-def values(slices: Sequence[Frame]) -> NDArray[np.float32]:
-    """Rescale every slice (PS3.3 §C.11.1) into one (K, J, I) array; padding takes the least real value."""
+def values(slices: Sequence[Frame], *, unit: str = "") -> NDArray[np.float32]:
+    """Rescale every slice (PS3.3 §C.11.1) by its own rescale into one (K, J, I) array; padding takes the least real value.
+
+    Parameters
+    ----------
+    unit
+        "HU" or "SUVbw" (g/ml), refused where the header does not allow it; "" for what the rescale gives, which is HU for CT.
+
+    Raises
+    ------
+    PixelError
+        The rescale is incomplete, zero, overflows or is not in the unit; every pixel is padding.
+    """
     array = np.empty((len(slices), *slices[0].pixels.shape), np.float32)
     # Rescaled in float64, rounded once; one buffer, for new pages cost more than the arithmetic.
     exact = np.empty(array.shape[1:], np.float64)
     pads: list[tuple[int, NDArray[np.bool_]]] = []
     ends: list[float] = []
     for k, one in enumerate(slices):
-        slope, intercept = _rescale(one)
+        slope, intercept = _rescale(one, unit)
         pad = _padding(one)
         real = one.pixels if pad is None else one.pixels[~pad]
         if pad is not None:
@@ -53,19 +64,24 @@ def _padding(one: Frame) -> NDArray[np.bool_] | None:
     return pad if pad.any() else None
 
 
-def _rescale(one: Frame) -> tuple[float, float]:
+def _rescale(one: Frame, unit: str) -> tuple[float, float]:
     """Return slope and intercept (PS3.3 §C.11.1), inverting for MONOCHROME1, when they are as the unit we promise needs them."""
-    if one.has_modality_lut:
-        raise PixelError("A Modality LUT Sequence (0028,3000) in place of a linear rescale is not applied.")
     if (one.rescale_slope is None) != (one.rescale_intercept is None):
         raise PixelError("Only one of Rescale Slope (0028,1053) and Rescale Intercept (0028,1052) is there.")
     # PS3.3 §C.8.2.1: both are of type 1 in a CT image, and the unit is HU unless Rescale Type says otherwise.
-    if one.modality == "CT" and (one.rescale_slope is None or one.rescale_type not in {"", "HU"}):
-        raise PixelError("A CT image has no rescale to Hounsfield units: Rescale Slope (0028,1053) is absent or Rescale Type not HU.")
+    is_ct = one.modality == "CT"
+    is_hu = (one.rescale_slope is not None and is_ct and one.rescale_type == "") or one.rescale_type == "HU"
+    if (is_ct or unit == "HU") and not (is_hu and (one.has_modality_lut or one.rescale_slope is not None)):
+        which = "A CT image" if is_ct else "The image"
+        raise PixelError(f"{which} has no rescale to Hounsfield units: Rescale Slope (0028,1053) is absent or Rescale Type not HU.")
     slope = 1.0 if one.rescale_slope is None else one.rescale_slope
     intercept = one.rescale_intercept or 0.0
     if slope == 0:
         raise PixelError("Rescale Slope (0028,1053) is 0.")
+    if unit == "SUVbw":
+        if one.suv_factor is None:
+            raise PixelError(f"There is no standardized uptake value: {one.suv_reason}")
+        slope, intercept = slope * one.suv_factor, intercept * one.suv_factor
     if _is_inverted(one):
         # v → least + most - v over the range of Bits Stored: the same as inverting after the rescale.
         return -slope, intercept + slope * (-1 if one.is_signed else 2**one.bits_stored - 1)

@@ -14,6 +14,7 @@ Frame: LPS, millimeters. Not here: files and decoders (decoding.py), windows and
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from functools import partial
 from typing import Final, Literal
 
 import numpy as np
@@ -29,6 +30,7 @@ from worker.imaging.stacks import Choice, Stack, listed, split
 from worker.imaging.values import values
 
 Kind = Literal["volume", "radiograph", "frames"]
+Unit = Literal["", "HU", "SUVbw"]
 
 #: Objects with functional groups whose frames are slices of the patient (PS3.4 §B.5); not segmentations, maps or microscopy.
 ENHANCED: Final = frozenset({
@@ -60,6 +62,7 @@ def load(
     gantry_tilt: GantryTilt = "refuse",
     stack: Choice = "only",
     color: Literal["refuse", "luminance"] = "refuse",
+    unit: Unit = "",
 ) -> Volume:
     """Read one series into a regular volume, into one radiograph, or into the frames of one clip.
 
@@ -85,6 +88,8 @@ def load(
         acquisition), or "largest" (then the first): of the stacks that form a volume, or of the clips.
     color
         "refuse" images with colors, or reduce them to their "luminance" (PS3.3 §C.7.6.3.1.2).
+    unit
+        "HU" or "SUVbw", refused where the header does not allow it; "" for what the rescale gives; see `values`.
 
     Returns
     -------
@@ -110,12 +115,12 @@ def load(
     PS3.3 §C.7.6.2.1.1 (Image Position and Orientation), §C.11.1 (Modality LUT), §C.7.6.3.1.2 (Photometric Interpretation),
     §C.7.6.16 (functional groups).
     """
-    frames = _read(series, pool, color=color)
+    frames, in_unit = _read(series, pool, color=color), partial(values, unit=unit)
     if kind == "radiograph":
-        return planar.radiograph(frames, views, laterality.upper(), values)
+        return planar.radiograph(frames, views, laterality.upper(), in_unit)
     if kind == "frames":
-        return planar.clip(frames, stack, values)
-    return _volume(frames, max_gap_mm=max_gap_mm, gantry_tilt=gantry_tilt, choose=stack)
+        return planar.clip(frames, stack, in_unit)
+    return _volume(frames, max_gap_mm=max_gap_mm, gantry_tilt=gantry_tilt, choose=stack, unit=unit)
 
 
 def _read(series: Series, pool: DecoderPool, *, color: str) -> list[Frame]:
@@ -130,7 +135,7 @@ def _read(series: Series, pool: DecoderPool, *, color: str) -> list[Frame]:
     return [one for frames in read for one in frames]
 
 
-def _volume(frames: Sequence[Frame], *, max_gap_mm: float, gantry_tilt: GantryTilt, choose: Choice) -> Volume:
+def _volume(frames: Sequence[Frame], *, max_gap_mm: float, gantry_tilt: GantryTilt, choose: Choice, unit: Unit) -> Volume:
     # PS3.3 §C.8.2.1.1.1 and §C.8.3.1.1.1: value 3 of Image Type.
     frames = [one for one in frames if "LOCALIZER" not in one.image_type[2:]]
     if len(frames) < MIN_SLICES:
@@ -141,7 +146,7 @@ def _volume(frames: Sequence[Frame], *, max_gap_mm: float, gantry_tilt: GantryTi
     if choose == "only" and len(stacks) > 1:
         raise GeometryError(f"{cause} The series has {listed(stacks)}, and nothing says which is meant.")
     label, grid = _chosen(stacks, choose, max_gap_mm=max_gap_mm, gantry_tilt=gantry_tilt)
-    array: NDArray[np.float32] = straighten(values(grid.frames), grid)
+    array: NDArray[np.float32] = straighten(values(grid.frames, unit=unit), grid)
     return Volume(
         array=array,
         affine=grid.affine,
