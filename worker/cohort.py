@@ -363,7 +363,7 @@ def _key(folder: Path, bundle: Bundle, config: Config) -> str:
     images = [
         {key: value for key, value in asdict(one).items() if key not in ("encoder", "channels", "grid", "like")} for one in bundle.images
     ]
-    wanted = {"images": images, "record": asdict(bundle.record), "network": network}
+    wanted = {"images": images, "record": asdict(bundle.record), "patients": asdict(bundle.patients), "network": network}
     records = config.records
     reading = [config.site.timezone, config.site.issuer, dict(records.issuers), dict(records.schemes), records.encoding]
     whole = [there, wanted, reading, __version__, bundle.language_sha256]

@@ -296,9 +296,9 @@ class Inputs:
 class Saliency:
     """Where in one image a finding comes from; equal only to itself, as arrays are.
 
-    ``array`` (K, J, I) of a volume or (rows, columns) of a radiograph, float16 or float32, in [0, 1].
-    ``affine``: (4, 4), index (i, j, k, 1) of `array` → LPS mm; of a projection radiograph, which has no patient coordinates,
-    (3, 3), (row, column, 1) of `array` → row and column of the image.
+    ``array`` (K, J, I) of a volume, (rows, columns) of a radiograph or (T, rows, columns) of a clip, float16 or float32, in [0, 1].
+    ``affine``: (4, 4), index (i, j, k, 1) of `array` → LPS mm. Without patient coordinates (row, column, 1) → row and column of a
+    radiograph (3, 3), (t, row, column, 1) → frame, row and column of a clip (4, 4).
     """
 
     array: NDArray[np.floating]
