@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from models.spec import ImageSpec, PatientRule
 from worker.domain import PatientRecord, Series, Study, Volume
-from worker.errors import Implausible, OutsideIntendedUse, PixelError
+from worker.errors import Implausible, PixelError
 from worker.inputs import age_of
 
 #: HU of air in and around a patient, lung included, lie below; fat, the least dense of tissues, above (-120 to -30 HU).
@@ -38,14 +38,8 @@ _SEX: Final = {"F": "female", "M": "male", "O": "other"}
 _WORDS: Final = {"p1": "first percentile", "p50": "median", "p99": "99th percentile", "mean": "mean", "sd": "standard deviation"}
 
 
-def patient(study: Study, record: PatientRecord | None, series: Iterable[Series], rule: PatientRule) -> None:
-    """Refuse a patient whom the bundle is not meant for; age and sex as the study tells, else the record, else Patient's Age.
-
-    Raises
-    ------
-    OutsideIntendedUse
-        The age or the sex is another, or unknown and the bundle refuses that.
-    """
+def patient(study: Study, record: PatientRecord | None, series: Iterable[Series], rule: PatientRule) -> str:
+    """Why the bundle is not meant for the patient, '' if it is; age and sex as the study tells, else the record, else Patient's Age."""
     people = (study.patient, record.patient) if record else (study.patient,)
     if rule.age_years:
         born = (_full_years(one.birth_date, study.study_at) for one in people)
@@ -53,13 +47,14 @@ def patient(study: Study, record: PatientRecord | None, series: Iterable[Series]
         age = next((years for years in (*born, *told) if years is not None), None)
         least, most = rule.age_years
         if age is None and rule.unknown == "refuse":
-            raise OutsideIntendedUse(f"The patient's age is not known, and the bundle is meant for {least:g} to {most:g} years.")
+            return f"The patient's age is not known, and the bundle is meant for {least:g} to {most:g} years."
         if age is not None and not least <= math.floor(age) <= most:
-            raise OutsideIntendedUse(f"The patient is {math.floor(age)} years old; the bundle is meant for {least:g} to {most:g} years.")
+            return f"The patient is {math.floor(age)} years old; the bundle is meant for {least:g} to {most:g} years."
     sex = next((one.sex for one in people if one.sex), "")
     if rule.sexes and sex not in rule.sexes and (sex or rule.unknown == "refuse"):
         meant = " or ".join(_SEX[one] for one in rule.sexes)
-        raise OutsideIntendedUse(f"The patient's sex is {_SEX.get(sex, 'not known')}, and the bundle is meant for {meant}.")
+        return f"The patient's sex is {_SEX.get(sex, 'not known')}, and the bundle is meant for {meant}."
+    return ""
 
 
 def _full_years(birth_date: str, at: datetime) -> float | None:

@@ -291,8 +291,7 @@ def _study(uid: str, *, config: Config, store: Store, pool: DecoderPool, bundle:
     if doubt:
         raise Unanalysable(doubt)
     inputs = select_inputs(study, record, bundle)
-    checks.patient(study, record, inputs.series.values(), bundle.patients)
-    if reason := joining.incomplete(inputs, bundle.record):
+    if reason := checks.patient(study, record, inputs.series.values(), bundle.patients) or joining.incomplete(inputs, bundle.record):
         raise Unanalysable(reason)
     images = pipeline.load_images(bundle, inputs, pool)
     prepared = prepare(bundle, images, inputs)

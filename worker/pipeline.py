@@ -144,13 +144,14 @@ def gather(line: Line, case: Case) -> Case:
         inputs = select_inputs(study, record, model.bundle)
     except NoSuitableSeries as exc:  # no record would change that: the report need not wait for one
         return replace(case, error=exc)
+    # Who is known to be too young need not wait for the record either; of whom it may still tell, it is asked below.
+    if reason := checks.patient(study, record, inputs.series.values(), replace(model.bundle.patients, unknown="accept")):
+        return replace(case, inputs=inputs, error=OutsideIntendedUse(reason))
     if pending := joining.pending(study, record, inputs, model.bundle.record, now=line.clock(), trouble=trouble):
         return replace(case, error=pending)  # not raised: the verdict needs to know of what record
     case = replace(case, inputs=inputs)
-    try:
-        checks.patient(study, record, inputs.series.values(), model.bundle.patients)
-    except OutsideIntendedUse as exc:
-        return replace(case, error=exc)
+    if reason := checks.patient(study, record, inputs.series.values(), model.bundle.patients):
+        return replace(case, error=OutsideIntendedUse(reason))
     reason = joining.incomplete(inputs, model.bundle.record)
     return replace(case, error=RecordIncomplete(reason)) if reason else case
 
