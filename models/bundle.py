@@ -20,12 +20,12 @@ import re
 import tomllib
 import types
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from models.files import replacing
-from models.spec import Code, FindingSpec, ImageSpec, NetworkConfig, RecordRule, TrainingConfig, WeightsFile, broken_rules
+from models.spec import Code, FindingSpec, ImageSpec, NetworkConfig, PatientRule, RecordRule, TrainingConfig, WeightsFile, broken_rules
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,6 +58,7 @@ class Bundle:
     weights: WeightsFile
     folder: Path
     digest: str
+    patients: PatientRule = field(default_factory=PatientRule)
     #: For the card alone.
     learned_from: str = ""
     limits: tuple[str, ...] = ()
@@ -236,7 +237,8 @@ def _parsed(raw: bytes, where: str) -> dict[str, Any]:
 
 
 def _check(bundle: Bundle, where: str) -> None:
-    for rule in broken_rules(bundle.images, bundle.record, bundle.findings, bundle.network, bundle.training, bundle.weights):
+    said = (bundle.images, bundle.record, bundle.findings, bundle.network, bundle.training, bundle.weights, bundle.patients)
+    for rule in broken_rules(*said):
         raise InvalidBundleError(f"{where}: {rule}.")
     alone = bundle.network.fusion.removeprefix("single:")
     if bundle.network.fusion != alone and alone not in bundle.modalities:

@@ -93,9 +93,9 @@ def to_patient(
     Parameters
     ----------
     saliency_map
-        (X, Y, Z) in RAS of a volume, (H', W') of a radiograph.
+        (X, Y, Z) in RAS of a volume, (H', W') of a radiograph, (X, Y, T) of a clip.
     shape
-        Of the array that `volume_tensor` (K, J, I) or `radiograph_tensor` (H, W) was given.
+        Of the array that `volume_tensor` (K, J, I), `radiograph_tensor` (H, W) or `frames_tensor` (T, H, W) was given.
     affine
         Of that volume: index (i, j, k, 1) to LPS mm.
 
@@ -103,7 +103,8 @@ def to_patient(
     -------
     array, affine
         A volume's map (K', J', I') and the (4, 4) that takes (i', j', k', 1) to LPS mm; or a radiograph's map (H', W') and the
-        (3, 3) that takes (row', column', 1) to row and column of the radiograph.
+        (3, 3) that takes (row', column', 1) to row and column of the radiograph; or a clip's map (T', H', W') and the (4, 4) that
+        takes (t', row', column', 1) to frame, row and column of the clip.
 
     Raises
     ------
@@ -112,13 +113,11 @@ def to_patient(
     """
     values = saliency_map.detach().cpu().numpy().astype(np.float32)
     if spec.kind == "radiograph":
-        height, width = spec.size
-        scale = max(height / shape[0], width / shape[1])
-        steps = []
-        for length, side in zip(shape, spec.size, strict=True):
-            whole = max(side, round(length * scale))  # the side of the resized radiograph, before it is cropped
-            steps.append((length / whole, length / whole * _start(whole, side)))
-        return values, _scale_and_move(steps)
+        return values, _scale_and_move(_steps_in_plane(shape, spec.size))
+    if spec.kind == "frames":
+        width, height, times = spec.size
+        along = (shape[0] / times, 0.0)
+        return np.ascontiguousarray(values.transpose(2, 1, 0)), _scale_and_move([along, *_steps_in_plane(shape[1:], (height, width))])
     if affine is None:
         raise ValueError(f"Image {spec.name!r} is a volume; without an affine its map has no place in the patient.")
     order, backwards, voxel_mm = _to_ras(affine)
@@ -129,6 +128,17 @@ def to_patient(
         view = max(1, round(spec.size[axis] * spec.spacing_mm[axis] / float(voxel_mm[axis])))
         steps[source] = (view / spec.size[axis], float(_start(shape[2 - source], view)))
     return array, affine @ _scale_and_move(steps)
+
+
+def _steps_in_plane(shape: Sequence[int], size: Sequence[int]) -> list[tuple[float, float]]:
+    """Of a plane's rows and columns: how many a pixel of the network's grid spans, and where the first begins."""
+    height, width = size
+    scale = max(height / shape[0], width / shape[1])
+    steps = []
+    for length, side in zip(shape, size, strict=True):
+        whole = max(side, round(length * scale))  # the side of the resized radiograph, before it is cropped
+        steps.append((length / whole, length / whole * _start(whole, side)))
+    return steps
 
 
 class _ImageOnly(nn.Module):

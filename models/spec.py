@@ -7,17 +7,16 @@ processes without a network can ask what a bundle wants.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
+from models.image_spec import ImageSpec as ImageSpec
+from models.image_spec import broken_image
+
 #: How much a study needs of its record: what is there, what is worth waiting for, what it is not analysed without.
 Need = Literal["optional", "wanted", "required"]
 
-#: Keys of a sample that are no image (transforms.py), and the modalities of the record.
-RESERVED: Final = frozenset({"values", "history", "text", "genes", "numbers", "signs", "number", "ages", "words", "context"})
-_NAME: Final = re.compile(r"[a-z][a-z0-9_]*")
 #: Least and greatest value of numbers that have one; a greatest one that no network needs keeps a slip of the pen from taking all memory.
 NETWORK_RANGES: Final = {
     "width": (1, 8192),
@@ -59,37 +58,6 @@ class Code:
     value: str
     scheme: str
     meaning: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class ImageSpec:
-    """One image the network reads: which series it is made of, and what becomes of it. An empty tuple allows any.
-
-    `kind` says one radiograph (or one slice) or a volume. Of several series that fit, the one with most instances wins.
-    `descriptions`, `exclude_descriptions`: parts of words of Series Description, case ignored. `slice_mm`: least and
-    greatest distance of slices. `size` is (H, W) of a radiograph or (X, Y, Z) of a volume in RAS; `spacing_mm` (volumes
-    only) is the spacing those voxels stand for and `window_hu` what becomes 0 and 1. `grid`: token places along each
-    axis. `like` names an earlier image whose encoder, weights included, this one shares.
-    """
-
-    name: str
-    kind: Literal["volume", "radiograph"]
-    modalities: tuple[str, ...]
-    size: tuple[int, ...]
-    body_parts: tuple[str, ...] = ()
-    descriptions: tuple[str, ...] = ()
-    exclude_descriptions: tuple[str, ...] = ()
-    views: tuple[str, ...] = ()
-    orientation: Literal["", "axial", "coronal", "sagittal"] = ""
-    slice_mm: tuple[float, ...] = ()
-    min_instances: int = 1
-    required: bool = True
-    spacing_mm: tuple[float, ...] = ()
-    window_hu: tuple[float, ...] = ()
-    encoder: Literal["residual", "resnet", "densenet"] = "residual"
-    channels: tuple[int, ...] = (16, 32, 48, 64)
-    grid: int = 4
-    like: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +127,18 @@ class RecordRule:
     def genes(self) -> tuple[str, ...]:
         """Every gene whose expression is read, in order."""
         return tuple(dict.fromkeys(gene for text in self.texts for gene in text.genes))
+
+
+@dataclass(frozen=True, slots=True)
+class PatientRule:
+    """Whom the bundle is meant for; an empty tuple means anybody. `unknown` decides for those whose age or sex nobody says.
+
+    `age_years` are the least and the greatest age in full years at the study: [18, 120] holds who is 18 that day.
+    """
+
+    age_years: tuple[float, ...] = ()
+    sexes: tuple[Literal["F", "M", "O"], ...] = ()
+    unknown: Literal["accept", "refuse"] = "accept"
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,6 +252,7 @@ def broken_rules(
     network: NetworkConfig,
     training: TrainingConfig,
     weights: WeightsFile,
+    patients: PatientRule,
 ) -> list[str]:
     """What a bundle says that cannot be, each as "key: the rule"; types are right already, NaN keeps no rule."""
     values = (*record.values, *record.histories)
@@ -309,36 +290,16 @@ def broken_rules(
         and weights.file.endswith(".safetensors"),
         "images: at least one is needed, and one must be required": any(i.required for i in images),
         "images: names must differ": _differ(i.name for i in images),
+        "patients.age_years must be [least, greatest]": not patients.age_years
+        or (len(patients.age_years) == 2 and 0 <= patients.age_years[0] <= patients.age_years[1] <= 150),
     }
     broken = [rule for rule, holds in rules.items() if not holds]
     broken += _beyond("network", network, NETWORK_RANGES) + _beyond("training", training, TRAINING_RANGES)
     if network.heads >= 1 and network.width % network.heads:
         broken.append("network.width must divide by heads")
     for index, image in enumerate(images):
-        broken += [f"images {image.name}: {rule}" for rule in _broken_image(image, images[:index])]
+        broken += [f"images {image.name}: {rule}" for rule in broken_image(image, images[:index])]
     return broken
-
-
-def _broken_image(image: ImageSpec, earlier: Sequence[ImageSpec]) -> list[str]:
-    volume = image.kind == "volume"
-    shared = next((one for one in earlier if one.name == image.like), None)
-    rules = {
-        "name must be lower-case letters, digits and _, and none of the record's modalities": bool(_NAME.fullmatch(image.name))
-        and image.name not in RESERVED
-        and not image.name.endswith("_mask"),
-        "size needs 2 numbers for a radiograph, 3 for a volume, each from 1 to 4096": len(image.size) == 2 + volume
-        and all(1 <= side <= 4096 for side in image.size),
-        "spacing_mm and window_hu belong to a volume, and it needs both": (len(image.spacing_mm), len(image.window_hu))
-        == ((3, 2) if volume else (0, 0)),
-        "spacing_mm must be positive and finite": all(0 < mm < math.inf for mm in image.spacing_mm),
-        "window_hu must be finite and increase": all(map(math.isfinite, image.window_hu))
-        and sorted(set(image.window_hu)) == [*image.window_hu],
-        "slice_mm must be [least, greatest]": not image.slice_mm or (len(image.slice_mm) == 2 and image.slice_mm[0] <= image.slice_mm[1]),
-        "min_instances and grid must be at least 1, grid at most 64": image.min_instances >= 1 and 1 <= image.grid <= 64,
-        "like must name an earlier image of the same kind, grid and encoder": not image.like
-        or (shared is not None and (shared.kind, shared.grid, shared.encoder, shared.like) == (image.kind, image.grid, image.encoder, "")),
-    }
-    return [rule for rule, holds in rules.items() if not holds]
 
 
 def _beyond(table: str, config: NetworkConfig | TrainingConfig, ranges: Mapping[str, tuple[float, float]]) -> list[str]:

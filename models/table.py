@@ -14,8 +14,9 @@ from torch import Tensor
 
 from models.augmentation import augment
 from models.fusion import Tokens
+from models.image_spec import RESERVED
 from models.network import FusionNetwork
-from models.spec import RESERVED, TrainingConfig
+from models.spec import TrainingConfig
 from models.transforms import Sample, collate
 
 #: ``draw(*shape)`` gives (B, *shape) uniform numbers of [0, 1), a row of its own for each study of a batch.

@@ -3,6 +3,7 @@
 ::
 
     radiograph (H, W)  ─ resize, short side first ─ central crop ─ percentiles → [0, 1] ─▶ (1, H', W')
+    frames (T, H, W) ─ resize in plane as a radiograph, in time by area ─ percentiles → [0, 1] ─▶ (1, X, Y, T)
     volume (K, J, I), LPS ─ to RAS ─ window → [0, 1] ─ crop or pad to the field of view ─ area ─▶ (1, X, Y, Z)
     values by name ─ log ─▶ (V,) numbers, comparators, ages and mask
     histories ─ the last `steps` points of all, oldest first ─▶ (T,) hours, variables, numbers, comparators and mask
@@ -67,25 +68,51 @@ def radiograph_tensor(array: NDArray[np.float32], spec: ImageSpec) -> Tensor:
     The first and last percentile become 0 and 1: markers and the stored range differ from one machine to the next.
     Of a strip its middle is read. A blank radiograph is a ValueError.
     """
-    height, width = spec.size
+    return _scaled(_framed(array[None], spec.size), "radiograph")
+
+
+def frames_tensor(array: NDArray[np.float32], spec: ImageSpec) -> Tensor:
+    """Make (1, X, Y, T) in [0, 1] from a clip (T, H, W), X along its rows; in the plane as `radiograph_tensor` does, all frames alike.
+
+    Frames are averaged or repeated until there are as many as wanted: the clip is read whole, at whatever rate it was taken.
+    A blank clip is a ValueError.
+    """
+    width, height, times = spec.size
+    small = _framed(array, (height, width))  # (T', H', W')
+    small = functional.interpolate(small[None, None], (times, height, width), mode="area")[0]  # (1, T, Y, X)
+    return _scaled(small.permute(0, 3, 2, 1).contiguous(), "clip")
+
+
+def _framed(array: NDArray[np.float32], size: Sequence[int]) -> Tensor:
+    """Resize planes (C, H, W) until the short side fits and crop the long one: (C, *size)."""
+    height, width = size
     # Blown up until its short side fits, a strip of one row would take gigabytes.
-    strip = (max(1, STRIP * array.shape[1] * height // width), max(1, STRIP * array.shape[0] * width // height))
-    array = array[tuple(slice((n - m) // 2, (n + m) // 2) if n > m else slice(None) for n, m in zip(array.shape, strip, strict=True))]
-    scale = max(height / array.shape[0], width / array.shape[1])
-    size = [max(m, round(n * scale)) for n, m in zip(array.shape, (height, width), strict=True)]
-    steps = Compose([Resize(size, mode="area"), CenterSpatialCrop((height, width))])
-    small = _plain(steps(torch.from_numpy(np.ascontiguousarray(array))[None]))
-    low, high = torch.quantile(small, torch.tensor([0.01, 0.99])).tolist()
+    strip = (max(1, STRIP * array.shape[2] * height // width), max(1, STRIP * array.shape[1] * width // height))
+    middle = [slice((n - m) // 2, (n + m) // 2) if n > m else slice(None) for n, m in zip(array.shape[1:], strip, strict=True)]
+    array = array[:, middle[0], middle[1]]
+    scale = max(height / array.shape[1], width / array.shape[2])
+    whole = [max(m, round(n * scale)) for n, m in zip(array.shape[1:], (height, width), strict=True)]
+    steps = Compose([Resize(whole, mode="area"), CenterSpatialCrop((height, width))])
+    return _plain(steps(torch.from_numpy(np.ascontiguousarray(array))))
+
+
+def _scaled(small: Tensor, what: str) -> Tensor:
+    """The first and last percentile become 0 and 1."""
+    # torch.quantile takes 16 million numbers at most; of a larger clip every n-th is as good.
+    flat = small.flatten()
+    low, high = torch.quantile(flat[:: -(-len(flat) // 2**24)], torch.tensor([0.01, 0.99])).tolist()
     if not high > low:
-        raise ValueError("The radiograph is blank: its first and last percentile are equal.")
+        raise ValueError(f"The {what} is blank: its first and last percentile are equal.")
     return _plain(ScaleIntensityRange(low, high, 0.0, 1.0, clip=True)(small))
 
 
-def volume_tensor(array: NDArray[np.float32], affine: NDArray[np.float64], spec: ImageSpec) -> Tensor:
+def volume_tensor(
+    array: NDArray[np.float32], affine: NDArray[np.float64], spec: ImageSpec, *, device: torch.device | str = "cpu"
+) -> Tensor:
     """Make (1, X, Y, Z) in [0, 1] from a volume (K, J, I) in HU; `affine` takes (i, j, k, 1) to LPS mm.
 
     The field of view is centered on the volume's middle. This is the single turn from LPS to MonAI's RAS.
-    Voxels that measure nothing, or next to it, are a ValueError.
+    Voxels that measure nothing, or next to it, are a ValueError. It is cropped and averaged on `device`; the result is on the CPU.
     """
     order, backwards, voxel_mm = _to_ras(affine)
     # Crop, window and average in the order in which the voxels lie in memory; turn only the small result.
@@ -95,7 +122,7 @@ def volume_tensor(array: NDArray[np.float32], affine: NDArray[np.float64], spec:
         size[2 - source] = spec.size[axis]
         view[2 - source] = max(1, round(spec.size[axis] * spec.spacing_mm[axis] / float(voxel_mm[axis])))
     low, high = spec.window_hu
-    volume = torch.from_numpy(array)[None]
+    volume = torch.from_numpy(array).to(device)[None]
     means = [1, 1, 1]
     while math.prod(view) > FINEST:
         axis = view.index(max(view))
@@ -107,7 +134,7 @@ def volume_tensor(array: NDArray[np.float32], affine: NDArray[np.float64], spec:
     shrink = Compose([Resize(size, mode="area"), ScaleIntensityRange(low, high, 0.0, 1.0)])
     small = _plain(shrink(crop(volume).clamp(low, high)))  # (1, K, J, I)
     turned = small.permute(0, *(3 - source for source in order))  # (1, X, Y, Z)
-    return turned.flip([1 + axis for axis in backwards]).contiguous()
+    return turned.flip([1 + axis for axis in backwards]).contiguous().cpu()
 
 
 def value_tensors(values: Mapping[str, tuple[float, str, float]], specs: Sequence[ValueSpec]) -> Sample:

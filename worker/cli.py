@@ -235,6 +235,32 @@ def show(
 
 
 @app.command()
+def select(
+    study: StudyArg,
+    given: ConfigFile = None,
+    bundle: Annotated[str, typer.Option(metavar="NAME", help="Only this bundle; else all that are configured.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="For a program, with each series' UID and score.")] = False,
+) -> None:
+    """Which series each bundle takes of a study, and for every other the rule that decided.
+
+    A bundle's [[images]] hold the rules: modality, Image Type, body part, view, plane, spacing, counts, contrast, descriptions. Of
+    several series that fit, the one with most preferences wins, then the one with most images, then the smaller UID. Localizers,
+    projections, screen captures and reports are never taken unless the bundle says so. Nothing is changed, no pixel is read.
+
+    Example: synoptic select 12 --bundle phantom
+    """
+    from worker import selection_view
+    from worker.roles import read_bundles
+
+    settings, store = _open(given)
+    bundles = read_bundles(settings)
+    if bundle and bundle not in {one.name for one in bundles}:
+        _fail(f"There is no such bundle in [run] bundles; there are: {', '.join(one.name for one in bundles) or 'none'}.", EXIT_NOT_FOUND)
+    wanted = [one for one in bundles if bundle in ("", one.name)]
+    selection_view.show(out, store, _find(store, study), wanted, as_json=as_json)
+
+
+@app.command()
 def retry(
     study: StudyArg, given: ConfigFile = None, stat: Annotated[bool, typer.Option("--stat", help="Before everything else.")] = False
 ) -> None:

@@ -4,9 +4,8 @@
 
     dicom/**             any nesting, any file names
     hl7/*.hl7  fhir/*.json
-    labels.csv           study_instance_uid, one column a label (1, 0, empty = unknown), optional group (else patient_id,
-                         else the study's patient), optional split (train, calibration, test); where any row has one,
-                         an empty one is "train"
+    labels.csv           study_instance_uid, one column a label (1, 0, empty = unknown), optional group (else patient_id, else the
+                         patient), optional split (train, calibration, test); where any row has one, an empty one is "train"
 
 There is no second way to make a tensor: files go through the spool and the parsers into a database of their own in a
 scratch folder, studies come out as `select_inputs`, `volume.load` and `infer.prepare` make them.
@@ -35,7 +34,7 @@ from safetensors.torch import load_file, save_file
 from models.bundle import Bundle
 from models.training import Labeled
 from models.transforms import Sample
-from worker import __version__, joining, pipeline
+from worker import __version__, checks, joining, pipeline
 from worker.config import Config, ConfigError
 from worker.domain import Inputs, Study, Volume
 from worker.errors import DecoderDied, Unanalysable
@@ -292,7 +291,7 @@ def _study(uid: str, *, config: Config, store: Store, pool: DecoderPool, bundle:
     if doubt:
         raise Unanalysable(doubt)
     inputs = select_inputs(study, record, bundle)
-    if reason := joining.incomplete(inputs, bundle.record):
+    if reason := checks.patient(study, record, inputs.series.values(), bundle.patients) or joining.incomplete(inputs, bundle.record):
         raise Unanalysable(reason)
     images = pipeline.load_images(bundle, inputs, pool)
     prepared = prepare(bundle, images, inputs)
@@ -363,7 +362,7 @@ def _key(folder: Path, bundle: Bundle, config: Config) -> str:
     images = [
         {key: value for key, value in asdict(one).items() if key not in ("encoder", "channels", "grid", "like")} for one in bundle.images
     ]
-    wanted = {"images": images, "record": asdict(bundle.record), "network": network}
+    wanted = {"images": images, "record": asdict(bundle.record), "patients": asdict(bundle.patients), "network": network}
     records = config.records
     reading = [config.site.timezone, config.site.issuer, dict(records.issuers), dict(records.schemes), records.encoding]
     whole = [there, wanted, reading, __version__, bundle.language_sha256]

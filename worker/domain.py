@@ -138,10 +138,32 @@ class PatientRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class ImageFacts:
+    """What an instance says of its image at the top level of its header, for the rules that choose series.
+
+    "", (), 0 and None: it does not say, or came before this was kept. ``image_type``: the values of Image Type (PS3.3 §C.7.6.1.1.2).
+    ``region``: the code of Anatomic Region. ``laterality``: L, R, B or U. ``slice_mm``: distance of slices, else their thickness.
+    ``pixel_mm``: (between rows, between columns), else at the detector. ``intent``: Presentation Intent Type (PS3.3 §C.8.11.1).
+    """
+
+    image_type: tuple[str, ...] = ()
+    body_part: str = ""
+    region: str = ""
+    laterality: str = ""
+    orientation: Orientation = ""
+    slice_mm: float = 0.0
+    pixel_mm: tuple[float, ...] = ()
+    has_contrast: bool | None = None
+    kernel: str = ""
+    intent: str = ""
+    age_years: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Instance:
     """One received SOP instance: where its bytes are and what they hash to.
 
-    ``view`` is its View Position (PS3.3 §C.8.1.1), "" unknown.
+    ``view`` is its View Position (PS3.3 §C.8.1.1), "" unknown; ``frames`` the Number of Frames it claims, 0 unknown.
     """
 
     sop_instance_uid: str
@@ -151,6 +173,8 @@ class Instance:
     sha256: str
     size_bytes: int
     view: str = ""
+    frames: int = 0
+    facts: ImageFacts = ImageFacts()
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,9 +296,9 @@ class Inputs:
 class Saliency:
     """Where in one image a finding comes from; equal only to itself, as arrays are.
 
-    ``array`` (K, J, I) of a volume or (rows, columns) of a radiograph, float16 or float32, in [0, 1].
-    ``affine``: (4, 4), index (i, j, k, 1) of `array` → LPS mm; of a projection radiograph, which has no patient coordinates,
-    (3, 3), (row, column, 1) of `array` → row and column of the image.
+    ``array`` (K, J, I) of a volume, (rows, columns) of a radiograph or (T, rows, columns) of a clip, float16 or float32, in [0, 1].
+    ``affine``: (4, 4), index (i, j, k, 1) of `array` → LPS mm. Without patient coordinates (row, column, 1) → row and column of a
+    radiograph (3, 3), (t, row, column, 1) → frame, row and column of a clip (4, 4).
     """
 
     array: NDArray[np.floating]
@@ -346,7 +370,7 @@ class Header:
     Texts are decoded (Specific Character Set), stripped of padding and control characters. Dates
     are YYYYMMDD or '', times HHMMSS.FFFFFF (or a prefix) or ''; ``timezone_offset`` is ±HHMM or ''.
     The three instance UIDs are 1-64 characters of digits and dots; the patient ID is never empty.
-    ``slice_mm`` is 0 where unknown, ``view`` "".
+    ``view`` is "" where unknown.
     """
 
     sop_class_uid: str
@@ -361,12 +385,10 @@ class Header:
     timezone_offset: str = ""
     study_description: str = ""
     modality: str = ""
-    body_part: str = ""
     series_description: str = ""
     number_of_frames: int = 1
-    orientation: Orientation = ""
-    slice_mm: float = 0.0
     view: str = ""
+    facts: ImageFacts = ImageFacts()
 
 
 class Received(Enum):

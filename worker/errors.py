@@ -20,6 +20,8 @@
         │   └── PatientAmbiguous   a server has several patients under one identifier
         └── Unanalysable           the images cannot be analysed: a report says so
             ├── NoSuitableSeries
+            ├── OutsideIntendedUse   the patient is not whom the bundle is meant for
+            ├── Implausible          the pixels are not what the bundle says it takes
             ├── RecordIncomplete   what the bundle requires of the record did not come in time
             ├── GeometryError
             └── PixelError
@@ -104,6 +106,14 @@ class Unanalysable(Reject):
 
 class NoSuitableSeries(Unanalysable):
     """No series of the study fits the bundle's rule."""
+
+
+class OutsideIntendedUse(Unanalysable):
+    """The patient's age or sex is not one the bundle is meant for."""
+
+
+class Implausible(Unanalysable):
+    """Pixels that could be read, but cannot be what the bundle takes: another unit, another anatomy, another spacing."""
 
 
 class RecordIncomplete(Unanalysable):

@@ -32,6 +32,7 @@ from models.text import bert_ids
 from models.transforms import (
     Sample,
     collate,
+    frames_tensor,
     gene_tensors,
     history_tensors,
     radiograph_tensor,
@@ -39,6 +40,7 @@ from models.transforms import (
     value_tensors,
     volume_tensor,
 )
+from worker import checks, selection
 from worker.domain import Code, Finding, Inputs, Saliency, Verdict, Volume
 from worker.errors import BundleError, DeviceOutOfMemory, GeometryError, PixelError
 
@@ -90,8 +92,11 @@ class Model:
             raise answer
 
     def prepare(self, volumes: Mapping[str, Volume], inputs: Inputs) -> Prepared:
-        """Turn one study into tensors; see `prepare`."""
-        return prepare(self.bundle, volumes, inputs)
+        """Turn one study into tensors; see `prepare`. Volumes are resized on the model's device, on the CPU if it has no room."""
+        try:
+            return prepare(self.bundle, volumes, inputs, device=self.device)
+        except torch.OutOfMemoryError:
+            return prepare(self.bundle, volumes, inputs)
 
     def predict(self, batch: Sequence[Prepared]) -> list[tuple[Finding, ...] | BundleError]:
         """Answer for each study, in order, in one forward; halves the batch while the device is out of memory.
@@ -202,9 +207,12 @@ def read(folder: Path, *, verify: bool = True) -> Bundle:
         Naming the file and the key.
     """
     try:
-        return Bundle.read(folder, verify=verify)
+        bundle = Bundle.read(folder, verify=verify)
     except InvalidBundleError as exc:
         raise BundleError(str(exc)) from exc
+    for image in bundle.images:
+        selection.check(image)
+    return bundle
 
 
 def load_network(bundle: Bundle) -> tuple[FusionNetwork, Atypical | None]:
@@ -221,13 +229,17 @@ def load_network(bundle: Bundle) -> tuple[FusionNetwork, Atypical | None]:
         raise BundleError(f"The weights of bundle {bundle.name} do not fit its network: {exc}") from exc
 
 
-def prepare(bundle: Bundle, volumes: Mapping[str, Volume], inputs: Inputs) -> Prepared:
+def prepare(bundle: Bundle, volumes: Mapping[str, Volume], inputs: Inputs, *, device: torch.device | str = "cpu") -> Prepared:
     """Turn one study into the tensors the network of `bundle` takes; `volumes` by image name, without those that are missing.
+
+    The tensors are on the CPU, whatever `device` made them.
 
     Raises
     ------
     PixelError
-        A pixel or a value is infinite or undefined, or a radiograph is blank or has more than one plane.
+        A pixel, a value or a number of a tensor is infinite or undefined, or a radiograph is blank or has more than one plane.
+    Implausible
+        The pixels are not what the bundle says it takes; see checks.py.
     GeometryError
         A volume without patient coordinates, where the network needs millimetres.
     """
@@ -237,7 +249,7 @@ def prepare(bundle: Bundle, volumes: Mapping[str, Volume], inputs: Inputs) -> Pr
     tensors: Sample = {}
     for spec in bundle.images:
         there = spec.name in volumes
-        tensors[spec.name] = _image(spec, volumes[spec.name]) if there else torch.zeros(1, *spec.size)
+        tensors[spec.name] = _image(spec, volumes[spec.name], device) if there else torch.zeros(1, *spec.size)
         tensors[f"{spec.name}_mask"] = torch.tensor(there)
     return Prepared(tensors | record_tensors(bundle, inputs))
 
@@ -271,20 +283,26 @@ def record_tensors(bundle: Bundle, inputs: Inputs) -> Sample:
     return tensors
 
 
-def _image(spec: ImageSpec, volume: Volume) -> torch.Tensor:
-    if not np.isfinite(volume.array).all():
-        raise PixelError(f"{int((~np.isfinite(volume.array)).sum())} pixels of the series are not finite numbers.")
-    if spec.kind == "radiograph":
-        if volume.array.shape[0] != 1:
+def _image(spec: ImageSpec, volume: Volume, device: torch.device | str) -> torch.Tensor:
+    """One image's tensor, looked at before and after."""
+    checks.image(volume, spec)
+    made = _transformed(spec, volume, device)
+    checks.tensor(made.numpy(), spec)
+    return made
+
+
+def _transformed(spec: ImageSpec, volume: Volume, device: torch.device | str) -> torch.Tensor:
+    if spec.kind != "volume":
+        if spec.kind == "radiograph" and volume.array.shape[0] != 1:
             raise PixelError(f"A radiograph has one plane; this series has {volume.array.shape[0]}.")
         try:
-            return radiograph_tensor(volume.array[0], spec)
+            return radiograph_tensor(volume.array[0], spec) if spec.kind == "radiograph" else frames_tensor(volume.array, spec)
         except ValueError as exc:
             raise PixelError(str(exc)) from exc
     if volume.affine is None:
         raise GeometryError("The series has no patient coordinates; the network needs a volume in millimetres.")
     try:
-        return volume_tensor(volume.array, volume.affine, spec)
+        return volume_tensor(volume.array, volume.affine, spec, device=device)
     except ValueError as exc:
         raise GeometryError(str(exc)) from exc
 

@@ -2,20 +2,21 @@
 
 ::
 
-    study ──▶ each image's suitable_series ──▶ the one with most instances that serves no other image (but of another view)
+    study ──▶ a series for each image (selection.py)
           └─▶ age, sex, descriptions
     record ─▶ per wanted code: latest usable observation in [study − look-back, study + horizon] ─▶ value or text
           │                                              └─ none, of no such unit, implausible … ─▶ missing, and why
           └─▶ per history: every usable observation in [study − its look-back, study], oldest first
 
-Pure functions of what they are given. Not here: tensors (infer.py), the join of record and study (store/records.py).
+Pure functions of what they are given. Not here: which series (selection.py), tensors (infer.py), the join of record and study
+(store/records.py).
 A wrong value is worse than none: a newer result that cannot be used is never replaced by an older one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 from typing import Final, Protocol
@@ -23,7 +24,7 @@ from typing import Final, Protocol
 from models.spec import Code as WantedCode
 from models.spec import ImageSpec, RecordRule, TextSpec, ValueSpec
 from worker.domain import Code, Inputs, Observation, PatientRecord, Series, Study, UsedHistory, UsedText, UsedValue
-from worker.errors import NoSuitableSeries
+from worker.selection import choose
 from worker.units import factor, readable
 
 #: HL7 table 0085, best first. Within one key a correction replaces a final result, a withdrawal replaces both
@@ -33,9 +34,6 @@ _USABLE: Final = frozenset({"F", "C"})
 _NO_RECORD: Final = "no patient record"
 _AHEAD: Final = "the latest result is dated after it was received"
 _KINDS: Final = {"range": "range", "ratio": "ratio", "coded": "code", "text": "text"}
-
-#: Modalities without an image. Reports come back to us, our own among them: "any modality" is never these.
-_NO_IMAGES: Final = frozenset({"SR", "KO", "PR"})
 
 #: LOINC codes that demographics answer.
 AGE: Final = ("30525-0", "LN")
@@ -56,17 +54,6 @@ class Spec(Protocol):
     def record(self) -> RecordRule: ...  # noqa: D102
 
 
-def takes(modalities: Collection[str], modality: str) -> bool:
-    """Whether an image of these modalities may be made of a series of `modality`; none named: any that has pixels."""
-    return modality in modalities if modalities else modality not in _NO_IMAGES
-
-
-def suitable_series(study: Study, rule: ImageSpec) -> tuple[Series, ...]:
-    """Return the series that fit `rule`, best first: most instances, then the smaller series UID."""
-    fitting = [s for s in study.series if not _misfit(s, rule)]
-    return tuple(sorted(fitting, key=lambda s: (-len(s.instances), s.series_instance_uid)))
-
-
 def select_inputs(study: Study, record: PatientRecord | None, spec: Spec) -> Inputs:
     """Choose what the prediction of `study` is made from.
 
@@ -80,7 +67,7 @@ def select_inputs(study: Study, record: PatientRecord | None, spec: Spec) -> Inp
     NoSuitableSeries
         An image the bundle requires has no series, or none has; the sentence says how each series falls short.
     """
-    series = _choose(study, spec.images)
+    series = choose(study, spec.images)
     rule = spec.record
     known = _standing((*record.observations, *record.unusable)) if record else ()
     recent = _Window.of(study, record, known, look_back_h=rule.look_back_h, horizon_h=rule.horizon_h)
@@ -133,78 +120,6 @@ def lacking(inputs: Inputs, rule: RecordRule) -> tuple[tuple[Code, ...], tuple[C
     required = dict.fromkeys(code for need, code in absent if need == "required")
     wanted = dict.fromkeys(code for need, code in absent if need == "wanted" and code not in required)
     return tuple(required), tuple(wanted)
-
-
-# --- images --------------------------------------------------------------------------------------
-
-
-def _choose(study: Study, images: Sequence[ImageSpec]) -> dict[str, Series]:
-    """The best series that is still free, for each image in turn."""
-    chosen: dict[str, Series] = {}
-    for image in images:
-        served = {other.name: other for other in images if other.name in chosen}
-        fitting = suitable_series(study, image)
-        free = next((one for one in fitting if _is_free(one, image, chosen, served)), None)
-        if free is not None:
-            chosen[image.name] = free
-        elif image.required:
-            raise NoSuitableSeries(_lack(study, image, is_only=len(images) == 1))
-    if not chosen:
-        raise NoSuitableSeries(" ".join(_lack(study, image, is_only=len(images) == 1) for image in images))
-    return chosen
-
-
-def _is_free(series: Series, image: ImageSpec, chosen: Mapping[str, Series], served: Mapping[str, ImageSpec]) -> bool:
-    """Whether `series` serves no other image yet, or only such as take other instances of it: all of them say their view."""
-    others = [served[name] for name, one in chosen.items() if one.series_instance_uid == series.series_instance_uid]
-    is_told = all(one.view for one in series.instances)
-    return all(is_told and image.views and other.views and not {*image.views} & {*other.views} for other in others)
-
-
-def _lack(study: Study, image: ImageSpec, *, is_only: bool) -> str:
-    fitting = suitable_series(study, image)
-    reasons = sorted({_misfit(one, image) for one in study.series} - {""})
-    if fitting:  # and yet none is free
-        reasons.append("the series that fits serves another image")
-    return (
-        ("" if is_only else f"Image {image.name!r}: ")
-        + f"1 suitable series needed, {len(fitting)} of {len(study.series)} fit"
-        + (f": {'; '.join(reasons)}." if reasons else ".")
-    )
-
-
-def _misfit(series: Series, rule: ImageSpec) -> str:
-    """Why `series` does not fit, or ''. What a series does not say of itself is no reason, but for its modality and description."""
-    if not takes(rule.modalities, series.modality):
-        return f"modality {series.modality or 'unknown'} is not {' or '.join(rule.modalities) or 'of images'}"
-    # Body Part Examined is optional (PS3.3 §C.7.3.1): an absent one is no reason to refuse.
-    if rule.body_parts and series.body_part and series.body_part.upper() not in rule.body_parts:
-        return f"body part is not {' or '.join(rule.body_parts)}"
-    if reason := _misnamed(series.description.casefold(), rule) or _misplaced(series, rule):
-        return reason
-    # An image that does not say its view may be of any.
-    if rule.views and not any(one.view in ("", *rule.views) for one in series.instances):
-        return f"no image is of view {' or '.join(rule.views)}"
-    if len(series.instances) < rule.min_instances:
-        return f"{len(series.instances)} instances are fewer than {rule.min_instances}"
-    return ""
-
-
-def _misnamed(description: str, rule: ImageSpec) -> str:
-    """Why a description does not fit, or ''. Its words may name a person: only the rule's own are repeated."""
-    if word := next((w for w in rule.exclude_descriptions if w.casefold() in description), ""):
-        return f"the series description holds the excluded word {word!r}"
-    if rule.descriptions and not any(w.casefold() in description for w in rule.descriptions):
-        return f"the series description does not hold {' or '.join(map(repr, rule.descriptions))}"
-    return ""
-
-
-def _misplaced(series: Series, rule: ImageSpec) -> str:
-    if rule.orientation and series.orientation and series.orientation != rule.orientation:
-        return f"orientation {series.orientation} is not {rule.orientation}"
-    if rule.slice_mm and series.slice_mm and not rule.slice_mm[0] <= series.slice_mm <= rule.slice_mm[1]:
-        return f"slices of {series.slice_mm:g} mm are not within {rule.slice_mm[0]:g} to {rule.slice_mm[1]:g} mm"
-    return ""
 
 
 def _of_images(study: Study, series: dict[str, Series], wanted: TextSpec) -> UsedText | str:
@@ -370,7 +285,7 @@ def _demographics(window: _Window, record: PatientRecord | None, wanted: ValueSp
     code = (wanted.code.value, wanted.code.scheme)
     people = (study.patient, record.patient) if record else (study.patient,)
     if code == AGE:
-        value = _age(next((one.birth_date for one in people if one.birth_date), ""), study.study_at)
+        value = age_of(next((one.birth_date for one in people if one.birth_date), ""), study.study_at)
         unit, unknown = "a", "no plausible birth date"
     elif code == SEX:
         value = _SEXES.get(next((one.sex for one in people if one.sex), ""))
@@ -382,7 +297,7 @@ def _demographics(window: _Window, record: PatientRecord | None, wanted: ValueSp
     return _used(Observation(_code(wanted.code), study.study_at, value, unit=unit, source="demographics"), window, wanted)
 
 
-def _age(birth_date: str, at: datetime) -> float | None:
+def age_of(birth_date: str, at: datetime) -> float | None:
     """Years, to two digits, from YYYYMMDD to `at`; None for no such day, one after `at`, or an age nobody reaches."""
     try:
         born = date.fromisoformat(f"{birth_date[:4]}-{birth_date[4:6]}-{birth_date[6:8]}")

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Final
 
 from models.bundle import Bundle
-from worker import __version__, events, joining
+from worker import __version__, checks, events, joining
 from worker.domain import Code, Document, Finding, Inputs, Job, PatientKey, Study, Volume
 from worker.errors import (
     NoSuitableSeries,
+    OutsideIntendedUse,
     PatientAmbiguous,
     PatientConflict,
     PeerRefused,
@@ -40,9 +41,10 @@ from worker.fingerprint import digest, record_digest
 from worker.imaging import volume
 from worker.imaging.decoding import DecoderPool
 from worker.infer import Model, Place, Prepared, places
-from worker.inputs import select_inputs, takes
+from worker.inputs import select_inputs
 from worker.ops.log import places as places_of
 from worker.report.sr import Algorithm, build_report
+from worker.selection import takes
 from worker.store import documents, queue, records, studies
 from worker.store.database import Connection, Store
 
@@ -142,9 +144,14 @@ def gather(line: Line, case: Case) -> Case:
         inputs = select_inputs(study, record, model.bundle)
     except NoSuitableSeries as exc:  # no record would change that: the report need not wait for one
         return replace(case, error=exc)
+    # Who is known to be too young need not wait for the record either; of whom it may still tell, it is asked below.
+    if reason := checks.patient(study, record, inputs.series.values(), replace(model.bundle.patients, unknown="accept")):
+        return replace(case, inputs=inputs, error=OutsideIntendedUse(reason))
     if pending := joining.pending(study, record, inputs, model.bundle.record, now=line.clock(), trouble=trouble):
         return replace(case, error=pending)  # not raised: the verdict needs to know of what record
     case = replace(case, inputs=inputs)
+    if reason := checks.patient(study, record, inputs.series.values(), model.bundle.patients):
+        return replace(case, error=OutsideIntendedUse(reason))
     reason = joining.incomplete(inputs, model.bundle.record)
     return replace(case, error=RecordIncomplete(reason)) if reason else case
 
@@ -176,7 +183,17 @@ def load(line: Line, case: Case) -> Case:
 def load_images(bundle: Bundle, inputs: Inputs, pool: DecoderPool) -> dict[str, Volume]:
     """The chosen series as volumes or radiographs, by image name."""
     return {
-        spec.name: volume.load(inputs.series[spec.name], kind=spec.kind, views=spec.views, pool=pool)
+        spec.name: volume.load(
+            inputs.series[spec.name],
+            kind=spec.kind,
+            pool=pool,
+            views=spec.views,
+            laterality=spec.laterality,
+            gantry_tilt=spec.gantry_tilt,
+            stack=spec.stack,
+            color=spec.color,
+            unit=spec.unit,
+        )
         for spec in bundle.images
         if spec.name in inputs.series
     }
@@ -225,8 +242,7 @@ def report(line: Line, case: Case) -> Case:
     failure = str(case.error) if case.error is not None else ""
     # Without a chosen series all that the bundle could have taken was looked at, never a report of our own that came back.
     if case.inputs:
-        # Two images may be of one series.
-        looked_at = list({s.series_instance_uid: s for s in case.inputs.series.values()}.values())
+        looked_at = list(case.inputs.series.values())  # two images may be of one series, but no instance serves both
     else:
         looked_at = [s for s in study.series if any(takes(image.modalities, s.modality) for image in bundle.images)]
     # A volume may leave localizers out.

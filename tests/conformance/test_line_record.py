@@ -17,7 +17,21 @@ from tests.conftest import Captured
 from tests.installation import BUNDLES
 from worker import pipeline, record_feeds, reissue
 from worker.config import Config
-from worker.domain import ROUTINE, STAT, Code, Document, Header, Job, Merge, Observation, Order, Patient, PatientKey, RecordUpdate
+from worker.domain import (
+    ROUTINE,
+    STAT,
+    Code,
+    Document,
+    Header,
+    ImageFacts,
+    Job,
+    Merge,
+    Observation,
+    Order,
+    Patient,
+    PatientKey,
+    RecordUpdate,
+)
 from worker.errors import PatientConflict, RecordError, RecordIncomplete, RecordPending, Snooze
 from worker.fingerprint import digest
 from worker.infer import Model
@@ -56,8 +70,8 @@ def needing(bundle: Bundle, **need: str) -> Bundle:
 
 def receive(store: Store, patient: Patient = ADA, *, accession_number: str = "") -> int:
     """A complete study of one radiograph; returns its row."""
-    header = Header("1.2.840.10008.5.1.4.1.1.1", "2.25.3", "1.2", "2.25.1", "2.25.2", patient, modality="CR", body_part="CHEST",
-                    accession_number=accession_number)  # fmt: skip
+    header = Header("1.2.840.10008.5.1.4.1.1.1", "2.25.3", "1.2", "2.25.1", "2.25.2", patient, modality="CR",
+                    facts=ImageFacts(body_part="CHEST"), accession_number=accession_number)  # fmt: skip
     with store.begin() as conn:
         studies.add_instance(conn, header, path=Path("a"), sha256="a", size_bytes=1, calling_ae="CT", address="", study_at=STUDY_AT,
                              quiet_s=1, now=NOW - timedelta(seconds=10))  # fmt: skip

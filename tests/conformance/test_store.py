@@ -23,6 +23,7 @@ from worker.domain import (
     Document,
     Finding,
     Header,
+    ImageFacts,
     Job,
     Observation,
     Patient,
@@ -455,12 +456,32 @@ def test_a_study_is_as_old_as_its_oldest_image(store: Store) -> None:
 
 
 def test_a_series_is_of_the_plane_and_the_slices_of_its_first_image(store: Store) -> None:
-    add(store, replace(header(1), orientation="coronal", slice_mm=1.25))
-    add(store, replace(header(2), orientation="axial", slice_mm=5.0))
+    add(store, replace(header(1), facts=ImageFacts(orientation="coronal", slice_mm=1.25)))
+    add(store, replace(header(2), facts=ImageFacts(orientation="axial", slice_mm=5.0)))
     add(store, replace(header(3), series_instance_uid="2.25.1.200"))
     with store.read() as conn:
         parts = studies.find(conn, "2.25.1")[0][1].series
     assert [(one.orientation, one.slice_mm, len(one.instances)) for one in parts] == [("coronal", 1.25, 2), ("", 0.0, 1)]
+
+
+def test_what_an_instance_says_of_its_image_comes_back_and_of_one_from_before_nothing_is_known(store: Store) -> None:
+    said = ImageFacts(("ORIGINAL", "PRIMARY"), "CHEST", "51185008", "L", "axial", 1.25, (0.7, 0.5), False, "B30F", "FOR PRESENTATION", 0.5)
+    add(store, replace(header(1), facts=said, number_of_frames=7))
+    add(store, header(2))
+    with store.begin() as conn:  # as the migration leaves what came before
+        conn.execute(sa.update(schema.instance).where(schema.instance.c.sop_instance_uid == "2.25.1.2").values(facts="", frames=0))
+    with store.read() as conn:
+        (found,) = studies.find(conn, "2.25.1")[0][1].series
+        (pending,) = studies.receiving(conn)
+    assert [(one.facts, one.frames) for one in found.instances] == [(said, 7), (ImageFacts(), 0)]
+    assert (pending.instances, pending.modalities) == (2, {"CT": 8})
+
+
+def test_a_study_of_one_instance_with_many_frames_has_enough_images(store: Store) -> None:
+    """A bundle wants twelve slices; an enhanced object holds them all."""
+    add(store, replace(header(1), number_of_frames=12))
+    wants = [assembly.Wants("bundle", frozenset({"CT"}), min_instances=12)]
+    assert assembly.sweep(store, wants=wants, limit_s=100, now=NOW + timedelta(seconds=11)) == 1
 
 
 def test_findings_come_back_as_they_were_added_with_their_saliency(store: Store) -> None:

@@ -107,6 +107,26 @@ def test_a_study_that_cannot_be_analysed_gets_a_report_that_says_why(running: In
     assert "failure=" in shown(running, uid, until="infer.completed")
 
 
+@pytest.mark.requirement("P9")
+@pytest.mark.requirement("P13")
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"PatientBirthDate": "20150102"}, "The patient is 9 years old; the bundle is meant for 18 to 120 years."),
+        ({"ImageType": ["DERIVED", "SECONDARY", "SCREEN SAVE"]}, "SCREEN SAVE, made of other images"),
+    ],
+    ids=["a child", "a screen capture"],
+)
+def test_what_the_bundle_is_not_meant_for_gets_a_report_that_says_which_rule_decided(
+    running: Installation, tmp_path: Path, changes: dict[str, object], reason: str
+) -> None:
+    path, uid = radiograph(tmp_path, "film", SOPInstanceUID=generate_uid(), StudyInstanceUID=generate_uid(), **changes)
+    assert send(running, path).returncode == 0
+    said = " ".join(shown(running, uid, until="infer.completed").split())
+    assert "failure=" in said
+    assert reason in said
+
+
 @pytest.mark.requirement("S3")
 def test_a_full_disk_is_answered_a700_and_nothing_is_lost(tmp_path: Path) -> None:
     """The spool on a file system of 24 MB; when there is room again it goes on by itself."""

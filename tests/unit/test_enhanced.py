@@ -148,7 +148,10 @@ def _at_the_top(ds: FileDataset) -> None:
         (_drop("PixelMeasuresSequence"), "is absent from a slice"),
         (_drop("PixelValueTransformationSequence"), "no rescale to Hounsfield units"),
         (_at_the_top, "is absent from a slice"),
-        (lambda ds: ds.PerFrameFunctionalGroupsSequence.pop(), "The functional groups are of 4 frames and 1 shared items; there are 5 frames."),
+        (
+            lambda ds: ds.PerFrameFunctionalGroupsSequence.pop(),
+            "The functional groups are of 4 frames and 1 shared items; there are 5 frames.",
+        ),
         (lambda ds: ds.SharedFunctionalGroupsSequence.append(Dataset()), "and 2 shared items"),
         (lambda ds: setattr(ds, "NumberOfFrames", 4), "Pixel Data"),
     ],
@@ -204,10 +207,17 @@ def test_an_object_of_2000_frames_is_read_in_bounded_time_and_memory(pool: Decod
     for k in range(2000):
         item = Dataset()
         item.PlanePositionSequence = [Dataset()]
-        item.PlanePositionSequence[0].ImagePositionPatient = [f"{-123.456789 - k / 3:.10f}"[:16], "0.123456789", f"{k * 0.7123456789:.10f}"[:16]]
+        item.PlanePositionSequence[0].ImagePositionPatient = [
+            f"{-123.456789 - k / 3:.10f}"[:16],
+            "0.123456789",
+            f"{k * 0.7123456789:.10f}"[:16],
+        ]
         item.PixelValueTransformationSequence = [Dataset()]
         item.PixelValueTransformationSequence[0].RescaleSlope = f"{1 + k * 1.23456789e-4:.12f}"
-        item.PixelValueTransformationSequence[0].RescaleIntercept, item.PixelValueTransformationSequence[0].RescaleType = "-1024.123456", "HU"
+        item.PixelValueTransformationSequence[0].RescaleIntercept, item.PixelValueTransformationSequence[0].RescaleType = (
+            "-1024.123456",
+            "HU",
+        )
         item.FrameVOILUTSequence = [Dataset()]
         item.FrameVOILUTSequence[0].WindowCenter, item.FrameVOILUTSequence[0].WindowWidth = 40.123456 + k, 400.123456 + k
         item.FrameContentSequence = [Dataset()]

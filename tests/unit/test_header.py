@@ -16,8 +16,9 @@ from pydicom.sequence import Sequence
 from pydicom.uid import generate_uid
 
 from tests.scu import CT, EXPLICIT, IMPLICIT, encoded, slice_of, with_raw
-from worker.domain import Header
+from worker.domain import Header, ImageFacts
 from worker.intake.header import InstanceRefused, is_uid, read_header
+from worker.intake.image_facts import first_code
 from worker.intake.negotiation import TRANSFER_SYNTAXES
 
 
@@ -59,7 +60,7 @@ def test_every_wanted_attribute_is_read_in_both_encodings(is_implicit: bool) -> 
     assert (header.patient.key.patient_id, header.patient.key.issuer) == ("P-17", "HOSPITAL")
     assert (header.patient.name, header.patient.birth_date, header.patient.sex) == ("Made^Up", "19500102", "F")
     assert (header.study_date, header.study_time, header.timezone_offset) == ("20260102", "101112", "+0100")
-    assert (header.accession_number, header.modality, header.body_part) == ("A-1", "CT", "CHEST")
+    assert (header.accession_number, header.modality, header.facts.body_part) == ("A-1", "CT", "CHEST")
     assert (header.study_description, header.series_description, header.number_of_frames) == ("Thorax", "axial", 3)
 
 
@@ -124,7 +125,7 @@ def test_the_distance_of_slices_comes_before_their_thickness(
 ) -> None:
     told: dict[str, Any] = {"SpacingBetweenSlices": spacing, "SliceThickness": thickness}
     ds = slice_of(**{keyword: value for keyword, value in told.items() if value is not None})
-    assert header_of(ds, is_implicit=is_implicit).slice_mm == slice_mm
+    assert header_of(ds, is_implicit=is_implicit).facts.slice_mm == slice_mm
 
 
 @pytest.mark.parametrize(
@@ -138,7 +139,7 @@ def test_the_distance_of_slices_comes_before_their_thickness(
     ],
 )
 def test_an_image_along_the_patients_axes_is_of_the_plane_known(row: tuple[int, ...], column: tuple[int, ...], expected: str) -> None:
-    assert header_of(slice_of(ImageOrientationPatient=[*row, *column])).orientation == expected
+    assert header_of(slice_of(ImageOrientationPatient=[*row, *column])).facts.orientation == expected
 
 
 @given(st.floats(0, 89), st.sampled_from([0, 1, 2]), st.sampled_from([1, 2]), st.floats(0, 360))
@@ -153,7 +154,7 @@ def test_the_plane_is_that_of_the_axis_within_30_degrees_of_the_normal(tilt_deg:
     assume(min(abs(tilt_deg - 30), abs(tilt_deg - 60)) > 0.01)
     near = axis if tilt_deg < 30 else (axis + step) % 3
     expected = "" if 30 < tilt_deg < 60 else ("sagittal", "coronal", "axial")[near]
-    assert read_header(with_raw(slice_of(), {0x00200037: raw + b" " * (len(raw) % 2)}), EXPLICIT).orientation == expected
+    assert read_header(with_raw(slice_of(), {0x00200037: raw + b" " * (len(raw) % 2)}), EXPLICIT).facts.orientation == expected
 
 
 @pytest.mark.parametrize(
@@ -164,21 +165,21 @@ def test_the_plane_is_that_of_the_axis_within_30_degrees_of_the_normal(tilt_deg:
     ],
 )  # fmt: skip
 def test_a_malformed_orientation_is_none_and_never_refused(raw: bytes) -> None:
-    assert read_header(with_raw(slice_of(), {0x00200037: raw}), EXPLICIT).orientation == ""
+    assert read_header(with_raw(slice_of(), {0x00200037: raw}), EXPLICIT).facts.orientation == ""
 
 
 @pytest.mark.parametrize(
     "raw", [b"", b"-2", b"0 ", b"thin", b"nan ", b"inf ", b"1e999 ", b"1\\2 ", b"1_0 ", b"1\0000", b"\xb2 ", b"9" * 5000]
 )
 def test_a_malformed_distance_of_slices_is_unknown_and_never_refused(raw: bytes) -> None:
-    assert read_header(with_raw(slice_of(), {0x00180088: raw, 0x00180050: raw}), EXPLICIT).slice_mm == 0
+    assert read_header(with_raw(slice_of(), {0x00180088: raw, 0x00180050: raw}), EXPLICIT).facts.slice_mm == 0
 
 
 @given(st.binary(max_size=80), st.sampled_from([0x00180050, 0x00180088, 0x00200037]))
 def test_no_value_of_the_geometry_escapes_as_an_error(raw: bytes, tag: int) -> None:
     header = read_header(with_raw(slice_of(), {tag: raw}), EXPLICIT)
-    assert header.orientation in ("", "axial", "coronal", "sagittal")
-    assert 0 <= header.slice_mm < float("inf")
+    assert header.facts.orientation in ("", "axial", "coronal", "sagittal")
+    assert 0 <= header.facts.slice_mm < float("inf")
 
 
 @pytest.mark.requirement("R11")
@@ -298,8 +299,8 @@ def test_real_files_read_as_pydicom_reads_them(shared: Path) -> None:
         assert header.patient.name == str(ds.get("PatientName", "")).strip()
         assert header.study_instance_uid == ds.StudyInstanceUID
         assert header.series_description == str(ds.get("SeriesDescription") or "").strip()
-        assert header.slice_mm == float(ds.get("SpacingBetweenSlices") or ds.get("SliceThickness") or 0)
-        assert header.orientation == plane_of(ds)
+        assert header.facts.slice_mm == float(ds.get("SpacingBetweenSlices") or ds.get("SliceThickness") or 0)
+        assert header.facts.orientation == plane_of(ds)
         assert header.view == str(ds.get("ViewPosition") or "").strip()
     assert compared > 300
 
@@ -316,3 +317,109 @@ def plane_of(ds: Dataset) -> str:
 def test_sequences_of_defined_length_are_stepped_over() -> None:
     ds = slice_of(ReferencedStudySequence=Sequence([slice_of(PixelData=None), slice_of(PixelData=None)]))
     assert header_of(ds).study_instance_uid == ds.StudyInstanceUID
+
+
+# --- what the rules on series need ---------------------------------------------------------------
+
+
+def coded(value: str) -> Dataset:
+    ds = Dataset()
+    ds.CodeValue, ds.CodingSchemeDesignator, ds.CodeMeaning = value, "SCT", "Meaning"
+    return ds
+
+
+@pytest.mark.parametrize("is_implicit", [False, True])
+@pytest.mark.parametrize("is_undefined", [False, True])
+def test_what_an_image_says_of_itself_is_read_in_both_encodings(is_implicit: bool, is_undefined: bool) -> None:
+    ds = slice_of(
+        ImageType=["ORIGINAL", "PRIMARY", "AXIAL", "CT_SOM5 SPI"], PresentationIntentType="FOR PRESENTATION", PatientAge="006M",
+        ContrastBolusAgent="Iopromide", BodyPartExamined="CHEST", AnatomicRegionSequence=[coded("51185008")], ImageLaterality="L",
+        Laterality="R", ConvolutionKernel="B30f", PixelSpacing=[0.7, 0.5], ImagerPixelSpacing=[9, 9], SliceThickness=2,
+        ViewCodeSequence=[coded("R-10226")], NumberOfFrames=7,
+    )  # fmt: skip
+    for sequence in ("AnatomicRegionSequence", "ViewCodeSequence"):
+        ds[sequence].is_undefined_length = ds[sequence].value[0].is_undefined_length_sequence_item = is_undefined
+    header = header_of(ds, is_implicit=is_implicit)
+    assert (header.view, header.number_of_frames) == ("MLO", 7)
+    assert header.facts == ImageFacts(
+        image_type=("ORIGINAL", "PRIMARY", "AXIAL", "CT_SOM5 SPI"), body_part="CHEST", region="51185008", laterality="L",
+        orientation=header.facts.orientation, slice_mm=2.0, pixel_mm=(0.7, 0.5), has_contrast=True, kernel="B30F",
+        intent="FOR PRESENTATION", age_years=0.5,
+    )  # fmt: skip
+
+
+def test_an_image_that_says_nothing_of_itself_is_known_for_that_alone() -> None:
+    bare = slice_of()
+    for keyword in ("ImageType", "BodyPartExamined", "SliceThickness", "SpacingBetweenSlices", "PixelSpacing", "ImageOrientationPatient"):
+        if keyword in bare:
+            del bare[keyword]
+    assert header_of(bare).facts == ImageFacts(has_contrast=False)
+
+
+@pytest.mark.requirement("P18")
+@pytest.mark.parametrize(
+    ("tag", "raw"),
+    [
+        (0x00080008, b"ORIGINAL\\" * 5000),
+        (0x00080008, b"\xff" * 64),
+        (0x00080008, b"DOE JOHN 19500102\\"),
+        (0x00101010, b"999999"),
+        (0x00101010, b"-01Y"),
+        (0x00180010, b"\0" * 60_000),
+        (0x00181210, b"K" * 60_000),
+        (0x00200062, b"LEFT"),
+        (0x00280030, b"0.5\\-1"),
+        (0x00280030, b"nan\\nan "),
+        (0x00280030, b"1e400\\1 "),
+        (0x00082218, b"\xfe\xff\x00\xe0" + b"\xff" * 60),
+        (0x00082218, b"\xfe\xff\x00\xe0\x04\x00\x00\x00\x08\x00"),
+        (0x00082218, b"junk" * 1000),
+    ],
+)
+def test_a_hostile_fact_is_not_known_and_refuses_nothing(tag: int, raw: bytes) -> None:
+    for is_implicit in (False, True):
+        data = struct.pack("<HH", tag >> 16, tag & 0xFFFF)
+        if is_implicit:
+            data += struct.pack("<L", len(raw)) + raw
+        elif tag == 0x00082218:
+            data += struct.pack("<2sHL", b"SQ", 0, len(raw)) + raw
+        else:
+            data += struct.pack("<2sH", b"LO", len(raw)) + raw
+        whole = with_element(slice_of(), tag, data, is_implicit=is_implicit)
+        facts = read_header(whole, IMPLICIT if is_implicit else EXPLICIT).facts
+        assert all(len(word) <= 16 for word in facts.image_type)
+        assert len(facts.image_type) <= 16
+        assert (facts.region, facts.laterality) == ("", "")
+        assert facts.pixel_mm == () or all(0 < mm < float("inf") for mm in facts.pixel_mm)
+        assert facts.age_years is None or facts.age_years >= 0
+        assert len(facts.kernel) <= 64
+
+
+def with_element(ds: Dataset, tag: int, element: bytes, *, is_implicit: bool) -> bytes:
+    """The encoded data set with a raw element in its place."""
+    if tag in ds:
+        del ds[tag]
+    before, after = Dataset(), Dataset()
+    for one in ds:
+        (before if one.tag < tag else after).add(one)
+    return encoded(before, is_implicit=is_implicit) + element + encoded(after, is_implicit=is_implicit)
+
+
+@pytest.mark.requirement("P18")
+@given(st.binary(max_size=80), st.booleans())
+def test_any_bytes_of_a_sequence_give_a_code_or_none(raw: bytes, is_implicit: bool) -> None:
+    for begin in (b"", b"\xfe\xff\x00\xe0\xff\xff\xff\xff"):
+        assert len(first_code(begin + raw, is_implicit=is_implicit)) <= 16
+
+
+@pytest.mark.parametrize(("agent", "has"), [("Iopromide", True), ("NONE", False), ("no contrast ", False), ("", False), (None, False)])
+def test_whether_an_agent_was_given_is_told_by_its_name_but_not_by_none(agent: str | None, has: bool) -> None:
+    ds = slice_of() if agent is None else slice_of(ContrastBolusAgent=agent)
+    assert header_of(ds).facts.has_contrast is has
+    assert header_of(slice_of(ContrastBolusAgentSequence=[coded("C-B0300")])).facts.has_contrast is True
+
+
+@pytest.mark.parametrize(("raw", "part"), [(b"B\xfccken", "BÜCKEN"), (b"thorax", "THORAX"), (b"CHEST\0", "CHEST"), (b"", "")])
+def test_a_body_part_is_told_even_in_letters_it_may_not_have(raw: bytes, part: str) -> None:
+    header = read_header(with_raw(slice_of(), {0x00180015: raw + b" " * (len(raw) % 2)}), EXPLICIT)
+    assert header.facts.body_part == part

@@ -18,7 +18,8 @@ from models.bundle import Bundle
 from models.spec import ImageSpec, RecordRule, TextSpec, ValueSpec
 from worker.domain import Code, Instance, Observation, Patient, PatientKey, PatientRecord, Series, Study, UsedValue
 from worker.errors import NoSuitableSeries
-from worker.inputs import Spec, lacking, select_inputs, suitable_series
+from worker.inputs import Spec, lacking, select_inputs
+from worker.selection import suitable_series
 from worker.units import factor
 
 STUDY_AT = datetime(2026, 3, 4, 12, tzinfo=UTC)
@@ -501,7 +502,7 @@ def test_a_study_of_nothing_suitable_is_refused_with_the_reasons_and_no_words_of
     )
     with pytest.raises(NoSuitableSeries) as caught:
         select_inputs(found, None, SPEC)
-    for reason in ("modality MR is not CT", "body part is not CHEST", "excluded word 'scout'", "1 instances are fewer than 2"):
+    for reason in ("modality MR is not CT", "body part is not CHEST", "excluded word 'scout'", "1 images are fewer than 2"):
         assert reason in str(caught.value)
     assert str(caught.value).startswith("1 suitable series needed, 0 of 4 fit: ")
     assert "Sentinel" not in str(caught.value)

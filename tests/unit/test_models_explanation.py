@@ -236,3 +236,14 @@ def test_there_is_no_saliency_on_an_image_the_study_has_not() -> None:
     sample, _, _ = nodule(0)
     with pytest.raises(ValueError, match="no image 'image'"):
         saliency(shipped(), {**sample, "image_mask": torch.tensor(False)}, "image", 0)
+
+
+def test_the_map_of_a_clip_lies_in_frames_rows_and_columns() -> None:
+    """A clip of 10 frames of 16 x 24 pixels on a grid of (X, Y, T) = (8, 8, 5): its columns are cropped, nothing else is."""
+    spec = ImageSpec("clip", "frames", ("US",), (8, 8, 5))
+    values = torch.zeros(8, 8, 5)
+    values[7, 0, 4] = 1
+    array, affine = to_patient(values, spec, (10, 16, 24))
+    assert array.shape == (5, 8, 8)
+    assert array[4, 0, 7] == 1
+    assert np.allclose(affine @ [4, 0, 7, 1], [8.5, 0.5, 18.5, 1])

@@ -16,7 +16,16 @@ from monai.transforms import Resize, ResizeWithPadOrCrop
 from models import transforms
 from models.bundle import Bundle
 from models.spec import Code, ImageSpec, NetworkConfig, RecordRule, TextSpec
-from models.transforms import PIECES, gene_tensors, history_tensors, radiograph_tensor, text_ids, value_tensors, volume_tensor
+from models.transforms import (
+    PIECES,
+    frames_tensor,
+    gene_tensors,
+    history_tensors,
+    radiograph_tensor,
+    text_ids,
+    value_tensors,
+    volume_tensor,
+)
 
 ROOT = Path(__file__).parents[2]
 FILM = ImageSpec("image", "radiograph", ("CR",), (32, 32))
@@ -218,3 +227,34 @@ def test_words_stand_at_the_front_and_long_texts_are_cut() -> None:
 
 def test_case_and_compatibility_forms_of_a_word_are_one_word() -> None:
     assert torch.equal(text_ids("SMOKER ﬁbrosis", NETWORK), text_ids("smoker fibrosis", NETWORK))
+
+
+# --- clips ---------------------------------------------------------------------------------------
+
+
+def test_a_clip_is_framed_like_a_radiograph_with_its_rows_along_x_and_time_last() -> None:
+    """All frames get one crop and one scale: what moves, moves; what is as bright stays so."""
+    spec = ImageSpec("clip", "frames", ("US",), (10, 8, 5))
+    rng = np.random.default_rng(0)
+    clip = np.kron(rng.random((5, 8, 10)), np.ones((1, 2, 2))).astype(np.float32)  # (5, 16, 20): twice the wanted pixels
+    made = frames_tensor(clip, spec)
+    assert made.shape == (1, 10, 8, 5)
+    small = clip[:, ::2, ::2]
+    low, high = np.percentile(small, (1, 99))
+    expected = np.clip((small - low) / (high - low), 0, 1).transpose(2, 1, 0)
+    assert np.allclose(made[0].numpy(), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(("times", "wanted"), [(10, 5), (3, 6), (1, 4)])
+def test_a_clip_of_any_length_has_as_many_frames_as_the_network_wants_from_first_to_last(times: int, wanted: int) -> None:
+    spec = ImageSpec("clip", "frames", ("US",), (4, 4, wanted))
+    clip = np.broadcast_to(np.arange(times, dtype=np.float32)[:, None, None], (times, 4, 4)).copy()
+    clip[:, 0, 0], clip[:, 1, 1] = -1, times
+    of_time = frames_tensor(clip, spec)[0, 2, 2]
+    assert len(of_time) == wanted
+    assert torch.equal(of_time, of_time.sort().values)
+
+
+def test_a_blank_clip_is_refused() -> None:
+    with pytest.raises(ValueError, match="The clip is blank"):
+        frames_tensor(np.full((4, 8, 8), 7, np.float32), ImageSpec("clip", "frames", ("US",), (4, 4, 4)))

@@ -20,7 +20,9 @@ from worker.imaging.decoding import DecoderPool
 Datasets = list[FileDataset]
 
 
-def stack(seed: int, slices: int = 5, modality: str = "MR", image_type: Sequence[str] = ("ORIGINAL", "PRIMARY", "M"), **said: object) -> Datasets:
+def stack(
+    seed: int, slices: int = 5, modality: str = "MR", image_type: Sequence[str] = ("ORIGINAL", "PRIMARY", "M"), **said: object
+) -> Datasets:
     """Make one stack whose voxels are those of `known_hu(slices, seed=seed)`."""
     datasets = factories.make_ct(slices=slices, seed=seed)
     for ds in datasets:
@@ -48,13 +50,21 @@ def beating(seed: int, phase: int) -> Datasets:
 
 #: Two stacks of one series, and the words for each.
 PAIRS: dict[str, tuple[Callable[[], tuple[Datasets, Datasets]], str, str]] = {
-    "echo times": (lambda: (stack(1, EchoTime=20, EchoNumbers=1), stack(2, EchoTime=80.5, EchoNumbers=2)), "echo time 20 ms", "echo time 80.5 ms"),
+    "echo times": (
+        lambda: (stack(1, EchoTime=20, EchoNumbers=1), stack(2, EchoTime=80.5, EchoNumbers=2)),
+        "echo time 20 ms",
+        "echo time 80.5 ms",
+    ),
     "b-values": (lambda: (stack(1, DiffusionBValue=0.0), stack(2, DiffusionBValue=1000.0)), "b-value 0", "b-value 1000"),
     "one without b-value": (lambda: (stack(1), stack(2, DiffusionBValue=1000.0)), "no b-value", "b-value 1000"),
     "magnitude and phase": (lambda: (stack(1), stack(2, image_type=["ORIGINAL", "PRIMARY", "P"])), "magnitude", "phase"),
     "MIP": (lambda: (stack(1), stack(2, image_type=["DERIVED", "SECONDARY", "MIP"])), "primary", "secondary"),
     "contrast": (lambda: (stack(1), stack(2, ContrastBolusAgent="AGENT")), "without contrast agent", "with contrast agent"),
-    "time points": (lambda: (stack(1, TemporalPositionIdentifier=1), stack(2, TemporalPositionIdentifier=2)), "time point 1", "time point 2"),
+    "time points": (
+        lambda: (stack(1, TemporalPositionIdentifier=1), stack(2, TemporalPositionIdentifier=2)),
+        "time point 1",
+        "time point 2",
+    ),
     "phases of the heart": (lambda: (beating(1, 0), beating(2, 1)), "cardiac phase 1", "cardiac phase 2"),
     "acquisition numbers": (lambda: (stack(1, AcquisitionNumber=2), stack(2, AcquisitionNumber=3)), "acquisition 2", "acquisition 3"),
     "acquisition times": (lambda: (timed(1, 0), timed(2, 20)), "acquisition 1", "acquisition 2"),
@@ -120,7 +130,9 @@ def test_a_few_stray_slices_are_refused_or_left_out_never_used(pool: DecoderPool
     """Localizers that nobody called so."""
     odd = factories.make_ct(slices=3, seed=9, orientation=(0, 1, 0, 0, 0, -1))[:stray]
     series = factories.spool(factories.in_one_series(odd, stack(1, 6)), tmp_path)
-    with pytest.raises(GeometryError, match=rf"^{stray} of {6 + stray} slices have another orientation than the others.*sagittal \({stray} slice"):
+    with pytest.raises(
+        GeometryError, match=rf"^{stray} of {6 + stray} slices have another orientation than the others.*sagittal \({stray} slice"
+    ):
         volume.load(series, kind="volume", pool=pool)
     for choose in ("first", "last", "largest"):
         found = volume.load(series, kind="volume", pool=pool, stack=choose)
@@ -175,7 +187,8 @@ def test_when_no_stack_forms_a_volume_the_largest_says_why(pool: DecoderPool, tm
 def echoes(tmp_path_factory: pytest.TempPathFactory) -> Datasets:
     """Two echoes, magnitude and phase of each: four stacks of one series."""
     parts = [
-        stack(n, EchoTime=echo, image_type=["ORIGINAL", "PRIMARY", kind]) for n, (echo, kind) in enumerate(((20, "M"), (20, "P"), (80, "M"), (80, "P")))
+        stack(n, EchoTime=echo, image_type=["ORIGINAL", "PRIMARY", kind])
+        for n, (echo, kind) in enumerate(((20, "M"), (20, "P"), (80, "M"), (80, "P")))
     ]
     return factories.in_one_series(*parts)
 

@@ -50,7 +50,9 @@ def radiograph(frames: Sequence[Frame], views: Collection[str], laterality: str,
         raise NoSuitableSeries(f"The series has {len(frames)} images, none for presentation{wanted}.")
     sides = [sum(one.laterality == side for one in fitting) for side in ("R", "L")]
     if all(sides):
-        raise NoSuitableSeries(f"The series has images of both sides, {sides[0]} of the right and {sides[1]} of the left, and either would do.")
+        raise NoSuitableSeries(
+            f"The series has images of both sides, {sides[0]} of the right and {sides[1]} of the left, and either would do."
+        )
     chosen = min(fitting, key=lambda one: (-one.pixels.size, one.sop_instance_uid, one.number))
     if (count := sum(one.sop_instance_uid == chosen.sop_instance_uid for one in fitting)) > 1:
         raise PixelError(f"A radiograph has one frame; this object has {count}.")

@@ -30,6 +30,7 @@ from worker.imaging.stacks import Choice, Stack, listed, split
 from worker.imaging.values import values
 
 Kind = Literal["volume", "radiograph", "frames"]
+Unit = Literal["", "HU", "SUVbw"]
 
 #: Objects with functional groups whose frames are slices of the patient (PS3.4 §B.5); not segmentations, maps or microscopy.
 ENHANCED: Final = frozenset({
@@ -61,7 +62,7 @@ def load(
     gantry_tilt: GantryTilt = "refuse",
     stack: Choice = "only",
     color: Literal["refuse", "luminance"] = "refuse",
-    unit: Literal["", "HU", "SUVbw"] = "",
+    unit: Unit = "",
 ) -> Volume:
     """Read one series into a regular volume, into one radiograph, or into the frames of one clip.
 
@@ -88,7 +89,7 @@ def load(
     color
         "refuse" images with colors, or reduce them to their "luminance" (PS3.3 §C.7.6.3.1.2).
     unit
-        "HU", or "SUVbw" for PET (uptake.py), refused where the header does not allow it; "": as the rescale or modality LUT gives it.
+        "HU" or "SUVbw", refused where the header does not allow it; "" for what the rescale gives; see `values`.
 
     Returns
     -------
@@ -114,13 +115,12 @@ def load(
     PS3.3 §C.7.6.2.1.1 (Image Position and Orientation), §C.11.1 (Modality LUT), §C.7.6.3.1.2 (Photometric Interpretation),
     §C.7.6.16 (functional groups).
     """
-    frames = _read(series, pool, color=color)
-    in_unit = partial(values, unit=unit)
+    frames, in_unit = _read(series, pool, color=color), partial(values, unit=unit)
     if kind == "radiograph":
         return planar.radiograph(frames, views, laterality.upper(), in_unit)
     if kind == "frames":
         return planar.clip(frames, stack, in_unit)
-    return _volume(frames, max_gap_mm=max_gap_mm, gantry_tilt=gantry_tilt, choose=stack, values=in_unit)
+    return _volume(frames, max_gap_mm=max_gap_mm, gantry_tilt=gantry_tilt, choose=stack, unit=unit)
 
 
 def _read(series: Series, pool: DecoderPool, *, color: str) -> list[Frame]:
@@ -135,7 +135,7 @@ def _read(series: Series, pool: DecoderPool, *, color: str) -> list[Frame]:
     return [one for frames in read for one in frames]
 
 
-def _volume(frames: Sequence[Frame], *, max_gap_mm: float, gantry_tilt: GantryTilt, choose: Choice, values: planar.Values) -> Volume:
+def _volume(frames: Sequence[Frame], *, max_gap_mm: float, gantry_tilt: GantryTilt, choose: Choice, unit: Unit) -> Volume:
     # PS3.3 §C.8.2.1.1.1 and §C.8.3.1.1.1: value 3 of Image Type.
     frames = [one for one in frames if "LOCALIZER" not in one.image_type[2:]]
     if len(frames) < MIN_SLICES:
@@ -146,7 +146,7 @@ def _volume(frames: Sequence[Frame], *, max_gap_mm: float, gantry_tilt: GantryTi
     if choose == "only" and len(stacks) > 1:
         raise GeometryError(f"{cause} The series has {listed(stacks)}, and nothing says which is meant.")
     label, grid = _chosen(stacks, choose, max_gap_mm=max_gap_mm, gantry_tilt=gantry_tilt)
-    array: NDArray[np.float32] = straighten(values(grid.frames), grid)
+    array: NDArray[np.float32] = straighten(values(grid.frames, unit=unit), grid)
     return Volume(
         array=array,
         affine=grid.affine,

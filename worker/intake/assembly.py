@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from worker import events
-from worker.inputs import takes
+from worker.selection import takes
 from worker.store import history, queue, records, studies
 from worker.store.database import Store
 from worker.store.studies import Pending

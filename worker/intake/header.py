@@ -10,7 +10,6 @@ Not here: judging the images (imaging/), or writing anything.
 
 from __future__ import annotations
 
-import math
 import mmap
 import re
 import struct
@@ -20,9 +19,9 @@ from typing import Final
 
 from pydicom.charset import CODES_TO_ENCODINGS, python_encoding
 
-from worker.domain import Header, Orientation, Patient, PatientKey
+from worker.domain import Header, Patient, PatientKey
 from worker.errors import Reject
-from worker.intake.facts import number
+from worker.intake import image_facts
 
 IMPLICIT_VR_LITTLE_ENDIAN: Final = "1.2.840.10008.1.2"
 
@@ -42,13 +41,11 @@ _CHARSET, _CLASS, _INSTANCE = 0x00080005, 0x00080016, 0x00080018
 _STUDY_DATE, _STUDY_TIME, _ACCESSION, _MODALITY = 0x00080020, 0x00080030, 0x00080050, 0x00080060
 _TIMEZONE, _STUDY_DESCRIPTION, _SERIES_DESCRIPTION = 0x00080201, 0x00081030, 0x0008103E
 _NAME, _PATIENT_ID, _ISSUER, _BIRTH_DATE, _SEX = 0x00100010, 0x00100020, 0x00100021, 0x00100030, 0x00100040
-_BODY_PART, _STUDY, _SERIES, _FRAMES = 0x00180015, 0x0020000D, 0x0020000E, 0x00280008
-_THICKNESS, _SPACING, _VIEW, _ORIENTATION = 0x00180050, 0x00180088, 0x00185101, 0x00200037
+_STUDY, _SERIES, _FRAMES = 0x0020000D, 0x0020000E, 0x00280008
 _WANTED: Final = frozenset(
     {
         _CHARSET, _CLASS, _INSTANCE, _STUDY_DATE, _STUDY_TIME, _ACCESSION, _MODALITY, _TIMEZONE, _STUDY_DESCRIPTION,
-        _SERIES_DESCRIPTION, _NAME, _PATIENT_ID, _ISSUER, _BIRTH_DATE, _SEX, _BODY_PART, _STUDY, _SERIES, _FRAMES,
-        _THICKNESS, _SPACING, _VIEW, _ORIENTATION,
+        _SERIES_DESCRIPTION, _NAME, _PATIENT_ID, _ISSUER, _BIRTH_DATE, _SEX, _STUDY, _SERIES, _FRAMES, *image_facts.WANTED,
     }
 )  # fmt: skip
 
@@ -56,13 +53,8 @@ _WANTED: Final = frozenset(
 _UID: Final = re.compile(r"[0-9]+(\.[0-9]+)*")
 _DATE: Final = re.compile(r"[0-9]{8}")
 _TIME: Final = re.compile(r"[0-9]{2}([0-9]{2}([0-9]{2}(\.[0-9]{1,6})?)?)?")
-_CODE_STRING: Final = re.compile(r"[A-Z0-9_ ]{1,16}")
 _OFFSET: Final = re.compile(r"[+-][0-9]{4}")
 _CONTROLS: Final = re.compile("[\x00-\x1f\x7f]")
-
-#: How far the two directions of an image may be from unit length and a right angle, and its normal from an axis of the patient.
-_COSINE_TOLERANCE: Final = 0.01
-_MAX_TILT: Final = math.cos(math.radians(30))
 
 
 class InstanceRefused(Reject):
@@ -99,7 +91,8 @@ def read_header(data: bytes | mmap.mmap, transfer_syntax_uid: str, *, offset: in
 @lru_cache(maxsize=64)
 def _of_series(items: tuple[tuple[int, bytes], ...], transfer_syntax_uid: str) -> Header:
     """Return the header without its SOP Instance UID."""
-    values = dict(items)
+    values, is_implicit = dict(items), transfer_syntax_uid == IMPLICIT_VR_LITTLE_ENDIAN
+    facts = image_facts.image_facts(values, is_implicit=is_implicit)
     encodings = _encodings(values.get(_CHARSET, b""))
 
     def text(tag: int) -> str:
@@ -129,41 +122,11 @@ def _of_series(items: tuple[tuple[int, bytes], ...], transfer_syntax_uid: str) -
         timezone_offset=only(_TIMEZONE, _OFFSET),
         study_description=text(_STUDY_DESCRIPTION),
         modality=text(_MODALITY)[:16],
-        body_part=text(_BODY_PART)[:16],
         series_description=text(_SERIES_DESCRIPTION),
         number_of_frames=int(frames) if re.fullmatch("[0-9]{1,9}", frames) and int(frames) > 0 else 1,
-        orientation=_orientation(values.get(_ORIENTATION, b"")),
-        slice_mm=_length_mm(values.get(_SPACING, b"")) or _length_mm(values.get(_THICKNESS, b"")),
-        view=view if _CODE_STRING.fullmatch(view := text(_VIEW).upper()) else "",
+        view=image_facts.view_of(values, is_implicit=is_implicit),
+        facts=facts,
     )
-
-
-def _orientation(raw: bytes) -> Orientation:
-    """Return the plane that Image Orientation (Patient) names (PS3.3 §C.7.6.2.1.1); "" for an oblique or a malformed one."""
-    values = _numbers(raw)
-    if len(values) != 6:
-        return ""
-    row, column = values[:3], values[3:]
-    faults = (math.hypot(*row) - 1, math.hypot(*column) - 1, sum(r * c for r, c in zip(row, column, strict=True)))
-    if not all(abs(fault) <= _COSINE_TOLERANCE for fault in faults):
-        return ""
-    # LPS: the normal of a sagittal image runs along x, of a coronal one along y, of an axial one along z.
-    sagittal, coronal, axial = (abs(row[a] * column[b] - row[b] * column[a]) for a, b in ((1, 2), (2, 0), (0, 1)))
-    length = math.hypot(sagittal, coronal, axial)
-    planes: tuple[tuple[float, Orientation], ...] = ((axial, "axial"), (coronal, "coronal"), (sagittal, "sagittal"))
-    return next((name for share, name in planes if share >= _MAX_TILT * length), "")
-
-
-def _length_mm(raw: bytes) -> float:
-    """Return the one positive number that `raw` holds, 0 for anything else."""
-    lengths = _numbers(raw)
-    return lengths[0] if len(lengths) == 1 and 0 < lengths[0] < math.inf else 0.0
-
-
-def _numbers(raw: bytes) -> list[float]:
-    """Return the values of a DS (PS3.5 §6.2); none of them when one is malformed."""
-    found = [number(part.strip(" ")) for part in raw.decode("latin-1").rstrip("\0").split("\\")]
-    return [] if None in found else [value for value in found if value is not None]
 
 
 def _uid(raw: bytes, status: int, name: str) -> str:
@@ -249,7 +212,9 @@ def _top_level(data: bytes | mmap.mmap, start: int, *, is_implicit: bool) -> dic
                 raise InstanceRefused(0xC001, "Elements are out of order, double or misplaced")
             last = tag
             if length == _UNDEFINED:
-                position = _past_undefined(data, position, is_implicit or is_unknown)
+                begin, position = position, _past_undefined(data, position, is_implicit or is_unknown)
+                if tag in image_facts.CODED:
+                    values[tag] = data[begin : min(position, begin + _MAX_VALUE_BYTES)]
                 continue
             if tag in _WANTED:
                 values[tag] = data[position : position + min(length, _MAX_VALUE_BYTES + 1)]

@@ -20,7 +20,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Dialect, Row
 
 #: Must be the head of migrations/; a test compares them.
-REVISION: Final = "0002"
+REVISION: Final = "0003"
 
 #: Drawn in HOUSE §5 and worker/README.md: available → leased → completed | discarded | cancelled.
 JOB_STATES: Final = ("available", "leased", "completed", "discarded", "cancelled")
@@ -285,6 +285,10 @@ instance = sa.Table(
     sa.Column("sha256", sa.Text, nullable=False),
     sa.Column("size_bytes", sa.BigInteger, nullable=False),
     _text("view"),
+    # 0: it came before this was kept.
+    sa.Column("frames", sa.Integer, nullable=False, server_default="0"),
+    # JSON of domain.ImageFacts without what is not known; only ever read whole, by the rules that choose series. '': nothing is known.
+    _text("facts"),
     sa.Column("received_at", UtcDateTime, nullable=False),
     sa.Index("ix_instance_series_id", "series_id"),
     sa.Index("ix_instance_path", "path"),

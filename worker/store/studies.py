@@ -17,8 +17,8 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
 
-from worker.domain import Header, Instance, Patient, PatientKey, Received, Series, Study
-from worker.store import history
+from worker.domain import Header, Patient, PatientKey, Received, Series, Study
+from worker.store import history, images
 from worker.store.schema import AnyRow, document, instance, job, series, study
 
 #: When a study without a date was made: no value can be shown to be older, so none is used for it.
@@ -39,6 +39,7 @@ class Pending:
     last_received_at: datetime
     quiet_until: datetime
     created_at: datetime
+    #: Images by modality; each frame counts.
     modalities: Mapping[str, int]
     patient: PatientKey
     accession_number: str
@@ -105,6 +106,8 @@ def add_instance(
             "sha256": sha256,
             "size_bytes": size_bytes,
             "view": header.view,
+            "frames": header.number_of_frames,
+            "facts": images.encoded(header.facts),
             "received_at": now,
         },
     )
@@ -173,10 +176,10 @@ def _series_of(conn: Connection, study_id: int, header: Header) -> int:
                 "study_id": study_id,
                 "series_instance_uid": header.series_instance_uid,
                 "modality": header.modality,
-                "body_part": header.body_part,
+                "body_part": header.facts.body_part,
                 "description": header.series_description,
-                "orientation": header.orientation,
-                "slice_mm": header.slice_mm,
+                "orientation": header.facts.orientation,
+                "slice_mm": header.facts.slice_mm,
             },
         )
         found = conn.execute(_SERIES, wanted).scalar_one()
@@ -188,28 +191,31 @@ def receiving(conn: Connection) -> list[Pending]:
     rows = conn.execute(sa.select(study).where(study.c.state == "receiving").order_by(study.c.quiet_until)).all()
     if not rows:
         return []
-    counts: dict[int, dict[str, int]] = {}
+    frames: dict[int, dict[str, int]] = {}
+    counts: dict[int, int] = {}
+    of_one = sa.case((instance.c.frames > 0, instance.c.frames), else_=1)
     per_modality = (
-        sa.select(series.c.study_id, series.c.modality, sa.func.count(instance.c.id))
+        sa.select(series.c.study_id, series.c.modality, sa.func.count(instance.c.id), sa.func.sum(of_one))
         .join(instance, instance.c.series_id == series.c.id)
         .where(series.c.study_id.in_([row.id for row in rows]))
         .group_by(series.c.study_id, series.c.modality)
     )
-    for study_id, modality, count in conn.execute(per_modality):
-        counts.setdefault(study_id, {})[modality] = count
+    for study_id, modality, count, of_all in conn.execute(per_modality):
+        frames.setdefault(study_id, {})[modality] = int(of_all)
+        counts[study_id] = counts.get(study_id, 0) + count
     return [
         Pending(
             id=row.id,
             study_instance_uid=row.study_instance_uid,
             calling_ae=row.calling_ae,
             address=row.address,
-            instances=sum(counts.get(row.id, {}).values()),
+            instances=counts.get(row.id, 0),
             expected_instances=row.expected_instances,
             asked_at=row.asked_at,
             last_received_at=row.last_received_at,
             quiet_until=row.quiet_until,
             created_at=row.created_at,
-            modalities=counts.get(row.id, {}),
+            modalities=frames.get(row.id, {}),
             patient=PatientKey(row.issuer, row.patient_id),
             accession_number=row.accession_number,
         )
@@ -269,46 +275,13 @@ def new_version(conn: Connection, study_id: int, *, now: datetime, cause: str) -
 def load(conn: Connection, study_id: int, *, root: Path = Path()) -> Study:
     """A study with its series and instances, whose files lie below `root`."""
     row = conn.execute(sa.select(study).where(study.c.id == study_id)).one()
-    return _study(row, _series(conn, study_id, root))
+    return _study(row, images.of_study(conn, study_id, root))
 
 
 def standing(conn: Connection, study_id: int) -> tuple[str, int]:
     """Why a study is held ('' if it is not) and its version; nobody else changes its row until the commit."""
     row = conn.execute(sa.select(study.c.hold, study.c.version).where(study.c.id == study_id).with_for_update(key_share=True)).one()
     return row.hold, row.version
-
-
-def _series(conn: Connection, study_id: int, root: Path = Path()) -> Iterable[Series]:
-    rows = conn.execute(
-        sa.select(
-            series.c.series_instance_uid,
-            series.c.modality,
-            series.c.body_part,
-            series.c.description,
-            series.c.orientation,
-            series.c.slice_mm,
-            instance.c.sop_instance_uid,
-            instance.c.sop_class_uid,
-            instance.c.transfer_syntax_uid,
-            instance.c.path,
-            instance.c.sha256,
-            instance.c.size_bytes,
-            instance.c.view,
-        )
-        .join(instance, instance.c.series_id == series.c.id)
-        .where(series.c.study_id == study_id)
-        .order_by(series.c.id, instance.c.id)
-    ).all()
-    groups: dict[str, list[AnyRow]] = {}
-    for row in rows:
-        groups.setdefault(row.series_instance_uid, []).append(row)
-    for uid, members in groups.items():
-        instances = tuple(
-            Instance(r.sop_instance_uid, r.sop_class_uid, r.transfer_syntax_uid, root / r.path, r.sha256, r.size_bytes, r.view)
-            for r in members
-        )
-        one = members[0]
-        yield Series(uid, one.modality, one.body_part, one.description, instances, one.orientation, one.slice_mm)
 
 
 def _study(row: AnyRow, parts: Iterable[Series] = ()) -> Study:
@@ -332,7 +305,7 @@ def find(conn: Connection, wanted: str) -> list[tuple[int, Study]]:
     if wanted.isdecimal() and len(wanted) < 16:
         match = sa.or_(match, study.c.id == int(wanted))
     rows = conn.execute(sa.select(study).where(match).order_by(study.c.id)).all()
-    return [(row.id, _study(row, _series(conn, row.id))) for row in rows]
+    return [(row.id, _study(row, images.of_study(conn, row.id))) for row in rows]
 
 
 def uids(conn: Connection) -> list[str]:
