@@ -22,7 +22,7 @@ from worker.config import Config
 from worker.decoding import decodable_transfer_syntaxes
 from worker.domain import PatientKey, Received, RecordUpdate
 from worker.errors import RecordError, Reject
-from worker.intake import fhir, hl7, mllp
+from worker.intake import fhir, mllp
 from worker.intake.header import read_header
 from worker.store import feeds, records
 from worker.store.database import Connection, Store
@@ -130,10 +130,9 @@ def import_dicom(path: Path, *, config: Config, store: Store, spool: Spool) -> R
 
 
 def _import_hl7(path: Path, tally: Tally, *, config: Config, store: Store) -> None:
-    settings = config.records
     for raw in mllp.split_messages(path.read_bytes()):
         try:
-            message = hl7.parse(raw, zone=config.zone, issuers=settings.issuers, schemes=settings.schemes, encoding=settings.encoding)
+            message = record_feeds.parsed(config, raw)
             is_new = record_feeds.apply_message(config, store, message, raw)
         except RecordError as exc:
             record_feeds.keep_refused(store, str(exc), raw)

@@ -127,6 +127,58 @@ def check_person(config: Config, conn: Connection, update: RecordUpdate, *, now:
         )
 
 
+def parsed(config: Config, raw: bytes) -> ParsedMessage:
+    """One HL7 message as this site reads it.
+
+    Raises
+    ------
+    RecordError
+        As `hl7.parse`.
+    """
+    from worker.intake import hl7
+
+    settings = config.records
+    return hl7.parse(raw, zone=config.zone, issuers=settings.issuers, schemes=settings.schemes, encoding=settings.encoding)
+
+
+def apply_again(config: Config, store: Store, number: int) -> str:
+    """Take a refused message that was kept once more, the same way as when it came; returns what came of it, which is noted with it too.
+
+    What it says counts from when it was said, and is received now: what was known before stays so.
+
+    Raises
+    ------
+    RecordError
+        It is refused again, was not refused, was taken since, or is not kept whole; the sentence says which.
+    """
+    from worker.intake.mllp import HEAD_BYTES
+
+    with store.read() as conn:
+        result, raw = feeds.result_of(conn, number), feeds.raw(conn, number)
+    if result != "refused":
+        raise RecordError(f"It was not refused: it was {result} when it came." if result else "There is no such message.")
+    if raw is None:
+        raise RecordError("Its bytes are not kept: only those of HL7 v2 messages are, and for [records] keep_raw_days. Have it sent again.")
+    if len(raw) == HEAD_BYTES:
+        raise RecordError(f"It was too long, and only its first {HEAD_BYTES} bytes are kept: have it sent again.")
+    try:
+        message = parsed(config, raw)
+        is_new = apply_message(config, store, message, raw)
+    except RecordError as exc:
+        with store.begin() as conn:
+            feeds.note_again(conn, number, f"refused again. {exc}")
+        raise
+    digest, sent_at = hashlib.sha256(raw).hexdigest(), str(message.sent_at)
+    with store.begin() as conn:
+        own = feeds.row_of(conn, sender=message.sender, control_id=message.control_id, sent_at=sent_at, digest=digest)
+        words = f"applied, as No. {own}." if message.update else f"nothing is to be made of it, No. {own}. {message.note}"
+        feeds.note_again(conn, number, words)
+    if not is_new:
+        raise RecordError(f"It was taken already, as No. {own}: nothing was changed.")
+    unread = f" {message.skipped} of its observations could not be read." if message.skipped else ""
+    return f"{words[0].upper()}{words[1:]}{unread}"
+
+
 def keep_refused(store: Store, reason: str, raw: bytes) -> None:
     """Keep what could not be understood, for a person to read; whose it was as far as its envelope can be read."""
     try:

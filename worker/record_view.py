@@ -55,11 +55,14 @@ def gather_patient(
     names = {one.name for one in told if one.name}
     usable = [one for one in record.observations if one.status in _USABLE]
     why = "only final and corrected results are used"
-    unusable = [(one, f"{STATUSES.get(one.status, one.status)}: {why}") for one in record.observations if one.status not in _USABLE]
+    withdrawn = [one for one in record.observations if one.status not in _USABLE]
+    shown = [*usable, *withdrawn, *record.unusable]
+    numbers = [number for number in (*(one.message_id for one in shown), *(one.message_id for one in told)) if number is not None]
+    messages = sources.messages(conn, numbers)
+    by_hand = {one.number: f"withdrawn by {one.control_id or 'somebody'}: {one.reason}" for one in messages if one.sender == feeds.OPERATOR}
+    unusable = [(one, by_hand.get(one.message_id or 0) or f"{STATUSES.get(one.status, one.status)}: {why}") for one in withdrawn]
     unusable += [(one, _why_unusable(one)) for one in record.unusable]
     merges = [one for one in records.merges_of(conn, key) if known_at is None or one[3] <= known_at]
-    shown = [*usable, *(one for one, _ in unusable)]
-    numbers = [number for number in (*(one.message_id for one in shown), *(one.message_id for one in told)) if number is not None]
     return {
         **_key(key),
         "as_of": as_of,
@@ -81,7 +84,7 @@ def gather_patient(
                 "trigger": one.trigger,
                 "received_at": one.received_at,
             }
-            for one in sources.messages(conn, numbers)
+            for one in messages
         ],
         "texts_are_redacted": not is_full,
     }

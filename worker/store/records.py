@@ -7,6 +7,7 @@
 
 ``apply`` is commit 3 of the line: after it, HL7 may be answered AA.
 ``view`` is the join's other half: the facts of one patient, of one issuer, as of a time.
+``withdraw`` is a person's: what one message said stands no longer, and stays.
 Who is who is in persons.py, orders are in orders.py; their names are offered here too.
 Not here: messages and feeds (feeds.py), what a study is given of a record (worker/inputs.py).
 """
@@ -45,6 +46,7 @@ __all__ = [
     "stamp_of",
     "unmerge",
     "view",
+    "withdraw",
 ]
 
 #: HL7 table 0085: what a result's status supersedes.
@@ -172,6 +174,47 @@ def _is_known(conn: Connection, row: dict[str, object]) -> bool:
     return False
 
 
+# --- what is taken back
+
+
+def standing_of(conn: Connection, number: int) -> list[AnyRow]:
+    """The facts of one message that stand, whatever was merged since: none that was superseded or withdrawn."""
+    named = sa.select(observation.c.patient_pk).where(observation.c.message_id == number).distinct()
+    people = {tuple(person_of(conn, patient_pk)) for patient_pk in conn.scalars(named).all()}
+    facts = (fact for chain in sorted(people) for fact in _standing(conn.execute(_FACTS, {"several": chain}).all()))
+    return [fact for fact in facts if fact.message_id == number and fact.status not in WITHDRAWN]
+
+
+def withdraw(conn: Connection, number: int, *, now: datetime, message_id: int) -> int:
+    """Take back the facts of one message that stand, by a row of status W for each; nothing is deleted, and what was known stays so.
+
+    Who somebody is, merges and orders that the message told stay. As after a source's own withdrawal only a correction stands again.
+
+    Parameters
+    ----------
+    message_id
+        The row that says who withdraws them, and why.
+
+    Returns
+    -------
+    int
+        How many facts were withdrawn.
+    """
+    if not lock(conn, {fact.patient_pk for fact in standing_of(conn, number)}):
+        return 0  # a patient was erased this very moment
+    found = standing_of(conn, number)
+    for fact in found:
+        row = {column.name: getattr(fact, column.name) for column in observation.c if column.name != "id"}
+        # A text would be kept for as long again, and who withdraws needs none.
+        row |= {"status": "W", "key": fact.key or _row_key(fact), "text": "" if fact.kind == "text" else fact.text, "told": ""}
+        row |= {"said_at": max(now, fact.said_at or fact.received_at), "received_at": now, "message_id": message_id}
+        conn.execute(_INSERT, row)
+    named = persons.keys(conn, persons.people(conn, {fact.patient_pk for fact in found}))
+    mark_changed(conn, named, now=now)
+    queue.wake(conn, keys=named, now=now)
+    return len(found)
+
+
 # --- the view
 
 
@@ -224,25 +267,9 @@ def view(
             and not conn.execute(_FIRST, {"one": found, "by": known_at}).first()
         ):
             return None
-    best: dict[object, AnyRow] = {}
-    for fact in facts:
-        # Across merged keys too: a result that is corrected after the merge comes under the survivor.
-        name = (fact.source, fact.scheme, fact.code, fact.key) if fact.key else fact.id
-        known = best.get(name)
-        if known is None or _stands(fact) >= _stands(known):
-            best[name] = fact
-    # A withdrawn panel withdraws its components, whose keys begin with its own.
-    gone: dict[str, tuple[str, ...]] = {}
-    for fact in best.values():
-        if fact.key and fact.status in WITHDRAWN:
-            gone[fact.source] = (*gone.get(fact.source, ()), f"{fact.key}/")
     wanted = None if codes is None else frozenset(codes)
     standing = [
-        fact
-        for fact in best.values()
-        if not (fact.key and fact.key.startswith(gone.get(fact.source, ())))
-        and (wanted is None or (fact.code, fact.scheme) in wanted)
-        and (since is None or fact.at >= since)
+        fact for fact in _standing(facts) if (wanted is None or (fact.code, fact.scheme) in wanted) and (since is None or fact.at >= since)
     ]
     # The time counts only now: what was moved past `as_of`, or withdrawn after it, must not stand as it was before.
     unusable = [fact for fact in standing if fact.at > fact.received_at + CLOCKS]
@@ -255,6 +282,28 @@ def view(
         unusable=tuple(_observation(fact, keys) for fact in unusable),
         stamp=persons.stamp(chain),
     )
+
+
+def _standing(facts: Sequence[AnyRow]) -> list[AnyRow]:
+    """Of all that was said of one person what stands, withdrawals included."""
+    best: dict[object, AnyRow] = {}
+    for fact in facts:
+        # Across merged keys too: a result that is corrected after the merge comes under the survivor.
+        name = (fact.source, fact.scheme, fact.code, fact.key or _row_key(fact))
+        known = best.get(name)
+        if known is None or _stands(fact) >= _stands(known):
+            best[name] = fact
+    # A withdrawn panel withdraws its components, whose keys begin with its own.
+    gone: dict[str, tuple[str, ...]] = {}
+    for fact in best.values():
+        if fact.key and fact.status in WITHDRAWN:
+            gone[fact.source] = (*gone.get(fact.source, ()), f"{fact.key}/")
+    return [fact for fact in best.values() if not (fact.key and fact.key.startswith(gone.get(fact.source, ())))]
+
+
+def _row_key(fact: AnyRow) -> str:
+    """The name by which a person withdraws a fact that its source gave none; no source's keys begin so."""
+    return f"#{fact.id}"
 
 
 _FIRST: Final = sa.select(observation.c.id).where(

@@ -19,7 +19,10 @@ _AT_ONCE: Final = 1000
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One message, without its content; `sent_at` is as the sender told it, '' if it did not."""
+    """One message, without its content; `sent_at` is as the sender told it, '' if it did not.
+
+    ``reason`` is why nothing, or not all, was made of it; or why a person did it by hand.
+    """
 
     number: int
     sender: str
@@ -27,6 +30,7 @@ class Message:
     trigger: str
     sent_at: str
     received_at: datetime
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +50,8 @@ class Told:
 def messages(conn: Connection, numbers: Iterable[int]) -> list[Message]:
     """The messages of these numbers, in their order."""
     found: list[Message] = []
-    columns = (message.c.id, message.c.sender, message.c.control_id, message.c.trigger, message.c.sent_at, message.c.received_at)
+    said = message.c
+    columns = (said.id, said.sender, said.control_id, said.trigger, said.sent_at, said.received_at, said.reason)
     wanted = sorted(set(numbers))
     for start in range(0, len(wanted), _AT_ONCE):
         some = wanted[start : start + _AT_ONCE]
