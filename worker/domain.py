@@ -96,13 +96,17 @@ class Merge:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """An imaging order (ORM^O01, OMI^O23, ServiceRequest): which study it is of, how urgent, whether it stands."""
+    """An imaging order (ORM^O01, OMI^O23, ServiceRequest): which study it is of, how urgent, whether it stands.
+
+    ``said_at``: when this very order was said, where that is not the update's ``at``.
+    """
 
     accession_number: str
     placer: str = ""
     filler: str = ""
     priority: int = ROUTINE
     is_cancelled: bool = False
+    said_at: datetime | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +114,7 @@ class RecordUpdate:
     """What one HL7 message, FHIR bundle or table says of one patient; applied in one transaction.
 
     ``at`` is when it was said (EVN-2, MSH-7, meta.lastUpdated), None if not told: of demographics the last said counts, not the last come.
+    ``is_at_of_all``: facts and orders without a time of their own were said then too; else (in FHIR it is the Patient's) when they came.
     """
 
     patient: Patient
@@ -119,6 +124,7 @@ class RecordUpdate:
     merges: tuple[Merge, ...] = ()
     orders: tuple[Order, ...] = ()
     at: datetime | None = None
+    is_at_of_all: bool = field(default=True, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

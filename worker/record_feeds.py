@@ -206,5 +206,7 @@ def records_listener(config: Config, store: Store) -> MllpServer:
         encoding=settings.encoding,
         allowed_addresses=settings.addresses,
         max_message_bytes=settings.max_message_mb * 2**20,
+        max_connections=settings.max_connections,
+        idle_s=settings.idle_s,
         ssl_context=server_context(settings, section="records"),
     )

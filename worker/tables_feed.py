@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from datetime import date, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -25,7 +24,7 @@ from worker import events, record_feeds
 from worker.config import Config, Table
 from worker.domain import RecordUpdate
 from worker.errors import RecordError, WorkerError
-from worker.intake.delimited import unfinished
+from worker.intake.delimited import Unfinished, unfinished
 from worker.intake.table_mapping import TableMapping, read_mapping
 from worker.intake.table_rows import Row, RowReader, Words
 from worker.intake.tables import QUIET_S, Apply, Tally, import_table, take
@@ -81,13 +80,18 @@ def import_tables(
                 continue
             apply = _apply(config, store, sender=mapping.name, trigger="CSV")
             one = import_table(path, mapping, apply=apply, dry_run=dry_run, progress=progress, words=_words(config), quiet_s=quiet_s)
+        except Unfinished as exc:
+            one = Tally()
+            one.leave(path, str(exc))
         except RecordError as exc:
             one = Tally()
             one.refuse(path, 0, str(exc))
         except OSError as exc:
             one = Tally()
             one.refuse(path, 0, f"The file cannot be read: {exc.strerror}.")
-        if not dry_run:
+        if one.is_unfinished:  # no content of the feed: whoever counts refused messages must not look for it there
+            events.emit("message.refused", sender=mapping.name, trigger="CSV", result="left out", reason=one.errors[-1][2])
+        elif not dry_run:
             _note_refused(store, one, sender=mapping.name, trigger="CSV")
         tally.add(one)
     return tally
@@ -106,8 +110,7 @@ def _apply(config: Config, store: Store, *, sender: str, trigger: str) -> Apply:
 
     def apply(updates: list[RecordUpdate]) -> int:
         # Writers that name patients in one order cannot wait for each other.
-        # Every table is one of values, which names its patients in passing: no admission speaks here.
-        several = sorted((replace(record_feeds.localized(config, one), has_demographics=False) for one in updates), key=_order)
+        several = sorted((record_feeds.localized(config, one) for one in updates), key=_order)
         with store.begin() as conn:
             if feeds.row_of(conn, sender=sender, digest=_digest(several)) is not None:
                 return 0

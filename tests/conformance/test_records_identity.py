@@ -157,6 +157,21 @@ def test_a_fact_that_tells_its_own_time_is_compared_by_it(store: Store) -> None:
 
 
 @pytest.mark.requirement("F2")
+@pytest.mark.requirement("F6")
+def test_what_fhir_says_without_a_time_was_said_when_it_came_and_not_when_an_address_changed(store: Store) -> None:
+    told = RecordUpdate(Patient(A), (fact(1.0, key="k"),), "FHIR", orders=(Order("ACC-1", "PL-1"),), at=NOW - HOUR, is_at_of_all=False)
+    assert apply(store, told) == 1
+    assert apply(store, replace(told, at=NOW), now=NOW + HOUR) == 0  # a new address is no news of the result
+    (found,) = view(store, A).observations
+    assert (found.said_at, found.received_at) == (None, NOW)
+    with store.read() as conn:
+        assert list(conn.scalars(sa.select(schema.imaging_order.c.said_at))) == [None]
+    later = replace(told, orders=(replace(told.orders[0], said_at=NOW - HOUR, is_cancelled=True),))
+    apply(store, later, now=NOW + HOUR)
+    with store.read() as conn:
+        assert list(conn.scalars(sa.select(schema.imaging_order.c.said_at))) == [None, NOW - HOUR]
+
+
 def test_sources_and_codes_that_share_a_key_keep_their_facts(store: Store) -> None:
     other = replace(fact(2.0, key="k"), code=Code("718-7", "LN", "Hb"))
     apply(store, RecordUpdate(Patient(A), (fact(1.0, key="k"), other), "ONE"))

@@ -13,11 +13,12 @@ import pytest
 import sqlalchemy as sa
 
 from tests.conftest import Captured
+from worker import joining
 from worker.config import Config, Records, Site, Table
 from worker.domain import Code, Patient, PatientKey, PatientRecord, RecordUpdate
 from worker.errors import RecordError
 from worker.intake.tables import Tally
-from worker.store import feeds, records, schema, warehouse
+from worker.store import feeds, records, schema, sources, warehouse
 from worker.store.database import DatabaseUnavailable, Store
 from worker.tables_feed import import_tables, read_view
 
@@ -149,6 +150,36 @@ def test_a_row_of_somebody_else_is_refused_until_an_admission_says_it_is_right(
     assert values(store, "P1") == [5]
 
 
+@pytest.mark.requirement("F4")
+def test_a_table_of_patients_says_who_somebody_is_as_an_admission_does(
+    config: Config, store: Store, take: Import, drop: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A site without ADT corrects who somebody is by a table; the last said counts, not the last read."""
+    who = tmp_path / "who.toml"
+    who.write_text(
+        'name = "who"\nkey_columns = ["pid"]\n[patient]\nid_column = "pid"\nissuer = "HOSP"\nname_columns = ["name"]\nadmission = true\n'
+        '[time]\ncolumn = "changed"\nzone = "UTC"\n[changed]\ncolumn = "changed"\n'
+    )
+
+    def admit(name: str, day: int) -> None:
+        import_tables([drop(f"P1,{name},2021-01-0{day}", name=f"{day}.csv", header="pid,name,changed")], who, config=config, store=store)
+
+    rows = ("1,P1,DOE^JANE,2020-05-06 10:00,F,5", "2,P1,SMITH^JOHN,2020-05-06 11:00,F,7")
+    path = drop(*rows)
+    take(path)
+    assert values(store, "P1") == [5, 7]  # nobody knows which is wrong
+    admit("DOE^JANE", 3)
+    admit("SMITH^JOHN", 2)  # read last, said before
+    with store.read() as conn:
+        keys = records.keys_of(conn, PatientKey("HOSP", "P1"))
+        known = joining.admitted(sources.demographics_of(conn, keys), keys)
+    assert known is not None
+    assert known.name == "DOE^JANE"
+    assert [one.value for one in joining.own(view(store, "P1"), joining.MUST_AGREE).observations] == [5]
+    take(drop("3,P1,SMITH^JOHN,2020-05-06 12:00,F,9", name="later.csv"))
+    assert values(store, "P1") == [5, 7]  # refused
+
+
 def test_a_folder_is_read_in_the_order_in_which_it_was_written(store: Store, take: Import, drop: Callable[..., Path]) -> None:
     drop("1,P1,NEW^J,2020-05-06 10:00,F,50", name="a.csv", age_s=60)
     take(drop("1,P1,OLD^J,2020-05-06 10:00,F,5", name="b.csv", age_s=7200).parent)
@@ -176,14 +207,20 @@ def test_a_dry_run_changes_nothing(store: Store, take: Import, drop: Callable[..
 
 
 @pytest.mark.requirement("F13")
-def test_a_drop_folder_leaves_what_is_being_written_for_the_next_time(store: Store, take: Import, drop: Callable[..., Path]) -> None:
+def test_a_drop_folder_leaves_what_is_being_written_for_the_next_time(
+    store: Store, take: Import, drop: Callable[..., Path], captured: Captured
+) -> None:
     drop("1,P1,DOE^J,2020-05-06 10:00,F,5", name="whole.csv")
     half = drop("2,P1,DOE^J,2020-05-06 11:00,F,6", name="half.csv")
     half.write_bytes(half.read_bytes()[:-5])
     os.utime(half, (1.6e9, 1.6e9))
     assert take(half.parent).counts["file left for the next time"] == 1
     assert values(store, "P1") == [5]
+    captured.clear()
     assert "half written" in next(iter(take(half).reasons))
+    with store.read() as conn:
+        assert feeds.rejected(conn, limit=9) == []  # it is taken the next time
+    assert [one["result"] for one in captured.named("message.refused")] == ["left out"]
     drop("2,P1,DOE^J,2020-05-06 11:00,F,6", name="half.csv")
     assert take(half.parent).counts["file left for the next time"] == 0
     assert values(store, "P1") == [5, 6]

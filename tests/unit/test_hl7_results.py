@@ -93,6 +93,16 @@ def test_what_holds_no_value_and_no_text_is_counted(value_type: str, content: st
     assert parsed.skipped == 1
 
 
+@pytest.mark.parametrize(
+    ("value_type", "content"), [("NM", "NaN"), ("NM", "-INF"), ("NM", "1.#QNAN"), ("NM", "infinity"), ("SN", ">^inf"), ("SN", "^NaN")]
+)
+def test_what_a_program_writes_for_no_number_is_kept_as_a_text_and_counted(value_type: str, content: str) -> None:
+    parsed = read(message(PID, OBR, obx(value_type, content), obx("NM", "hemolyzed", code="K^K^L"), obx("ST", "NaN", code="X^X^L")))
+    assert parsed.update is not None
+    assert [fact.kind for fact in parsed.update.observations] == ["text"] * 3
+    assert parsed.skipped == 1
+
+
 def test_a_withdrawn_result_without_a_value_replaces() -> None:
     (first,) = facts(OBR, obx("SN", "^1^-^5"))
     (withdrawn,) = facts(OBR, obx("SN", "", status="W"))

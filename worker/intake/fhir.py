@@ -226,7 +226,7 @@ class Assembly:
                 _check(one, kind)
             # The patient's own time is when an address was changed, and says nothing of the results.
             self._facts.setdefault(key, []).extend(replace(one, said_at=said_at) for one in found if isinstance(one, Observation))
-            self._orders.setdefault(key, []).extend(one for one in found if isinstance(one, Order))
+            self._orders.setdefault(key, []).extend(replace(one, said_at=said_at) for one in found if isinstance(one, Order))
 
     def subject(self, resource: Json) -> PatientKey:
         """Return whom `resource` is about. Nothing is attributed to the only patient just because there is only one."""
@@ -255,6 +255,7 @@ class Assembly:
             merges=merges,
             orders=tuple(self._orders.get(key, ())),
             at=at,
+            is_at_of_all=False,
         )
 
     def _refer(self, reference: Json) -> PatientKey | None:

@@ -82,7 +82,8 @@ def apply(conn: Connection, update: RecordUpdate, *, now: datetime, message_id: 
     changed = int(_add_demographics(conn, patient_pk, update, said))
     for survivor, retired in pairs:
         changed += persons.add_merge(conn, rows[survivor], rows[retired], said_at=update.at, said=said)
-    ordered = [order for order in update.orders if orders.add(conn, patient_pk, order, said_at=update.at, said=said)]
+    at_of_all = update.at if update.is_at_of_all else None
+    ordered = [one for one in update.orders if orders.add(conn, patient_pk, one, said_at=_by(one.said_at, now) or at_of_all, said=said)]
     told = {} if update.has_demographics else _told(update.patient)
     fact_said = {**said, "told": json.dumps(told, sort_keys=True) if told else ""}
     added = sum(_add_fact(conn, patient_pk, fact, update, fact_said, now=now) for fact in update.observations)
@@ -149,12 +150,17 @@ def _add_fact(
         "coded_value": coded.value,
         "coded_scheme": coded.scheme,
         "coded_meaning": coded.meaning,
-        "said_at": min(fact.said_at, now) if fact.said_at else update.at,
+        "said_at": _by(fact.said_at, now) or (update.at if update.is_at_of_all else None),
     }
     if _is_known(conn, row):  # also when something newer stands: a replayed day undoes nothing
         return False
     conn.execute(_INSERT, row)
     return True
+
+
+def _by(at: datetime | None, now: datetime) -> datetime | None:
+    """A time that is not ahead: a clock that is must not rule until its time has come."""
+    return min(at, now) if at else None
 
 
 def _is_known(conn: Connection, row: dict[str, object]) -> bool:
