@@ -136,6 +136,7 @@ class FhirServer:
     ca: str = ""
     timeout_s: float = 10.0
     fresh_s: float = 300.0
+    full_every_h: float = 24.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

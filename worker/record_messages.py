@@ -106,7 +106,7 @@ def withdraw(out: Console, store: Store, number: int, because: str, *, is_sure: 
     said = {"sender": feeds.OPERATOR, "control_id": _login(), "sent_at": now.isoformat(), "trigger": "withdraw", "digest": str(number)}
     with store.begin() as conn:
         own = feeds.note_message(conn, **said, result="applied", reason=because, now=now)
-        count = 0 if own is None else records.withdraw(conn, number, now=now, message_id=own)
+        count = 0 if own is None else records.withdraw(conn, lambda: records.standing_of(conn, number), now=now, message_id=own)
         if not count:
             raise Reject("Somebody else withdrew or erased them meanwhile.")
     out.print(f"{count} facts are withdrawn, by No. {own}. Studies of the patient are looked at again.")

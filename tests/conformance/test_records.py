@@ -302,8 +302,8 @@ def test_what_a_person_withdraws_stands_no_longer_and_was_known_before(store: St
     say_merged(store, survivor=B, retired=A)
     with store.begin() as conn:
         own = feeds.note_message(conn, **said, control_id="root", trigger="withdraw")
-        assert records.withdraw(conn, number or 0, now=NOW + HOUR, message_id=own or 0) == 3
-        assert records.withdraw(conn, number or 0, now=NOW + HOUR, message_id=own or 0) == 0
+        assert records.withdraw(conn, lambda: records.standing_of(conn, number or 0), now=NOW + HOUR, message_id=own or 0) == 3
+        assert records.withdraw(conn, lambda: records.standing_of(conn, number or 0), now=NOW + HOUR, message_id=own or 0) == 0
     usable = [one.value for one in view(store, B).observations if one.status == "F"]
     assert usable == [8.0]
     assert values(store, B, known_at=NOW) == [5.0, 6.0, 7.0, 8.0]

@@ -276,6 +276,12 @@ class Assembly:
         return Merge(linked, key) if kind == "replaced-by" else Merge(key, linked)
 
 
+def resource_of(key: str, source: str) -> str:
+    """Return the resource that a fact's key names, as "Observation/17"; '' where the fact is of another source."""
+    own = f"{part(source)}/"
+    return "/".join(key.removeprefix(own).partition("#")[0].split("/")[:2]) if key.startswith(own) else ""
+
+
 def _check(one: Observation | Order, kind: str) -> None:
     """Refuse what is too long to be a name of anything."""
     if isinstance(one, Observation):

@@ -15,7 +15,7 @@ Not here: messages and feeds (feeds.py), what a study is given of a record (work
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Final
@@ -186,18 +186,32 @@ def _is_known(conn: Connection, row: dict[str, object]) -> bool:
 def standing_of(conn: Connection, number: int) -> list[AnyRow]:
     """The facts of one message that stand, whatever was merged since: none that was superseded or withdrawn."""
     named = sa.select(observation.c.patient_pk).where(observation.c.message_id == number).distinct()
-    people = {tuple(person_of(conn, patient_pk)) for patient_pk in conn.scalars(named).all()}
-    facts = (fact for chain in sorted(people) for fact in _standing(conn.execute(_FACTS, {"several": chain}).all()))
-    return [fact for fact in facts if fact.message_id == number and fact.status not in WITHDRAWN]
+    return [fact for fact in _standing_under(conn, conn.scalars(named).all()) if fact.message_id == number]
 
 
-def withdraw(conn: Connection, number: int, *, now: datetime, message_id: int) -> int:
-    """Take back the facts of one message that stand, by a row of status W for each; nothing is deleted, and what was known stays so.
+def standing_from(conn: Connection, key: PatientKey, source: str) -> list[AnyRow]:
+    """The facts that one source said under exactly this key and that stand."""
+    found = persons.find(conn, key)
+    facts = _standing_under(conn, [] if found is None else [found])
+    return [fact for fact in facts if fact.patient_pk == found and fact.source == source]
 
-    Who somebody is, merges and orders that the message told stay. As after a source's own withdrawal only a correction stands again.
+
+def _standing_under(conn: Connection, rows: Iterable[int]) -> list[AnyRow]:
+    """What stands of the persons whose rows these are, without withdrawals."""
+    people = sorted({tuple(person_of(conn, patient_pk)) for patient_pk in rows})
+    facts = (fact for chain in people for fact in _standing(conn.execute(_FACTS, {"several": chain}).all()))
+    return [fact for fact in facts if fact.status not in WITHDRAWN]
+
+
+def withdraw(conn: Connection, standing: Callable[[], Sequence[AnyRow]], *, now: datetime, message_id: int) -> int:
+    """Take back facts that stand, by a row of status W for each; nothing is deleted, and what was known stays so.
+
+    Who somebody is, merges and orders stay. As after a source's own withdrawal only a correction stands again.
 
     Parameters
     ----------
+    standing
+        Gives the facts to take back: asked again with the lock.
     message_id
         The row that says who withdraws them, and why.
 
@@ -206,9 +220,9 @@ def withdraw(conn: Connection, number: int, *, now: datetime, message_id: int) -
     int
         How many facts were withdrawn.
     """
-    if not lock(conn, {fact.patient_pk for fact in standing_of(conn, number)}):
+    if not lock(conn, {fact.patient_pk for fact in standing()}):
         return 0  # a patient was erased this very moment
-    found = standing_of(conn, number)
+    found = standing()
     for fact in found:
         row = {column.name: getattr(fact, column.name) for column in observation.c if column.name != "id"}
         # A text would be kept for as long again, and who withdraws needs none.
