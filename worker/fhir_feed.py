@@ -154,13 +154,14 @@ class Puller:
             return
         now = record_feeds.clock()
         why = "The FHIR server has deleted them."
-        said = {"sender": source, "control_id": "", "sent_at": now.isoformat(), "trigger": "deleted", "reason": why}
 
         def deleted(conn: Connection) -> list[AnyRow]:
             return [one for name, several in named(conn).items() if name in gone for one in several]
 
         with self._store.begin() as conn:
-            number = feeds.note_message(conn, **said, result="applied", now=now)
+            number = feeds.note_message(
+                conn, sender=source, control_id="", sent_at=now.isoformat(), trigger="deleted", result="applied", reason=why, now=now
+            )
             if number is not None:
                 records.withdraw(conn, lambda: deleted(conn), now=now, message_id=number)
 

@@ -103,9 +103,18 @@ def withdraw(out: Console, store: Store, number: int, because: str, *, is_sure: 
     if not is_sure:
         typer.confirm("Withdraw them?", abort=True)
     now = clock()
-    said = {"sender": feeds.OPERATOR, "control_id": _login(), "sent_at": now.isoformat(), "trigger": "withdraw", "digest": str(number)}
     with store.begin() as conn:
-        own = feeds.note_message(conn, **said, result="applied", reason=because, now=now)
+        own = feeds.note_message(
+            conn,
+            sender=feeds.OPERATOR,
+            control_id=_login(),
+            sent_at=now.isoformat(),
+            trigger="withdraw",
+            result="applied",
+            reason=because,
+            digest=str(number),
+            now=now,
+        )
         count = 0 if own is None else records.withdraw(conn, lambda: records.standing_of(conn, number), now=now, message_id=own)
         if not count:
             raise Reject("Somebody else withdrew or erased them meanwhile.")

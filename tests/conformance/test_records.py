@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -295,7 +296,7 @@ def order(store: Store, key: PatientKey, placer: str, priority: int, *, is_cance
 def test_what_a_person_withdraws_stands_no_longer_and_was_known_before(store: Store) -> None:
     facts = (fact(5.0, key="panel"), fact(6.0, key="panel/a"), replace(fact(7.0), key=""))
     with store.begin() as conn:
-        said = {"sender": "LAB|SITE", "sent_at": "", "result": "applied", "now": NOW}
+        said: dict[str, Any] = {"sender": "LAB|SITE", "sent_at": "", "result": "applied", "now": NOW}
         number = feeds.note_message(conn, **said, control_id="1", trigger="ORU^R01")
         records.apply(conn, RecordUpdate(Patient(A), facts, "LAB", has_demographics=False), now=NOW, message_id=number)
     say(store, A, 8.0)

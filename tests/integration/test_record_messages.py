@@ -103,7 +103,14 @@ def test_a_message_that_was_not_refused_or_is_not_kept_whole_is_not_applied_agai
     code, said = site.run("records", "--apply", str(max(rejected(site))))
     assert (code, "only its first 65536 bytes" in said) == (1, True)
     with site.store.begin() as conn:
-        words = {"sender": "table", "control_id": "", "sent_at": "", "trigger": "CSV", "result": "refused", "reason": "2 rows were refused"}
+        words: dict[str, Any] = {
+            "sender": "table",
+            "control_id": "",
+            "sent_at": "",
+            "trigger": "CSV",
+            "result": "refused",
+            "reason": "2 rows were refused",
+        }
         number = feeds.note_message(conn, **words, now=clock())
     code, said = site.run("records", "--apply", str(number))
     assert (code, "not kept" in said) == (1, True)
