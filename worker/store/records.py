@@ -200,7 +200,7 @@ def view(
 ) -> PatientRecord | None:
     """The record of exactly this patient of this issuer, nothing in it later than `as_of`, nothing received after `known_at`.
 
-    Of several facts of one code under one key of a source a correction or withdrawal stands before a final, a final before a
+    Of several facts under one key of a source, be it of several codes, a correction or withdrawal stands before a final, a final before a
     preliminary, then the later said, then the later received: feeds are replayed and connections are parallel.
     None if no feed has ever named the patient, or none had at `known_at`.
 
@@ -226,8 +226,9 @@ def view(
             return None
     best: dict[object, AnyRow] = {}
     for fact in facts:
-        # Across merged keys too: a result that is corrected after the merge comes under the survivor.
-        name = (fact.source, fact.scheme, fact.code, fact.key) if fact.key else fact.id
+        # Across merged keys too: a result that is corrected after the merge comes under the survivor. And across codes: what was
+        # filed under a wrong one is corrected under another, and a document may be cancelled by its number alone.
+        name = (fact.source, fact.key) if fact.key else fact.id
         known = best.get(name)
         if known is None or _stands(fact) >= _stands(known):
             best[name] = fact
