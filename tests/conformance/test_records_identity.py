@@ -180,6 +180,15 @@ def test_a_result_that_was_filed_under_a_wrong_code_does_not_stand_beside_the_ri
     assert [one.code.value for one in narrow.observations] == [code for code, _ in kept if code == "1988-5"]
 
 
+@pytest.mark.requirement("F10")
+def test_a_withdrawal_takes_back_the_repeats_that_were_said_before_it(store: Store) -> None:
+    """A laboratory that withdraws one of two results under one key does not say which; what it says beside the withdrawal stands."""
+    apply(store, RecordUpdate(Patient(A), (fact(1.0, key="k"), fact(2.0, key="k#1"), fact(3.0, key="k#2")), at=NOW - HOUR))
+    assert values(store, A) == [1.0, 2.0, 3.0]
+    apply(store, RecordUpdate(Patient(A), (fact(1.0, key="k", status="W"), fact(4.0, key="k#1")), at=NOW))
+    assert [(one.value, one.status) for one in view(store, A).observations] == [(1.0, "W"), (4.0, "F")]
+
+
 @pytest.mark.requirement("F2")
 def test_who_somebody_is_in_passing_counts_until_an_admission_says_so(store: Store) -> None:
     with store.read() as conn:

@@ -241,7 +241,7 @@ def view(
     standing = [
         fact
         for fact in best.values()
-        if not (fact.key and fact.key.startswith(gone.get(fact.source, ())))
+        if not (fact.key and (fact.key.startswith(gone.get(fact.source, ())) or _is_withdrawn_repeat(fact, best)))
         and (wanted is None or (fact.code, fact.scheme) in wanted)
         and (since is None or fact.at >= since)
     ]
@@ -288,6 +288,12 @@ def person(conn: Connection, key: PatientKey) -> Patient | None:
 
 def _stands(fact: AnyRow) -> tuple[int, datetime, int]:
     return _RANK.get(fact.status, 0), fact.said_at or fact.received_at, fact.id
+
+
+def _is_withdrawn_repeat(fact: AnyRow, best: Mapping[object, AnyRow]) -> bool:
+    """Whether a repeat of a key ("key#1") was said before the key was withdrawn: which of the repeats was meant is not told."""
+    withdrawn = best.get((fact.source, fact.key.rpartition("#")[0]))
+    return withdrawn is not None and withdrawn.status in WITHDRAWN and _stands(withdrawn)[1:] > _stands(fact)[1:]
 
 
 def _demographics(key: PatientKey, rows: Sequence[AnyRow], chain: Sequence[int]) -> Patient:
