@@ -96,6 +96,14 @@ def test_only_a_confirmed_condition_is_a_fact_that_is_used(status: str, kept: st
     assert fact.status == kept
 
 
+@pytest.mark.requirement("F10")
+def test_a_condition_that_was_entered_in_error_is_withdrawn_by_its_id_alone() -> None:
+    (first,) = facts(condition())
+    status = {"coding": [{"system": VERIFICATION, "code": "entered-in-error"}]}
+    (second,) = facts(condition(code=None, recordedDate=None, verificationStatus=status, meta={"lastUpdated": MAY}))
+    assert (second.key, second.status) == (first.key, "W")
+
+
 def test_a_resolved_condition_is_history_and_still_a_fact() -> None:
     (fact,) = facts(condition(clinicalStatus={"coding": [{"code": "resolved"}]}, abatementDateTime="2020-06-01"))
     assert (fact.status, fact.value) == ("F", 1.0)

@@ -51,6 +51,7 @@ _REQUEST: Final = {
     **_UNKNOWN, "active": "F", "on-hold": "F", "completed": "F", "revoked": "D", "draft": _NOTHING_YET,
 }  # fmt: skip
 _CANCELLED: Final = frozenset({"revoked", "entered-in-error"})
+_WITHDRAWN: Final = frozenset("DWX")
 #: request-intent: what is only proposed or planned has not been ordered.
 _NOT_ORDERED: Final = frozenset({"proposal", "plan", "option"})
 _URGENT: Final = frozenset({"stat", "asap", "urgent"})  # request-priority
@@ -87,14 +88,18 @@ def observation(elements: Elements, resource: Json, key: str) -> Iterator[Observ
     status = status_of(resource, _RESULT)
     if not status:
         return
+    # Observation.focus: of a fetus, a donor or a device, filed under the patient. What was said under this id without it was a mistake.
+    if any(text_of(one, "reference") != text_of(object_of(resource, "subject"), "reference") for one in objects_of(resource, "focus")):
+        status = "D"
     at: datetime | None = None
     repeats: Counter[str] = Counter()
     for position, element in enumerate((resource, *objects_of(resource, "component"))):
         code = preferred(elements.codes(object_of(element, "code")))
         content = content_of(elements, element)
-        if not code.value or (content.is_empty and status not in SUPERSEDING):
+        if _says_nothing(code, status, is_empty=content.is_empty):
             continue
-        at = at or elements.first_time(resource, ("effectiveDateTime", "effectivePeriod", "effectiveInstant", "issued"))
+        times = ("effectiveDateTime", "effectivePeriod", "effectiveInstant", "issued")
+        at = at or elements.first_time(resource, _times(times, status))
         own = f"{key}/{part(code.scheme)}/{part(code.value)}" if key and position else key
         repeats[own] += 1
         own = f"{own}#{repeats[own]}" if own and repeats[own] > 1 else own
@@ -123,9 +128,9 @@ def narrative(
     elements: Elements, resource: Json, key: str, code: Code, status: str, words: str, times: Sequence[str]
 ) -> Iterator[Observation]:
     """Give `words` as one observation."""
-    if not status or not code.value or (not words and status not in SUPERSEDING):
+    if _says_nothing(code, status, is_empty=not words):
         return
-    at = elements.first_time(resource, times)
+    at = elements.first_time(resource, _times(times, status))
     yield Observation(code, at, text=words, status=status, key=key, source=elements.source, kind="text")
 
 
@@ -174,10 +179,19 @@ def medicine(elements: Elements, resource: Json) -> Json:
 def presence(elements: Elements, resource: Json, key: str, concept: Json, status: str, times: Sequence[str]) -> Iterator[Observation]:
     """Give `concept` as a fact that is there: value 1, its words beside it."""
     code = preferred(elements.codes(concept))
-    if not status or not code.value:
+    if _says_nothing(code, status, is_empty=False):
         return
     words = code.meaning or text_of(concept, "text")
-    yield Observation(code, elements.first_time(resource, times), 1.0, unit="1", text=words, status=status, key=key, source=elements.source)
+    yield Observation(
+        code,
+        elements.first_time(resource, _times(times, status)),
+        1.0,
+        unit="1",
+        text=words,
+        status=status,
+        key=key,
+        source=elements.source,
+    )
 
 
 # --- orders
@@ -219,6 +233,16 @@ def is_imaging(elements: Elements, resource: Json, has_accession_number: bool) -
 
 
 # --- values and statuses
+
+
+def _says_nothing(code: Code, status: str, *, is_empty: bool) -> bool:
+    """Whether there is nothing to tell. What is withdrawn may have lost all but its id: that is enough to withdraw it."""
+    return not status or (status not in _WITHDRAWN and (not code.value or (is_empty and status not in SUPERSEDING)))
+
+
+def _times(names: Sequence[str], status: str) -> tuple[str, ...]:
+    """Where to look for when it was; of what is withdrawn it is enough to know when that was said."""
+    return (*names, "meta.lastUpdated") if status in _WITHDRAWN else tuple(names)
 
 
 def status_of(resource: Json, known: Mapping[str, str], name: str = "status") -> str:
