@@ -97,6 +97,21 @@ def test_only_a_confirmed_condition_is_a_fact_that_is_used(status: str, kept: st
 
 
 @pytest.mark.requirement("F10")
+@pytest.mark.parametrize(
+    ("reason", "words"),
+    [({"coding": [{"code": "error"}]}, "error"), ({"coding": [{"code": "unknown"}], "text": "hemolyzed"}, "hemolyzed")],
+)
+def test_a_value_that_turned_out_to_be_none_is_replaced_by_the_reason(reason: Json, words: str) -> None:
+    """As in HL7 v2: a newer result that cannot be used is never replaced by the older one."""
+    for is_part in (False, True):
+        first, second = (
+            facts(observation(valueQuantity=None, component=[{"code": DIABETES, **value}]) if is_part else observation(**value))[0]
+            for value in ({"valueInteger": 7, "valueQuantity": None}, {"dataAbsentReason": reason, "valueQuantity": None})
+        )
+        assert (second.key, second.status, second.kind, second.value, second.text) == (first.key, "F", "text", None, words)
+
+
+@pytest.mark.requirement("F10")
 def test_a_condition_that_was_entered_in_error_is_withdrawn_by_its_id_alone() -> None:
     (first,) = facts(condition())
     status = {"coding": [{"system": VERIFICATION, "code": "entered-in-error"}]}
@@ -276,7 +291,7 @@ def test_a_value_says_how_it_is_to_be_read(value: Json, kind: str) -> None:
         {"valueRange": {"low": {"unit": "g"}}},
         {"valueRatio": {"numerator": {"value": 1}}},
         {"valuePeriod": {"start": "2020"}},
-        {"dataAbsentReason": {"text": "broken"}},
+        {"dataAbsentReason": {"text": "see components"}, "component": [{"code": DIABETES}]},
     ],
 )
 def test_a_value_that_is_not_there_is_no_fact(value: Json) -> None:

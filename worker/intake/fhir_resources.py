@@ -93,9 +93,13 @@ def observation(elements: Elements, resource: Json, key: str) -> Iterator[Observ
         status = "D"
     at: datetime | None = None
     repeats: Counter[str] = Counter()
-    for position, element in enumerate((resource, *objects_of(resource, "component"))):
+    components = objects_of(resource, "component")
+    for position, element in enumerate((resource, *components)):
         code = preferred(elements.codes(object_of(element, "code")))
         content = content_of(elements, element)
+        # A panel has no value of its own.
+        if content.is_empty and (position or not components) and (words := _absent(elements, element)):
+            content = Content("text", text=words)
         if _says_nothing(code, status, is_empty=content.is_empty):
             continue
         times = ("effectiveDateTime", "effectivePeriod", "effectiveInstant", "issued")
@@ -256,6 +260,13 @@ def status_of(resource: Json, known: Mapping[str, str], name: str = "status") ->
 def content_of(elements: Elements, part: Json) -> Content:
     """Return value[x]; nothing of the types that are not read."""
     return next((read(elements, part, name) for name, read in _CONTENTS.items() if part.get(name) not in (None, {})), Content())
+
+
+def _absent(elements: Elements, part: Json) -> str:
+    """Why there is no value, as HL7 v2 says "hemolyzed": like any newer result that cannot be used it stands before an older one."""
+    reason = object_of(part, "dataAbsentReason")
+    code = preferred(elements.codes(reason))
+    return text_of(reason, "text") or code.meaning or code.value
 
 
 def _quantity(_: Elements, part: Json, name: str) -> Content:
