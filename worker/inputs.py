@@ -221,12 +221,12 @@ def _of_images(study: Study, series: dict[str, Series], wanted: TextSpec) -> Use
 def _standing(observations: Iterable[Observation]) -> tuple[Observation, ...]:
     """Leave one observation per source and key: the one its status ranks first; keyless ones stand alone."""
     alone: list[Observation] = []
-    best: dict[tuple[str, str, str, str], Observation] = {}
+    best: dict[tuple[str, str], Observation] = {}
     for one in observations:
         if not one.key:
             alone.append(one)
             continue
-        fact = (one.source, one.key, one.code.scheme, one.code.value)
+        fact = (one.source, one.key)
         if fact not in best or _rank(one) < _rank(best[fact]):
             best[fact] = one
     return (*alone, *best.values())

@@ -109,6 +109,17 @@ def test_a_withdrawn_result_without_a_value_replaces() -> None:
     assert (withdrawn.key, withdrawn.status, withdrawn.value, withdrawn.high) == (first.key, "W", None, None)
 
 
+@pytest.mark.requirement("F10")
+@pytest.mark.parametrize("status", ["C", "W", "X", "D"])
+def test_each_of_the_repeats_under_one_key_is_corrected_and_withdrawn(status: str) -> None:
+    repeats = [("3", "20200506070000"), ("4", "20200506080000"), ("5", "20200506090000")]
+    said, superseding = (facts(OBR, *(obx("NM", value, at=at, status=one) for value, at in repeats)) for one in ("F", status))
+    assert [(one.key, one.at, one.value) for one in superseding] == [(one.key, one.at, one.value) for one in said]
+    assert len({one.key for one in said}) == 3
+    (replaced,) = facts(OBR, obx("NM", "3"), obx("NM", "6", status=status))
+    assert (replaced.value, replaced.status) == (6.0, status)
+
+
 def test_a_text_below_a_number_of_the_same_code_is_a_fact_of_its_own() -> None:
     number, text = facts(OBR, obx("NM", "3"), obx("TX", "hemolyzed"))
     assert (number.value, number.text, number.kind) == (3.0, "", "number")

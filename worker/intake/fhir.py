@@ -195,6 +195,7 @@ class Assembly:
         if kind == "Medication":
             self.elements.medications.update(dict.fromkeys(names, resource))
             return
+        _refuse_modified(resource)
         patient = _patient(resource, key or self.elements.key(objects_of(resource, "identifier")))
         links = objects_of(resource, "link")
         for link in links:  # what is wrong with one is this patient's fault, and known before anything is taken
@@ -216,6 +217,7 @@ class Assembly:
         kind = resource.get("resourceType")
         if not isinstance(kind, str) or kind not in READERS:
             return
+        _refuse_modified(resource)
         name = text_of(resource, "id") or url
         # Without a name of its own a fact supersedes nothing and nothing supersedes it.
         own = f"{part(self.elements.source)}/{kind}/{part(name)}" if name else ""
@@ -280,6 +282,13 @@ def resource_of(key: str, source: str) -> str:
     """Return the resource that a fact's key names, as "Observation/17"; '' where the fact is of another source."""
     own = f"{part(source)}/"
     return "/".join(key.removeprefix(own).partition("#")[0].split("/")[:2]) if key.startswith(own) else ""
+
+
+def _refuse_modified(resource: Json) -> None:
+    """R4 §2.4: whoever does not understand an extension that may turn what is said into its opposite must not use what it stands in."""
+    several = [one for value in resource.values() if isinstance(value, list) for one in value if isinstance(one, dict)]
+    if any(one.get("modifierExtension") for one in (resource, *several)):
+        raise RecordError(f"{resource['resourceType']}.modifierExtension changes what is said in a way that is not understood.")
 
 
 def _check(one: Observation | Order, kind: str) -> None:

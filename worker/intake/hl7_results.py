@@ -70,7 +70,8 @@ def observations(reader: Reader, segments: list[list[str]]) -> tuple[Observation
         if earlier and earlier.status == fact.status and fields[2] in _LINES and earlier.kind == "text":
             lines.setdefault(fact.key, [earlier.text]).append(fact.text)
             continue
-        if earlier and fact.status not in SUPERSEDING:
+        # A correction below what it corrects takes its place; below another correction it is one of the repeats, as their finals were.
+        if earlier and (fact.status not in SUPERSEDING or earlier.status in SUPERSEDING):
             repeats[fact.key] += 1
             fact = replace(fact, key=f"{fact.key}#{repeats[fact.key]}")
         facts[fact.key] = fact

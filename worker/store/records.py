@@ -263,7 +263,7 @@ def view(
 ) -> PatientRecord | None:
     """The record of exactly this patient of this issuer, nothing in it later than `as_of`, nothing received after `known_at`.
 
-    Of several facts of one code under one key of a source a correction or withdrawal stands before a final, a final before a
+    Of several facts under one key of a source, be it of several codes, a correction or withdrawal stands before a final, a final before a
     preliminary, then the later said, then the later received: feeds are replayed and connections are parallel.
     None if no feed has ever named the patient, or none had at `known_at`.
 
@@ -308,8 +308,9 @@ def _standing(facts: Sequence[AnyRow]) -> list[AnyRow]:
     """Of all that was said of one person what stands, withdrawals included."""
     best: dict[object, AnyRow] = {}
     for fact in facts:
-        # Across merged keys too: a result that is corrected after the merge comes under the survivor.
-        name = (fact.source, fact.scheme, fact.code, fact.key or _row_key(fact))
+        # Across merged keys too: a result that is corrected after the merge comes under the survivor. And across codes: what was
+        # filed under a wrong one is corrected under another, and a document may be cancelled by its number alone.
+        name = (fact.source, fact.key or _row_key(fact))
         known = best.get(name)
         if known is None or _stands(fact) >= _stands(known):
             best[name] = fact
@@ -318,7 +319,11 @@ def _standing(facts: Sequence[AnyRow]) -> list[AnyRow]:
     for fact in best.values():
         if fact.key and fact.status in WITHDRAWN:
             gone[fact.source] = (*gone.get(fact.source, ()), f"{fact.key}/")
-    return [fact for fact in best.values() if not (fact.key and fact.key.startswith(gone.get(fact.source, ())))]
+    return [
+        fact
+        for fact in best.values()
+        if not (fact.key and (fact.key.startswith(gone.get(fact.source, ())) or _is_withdrawn_repeat(fact, best)))
+    ]
 
 
 def _row_key(fact: AnyRow) -> str:
@@ -356,6 +361,12 @@ def person(conn: Connection, key: PatientKey) -> Patient | None:
 
 def _stands(fact: AnyRow) -> tuple[int, datetime, int]:
     return _RANK.get(fact.status, 0), fact.said_at or fact.received_at, fact.id
+
+
+def _is_withdrawn_repeat(fact: AnyRow, best: Mapping[object, AnyRow]) -> bool:
+    """Whether a repeat of a key ("key#1") was said before the key was withdrawn: which of the repeats was meant is not told."""
+    withdrawn = best.get((fact.source, fact.key.rpartition("#")[0]))
+    return withdrawn is not None and withdrawn.status in WITHDRAWN and _stands(withdrawn)[1:] > _stands(fact)[1:]
 
 
 def _demographics(key: PatientKey, rows: Sequence[AnyRow], chain: Sequence[int]) -> Patient:
