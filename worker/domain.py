@@ -120,6 +120,11 @@ class RecordUpdate:
     orders: tuple[Order, ...] = ()
     at: datetime | None = None
 
+    @property
+    def named(self) -> list[PatientKey]:
+        """All patients that it names, its own first."""
+        return [self.patient.key, *(key for one in self.merges for key in (one.survivor, one.retired))]
+
 
 @dataclass(frozen=True, slots=True)
 class PatientRecord:

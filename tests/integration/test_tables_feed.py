@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -228,20 +228,21 @@ def test_an_import_that_was_cut_off_goes_on_where_it_ended(
     store: Store, take: Import, drop: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = drop(*(f"{n},P{n % 7},,2020-05-06,F,{n}" for n in range(1200)))
-    real, calls = records.apply, 0
+    real, calls = records.apply_all, 0
 
-    def fails(conn: object, update: RecordUpdate, **options: object) -> int:
+    def fails(conn: object, updates: Sequence[RecordUpdate], **options: object) -> int:
         nonlocal calls
         calls += 1
-        if calls > 10:
+        added = real(conn, updates, **options)  # type: ignore[arg-type]
+        if calls > 1:
             raise DatabaseUnavailable("The database is not available: gone.")
-        return real(conn, update, **options)  # type: ignore[arg-type]
+        return added
 
-    monkeypatch.setattr(records, "apply", fails)
+    monkeypatch.setattr(records, "apply_all", fails)
     with pytest.raises(DatabaseUnavailable):
         take(path)
     assert rows(store)["observation"] == 500
-    monkeypatch.setattr(records, "apply", real)
+    monkeypatch.setattr(records, "apply_all", real)
     assert take(path).counts["fact added"] == 700
     assert rows(store)["observation"] == 1200
 
@@ -401,7 +402,7 @@ def test_our_own_database_away_leaves_the_watermark_where_it_was(
         raise DatabaseUnavailable("The database is not available: gone.")
 
     with monkeypatch.context() as patch:
-        patch.setattr(records, "apply", gone)
+        patch.setattr(records, "apply_all", gone)
         assert read_view(table, config=config, store=store) == 0
     assert len(captured.named("sweep.failed")) == 1
     assert read_view(table, config=config, store=store) == 10
