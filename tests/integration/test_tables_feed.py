@@ -248,6 +248,26 @@ def test_an_import_that_was_cut_off_goes_on_where_it_ended(
 
 
 @pytest.mark.requirement("F13")
+def test_a_batch_takes_as_many_statements_whatever_rows_and_patients_it_has(store: Store, take: Import, drop: Callable[..., Path]) -> None:
+    """A million rows are two thousand batches; with some statements a row it was hours."""
+    statements: list[str] = []
+    sa.event.listen(store.engine, "before_cursor_execute", lambda _conn, _cursor, statement, *_rest: statements.append(statement))
+
+    def counted(path: Path) -> int:
+        statements.clear()
+        take(path)
+        return len(statements)
+
+    few = [f"{n},F{n},DOE^J,2020-05-06 10:{n:02},F,{n}" for n in range(2)]
+    many = [f"{n},M{n % 100},ROE^R,2020-05-06 10:{n % 60:02},F,{n}" for n in range(400)]
+    several = counted(drop(*few, name="few.csv"))
+    assert 0 < several <= 25
+    assert counted(drop(*many, name="many.csv")) == several
+    assert counted(drop(*many[:300], name="known.csv")) <= several
+    assert rows(store)["observation"] == 402
+
+
+@pytest.mark.requirement("F13")
 @pytest.mark.parametrize("store", ["sqlite"], indirect=True)
 @pytest.mark.slow
 def test_many_rows_are_taken_and_taken_again(store: Store, take: Import, drop: Callable[..., Path]) -> None:
