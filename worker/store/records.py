@@ -139,14 +139,16 @@ def _add_demographics(
 
     None is added where the very same was said before at the same time, or both times without one.
     """
-    lines = [(rows[one.patient.key], *told.values(), one) for one in updates if any((told := _parts(one.patient)).values())]
+    lines = [((rows[one.patient.key], *told.values()), one) for one in updates if any((told := _parts(one.patient)).values())]
     if not lines:
         return set()
     dialect, known = conn.dialect.name, set[tuple[object, ...]]()
-    for *line, at, received_at in conn.execute(_known_lines(dialect), {"rows": rows_of(dialect, dict.fromkeys(one[:4] for one in lines))}):
-        known |= {(*line, at), (*line, None if at == received_at else at)}  # None: said without a time
-    new = []
-    for *line, update in lines:
+    for *words, at, received_at in conn.execute(
+        _known_lines(dialect), {"rows": rows_of(dialect, dict.fromkeys(line for line, _ in lines))}
+    ):
+        known |= {(*words, at), (*words, None if at == received_at else at)}  # None: said without a time
+    new: list[dict[str, Any]] = []
+    for line, update in lines:
         said_at = update.at if update.has_demographics else IN_PASSING
         if (*line, said_at) in known:
             continue
@@ -159,7 +161,7 @@ def _add_demographics(
 
 
 @cache
-def _known_lines(dialect: str) -> sa.Select[tuple[object, ...]]:
+def _known_lines(dialect: str) -> sa.Select[*tuple[Any, ...]]:
     words = (demographics.c.patient_pk, *(demographics.c[name] for name in _PARTS))
     return sa.select(*words, demographics.c.at, demographics.c.received_at).where(listed(dialect, *words))
 
@@ -224,7 +226,7 @@ def _add_facts(conn: Connection, facts: Sequence[dict[str, Any]]) -> list[dict[s
 
 
 @cache
-def _known_facts(dialect: str) -> sa.Select[tuple[object, ...]]:
+def _known_facts(dialect: str) -> sa.Select[*tuple[Any, ...]]:
     columns = (*_WORDS, observation.c.patient_pk, observation.c.source, observation.c.said_at, observation.c.received_at)
     return sa.select(*columns).where(listed(dialect, observation.c.patient_pk, observation.c.at, observation.c.key))
 
