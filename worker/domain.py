@@ -126,6 +126,11 @@ class RecordUpdate:
     at: datetime | None = None
     is_at_of_all: bool = field(default=True, repr=False)
 
+    @property
+    def named(self) -> list[PatientKey]:
+        """All patients that it names, its own first."""
+        return [self.patient.key, *(key for one in self.merges for key in (one.survivor, one.retired))]
+
 
 @dataclass(frozen=True, slots=True)
 class PatientRecord:

@@ -124,12 +124,12 @@ class Puller:
             for one in updates:
                 update = record_feeds.localized(self._config, one)
                 try:
-                    record_feeds.check_person(self._config, conn, update, now=now, message_id=number)
+                    held = record_feeds.check_person(self._config, conn, update, now=now, message_id=number)
                 except RecordError as exc:
                     is_whole = False
                     _refused(str(exc), result="refused")
                     continue
-                records.apply(conn, update, now=now, message_id=number)
+                records.apply(conn, update, now=now, message_id=number, held=held)
         self._withdraw_deleted(key)
         return is_whole
 

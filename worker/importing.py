@@ -181,11 +181,11 @@ def _apply_fhir(updates: Iterable[RecordUpdate], raw: bytes, tally: Tally, *, co
 def _applied(conn: Connection, update: RecordUpdate, tally: Tally, *, config: Config, now: datetime, message_id: int | None) -> int | None:
     """The number of facts added; None, and a reason in the tally, for what is of somebody else."""
     try:
-        record_feeds.check_person(config, conn, update, now=now, message_id=message_id)
+        held = record_feeds.check_person(config, conn, update, now=now, message_id=message_id)
     except RecordError as exc:
         tally.refuse(str(exc))
         return None
-    return records.apply(conn, update, now=now, message_id=message_id)
+    return records.apply(conn, update, now=now, message_id=message_id, held=held)
 
 
 def _order(key: PatientKey) -> tuple[str, str]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from worker import joining
 from worker.config import Config
@@ -22,6 +23,12 @@ from worker.intake.facts import MAX_CONTROL_ID, token
 from worker.store import feeds, persons, records, sources
 from worker.store.database import Connection, Store
 from worker.tls import server_context
+
+#: Why a result is refused that names another person than the admissions.
+OF_ANOTHER: Final = (
+    "The patient's name, birth date or sex (PID-5, PID-7, PID-8) contradicts what is known of the patient with this ID (PID-3); "
+    "nothing of it was applied. Correct the patient at the sender, or send the right demographics (ADT^A08) first."
+)
 
 if TYPE_CHECKING:
     from worker.intake.hl7 import ParsedMessage
@@ -97,16 +104,19 @@ def apply_message(config: Config, store: Store, message: ParsedMessage, raw: byt
         )
         if number is not None and message.update:
             update = localized(config, message.update)
-            check_person(config, conn, update, now=clock(), message_id=number)
-            records.apply(conn, update, now=clock(), message_id=number)
+            held = check_person(config, conn, update, now=clock(), message_id=number)
+            records.apply(conn, update, now=clock(), message_id=number, held=held)
     return number is not None
 
 
-def check_person(config: Config, conn: Connection, update: RecordUpdate, *, now: datetime, message_id: int | None = None) -> None:
+def check_person(
+    config: Config, conn: Connection, update: RecordUpdate, *, now: datetime, message_id: int | None = None
+) -> persons.Held | None:
     """Refuse what is said of somebody else under a patient's ID; the patients it names stay locked until the commit.
 
-    An admission's word is not looked at: it is what corrects who a patient is. What came in passing speaks against nobody: of two that
-    contradict each other nobody knows the wrong one, so both are kept, and a study is not joined (joining.py).
+    An admission's word is not looked at, and locks nobody (None): it is what corrects who a patient is. What came in passing speaks
+    against nobody: of two that contradict each other nobody knows the wrong one, so both are kept, and a study is not joined
+    (joining.py).
 
     Raises
     ------
@@ -114,17 +124,34 @@ def check_person(config: Config, conn: Connection, update: RecordUpdate, *, now:
         Name, birth date or sex contradict what admissions say of the patient with this ID.
     """
     if update.has_demographics:
-        return
+        return None
+    held, (is_of_another,) = check_persons(config, conn, [update], now=now, message_id=message_id)
+    if is_of_another:
+        raise RecordError(OF_ANOTHER)
+    return held
+
+
+def check_persons(
+    config: Config, conn: Connection, updates: Sequence[RecordUpdate], *, now: datetime, message_id: int | None = None
+) -> tuple[persons.Held, list[bool]]:
+    """Which of these updates, if they are no admission's, are of somebody else than the patient they name; all stay locked."""
     # Locked first: an admission that is being applied this moment counts.
-    named = [update.patient.key, *(key for one in update.merges for key in (one.survivor, one.retired))]
-    persons.locked(conn, named, {"source": update.source, "received_at": now, "message_id": message_id})
-    keys = records.keys_of(conn, update.patient.key)
-    known = joining.admitted(sources.demographics_of(conn, keys), keys)
-    if known and disagreement(update.patient, known, must_agree=config.records.must_agree):
-        raise RecordError(
-            "The patient's name, birth date or sex (PID-5, PID-7, PID-8) contradicts what is known of the patient with this ID (PID-3); "
-            "nothing of it was applied. Correct the patient at the sender, or send the right demographics (ADT^A08) first."
-        )
+    said = {"source": updates[0].source, "received_at": now, "message_id": message_id}
+    held = persons.locked(conn, (key for one in updates for key in one.named), said)
+    keys = held.keys(conn)
+    survivors = {keys[pk]: chain[0] for chain in held.chains.values() for pk in chain}
+    told: dict[int, list[sources.Told]] = {}
+    for line in sources.demographics_of(conn, survivors):
+        told.setdefault(survivors[line.key], []).append(line)
+
+    def is_of_another(update: RecordUpdate) -> bool:
+        if update.has_demographics:
+            return False
+        chain = held.chains[held.rows[update.patient.key]]
+        known = joining.admitted(told.get(chain[0], ()), [keys[pk] for pk in chain])
+        return bool(known and disagreement(update.patient, known, must_agree=config.records.must_agree))
+
+    return held, [is_of_another(one) for one in updates]
 
 
 def parsed(config: Config, raw: bytes) -> ParsedMessage:

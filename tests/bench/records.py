@@ -1,16 +1,22 @@
-"""The patient record's two rates: messages committed before their answer, and the view of one patient among very many facts.
+"""The patient record's rates: messages committed before their answer, tables imported, and the view of one patient among very many facts.
 
-``python -m tests.bench.records [--facts 10000 10000000] [--messages 1000]`` prints one JSON line a figure, for SQLite and PostgreSQL.
+``python -m tests.bench.records [--messages 1000] [--rows 20000] [--facts 10000 10000000]`` prints one JSON line a figure, for SQLite
+and PostgreSQL; a 0, or ``--rows`` and ``--facts`` without a number, leaves a figure out.
 The plain listener is the same server without a database: what it reaches is the network's and the parser's share.
+A table is imported twice by ``synoptic import --mapping``, as a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
+import re
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -38,6 +44,23 @@ NOW = datetime(2026, 1, 1, tzinfo=UTC)
 ISSUER = "BENCH"
 FILM = Instance("2.25.3", "1.2.840.10008.5.1.4.1.1.1", "1.2.840.10008.1.2", Path("film.dcm"), "", 1, "AP")
 SERIES = Series("2.25.2", "CR", "CHEST", "", (FILM,))
+
+
+TABLE = """
+name = "bench"
+key_columns = ["number"]
+[patient]
+id_column = "patient"
+issuer = "BENCH"
+[time]
+column = "drawn"
+zone = "UTC"
+[[values]]
+column = "value"
+code_column = "code"
+scheme = "LN"
+unit = "mg/L"
+"""
 
 
 @contextmanager
@@ -118,6 +141,46 @@ def fill(store: Store, facts: int) -> None:
         conn.exec_driver_sql("ANALYZE" if store.is_sqlite else "VACUUM ANALYZE")
 
 
+def write_table(path: Path, rows: int) -> None:
+    """Write a table of results, those of a patient one after the other, as if an hour ago."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write("number,patient,drawn,code,value\n")
+        for number in range(rows):
+            at = NOW - timedelta(minutes=number % 100_000)
+            file.write(f"{rows}-{number},T{rows}-{number // PER_PATIENT},{at:%Y-%m-%d %H:%M},1988-5,{number % 300}\n")
+    then = time.time() - 3600
+    os.utime(path, (then, then))
+
+
+def import_table(store: Store, path: Path, folder: Path) -> dict[str, object]:
+    """Import a table by the verb: seconds, those of CPU, facts added, peak memory of the process, and how often its progress bar moved."""
+    mapping, config = folder / "table.toml", folder / "synoptic.toml"
+    mapping.write_text(TABLE, "utf-8")
+    config.write_text(f'[site]\ndata = "{folder}"\n', "utf-8")
+    environ = os.environ | {"SYNOPTIC_SITE__DATABASE": store.url.render_as_string(hide_password=False), "TTY_COMPATIBLE": "1"}
+    command = [sys.executable, "-m", "worker", "import", "--mapping", str(mapping), str(path), "--config", str(config)]
+    with (folder / "out").open("wb+") as out, (folder / "err").open("wb+") as err:
+        began = time.perf_counter()
+        process = subprocess.Popen(command, stdout=out, stderr=err, env=environ)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - began
+        process.returncode = os.waitstatus_to_exitcode(status)
+        for file in (out, err):
+            file.seek(0)
+        said, bar = (re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.read().decode()) for file in (out, err))
+    assert process.returncode == 0, bar
+    added = re.search(r"fact added\D*(\d+)", said)
+    assert added is not None, said
+    steps = re.findall(r"([0-9.]+/[0-9.]+) [kM]?B|([0-9.]+ [kM]B)", bar)
+    return {
+        "seconds": round(seconds, 1),
+        "cpu_s": round(usage.ru_utime + usage.ru_stime, 1),
+        "facts_added": int(added[1]),
+        "peak_mib": round(usage.ru_maxrss / 1024),
+        "progress_steps": len(set(steps)),
+    }
+
+
 def gather(store: Store, facts: int, *, looks: int) -> list[float]:
     """Milliseconds of the record's share of `gather`, for patients at random: the view, then what the bundle uses of it."""
     spec = Bundle.read(BUNDLES / "cxr-severity")
@@ -137,21 +200,36 @@ def gather(store: Store, facts: int, *, looks: int) -> list[float]:
     return times
 
 
+def tables(made: dict[str, Store], rows: int) -> None:
+    """Print what importing a table took, and importing it again."""
+    with tempfile.TemporaryDirectory(prefix="synoptic-bench-") as name:
+        folder = Path(name)
+        write_table(path := folder / "table.csv", rows)
+        for database, store in made.items():
+            for what in ("table", "table again"):
+                found = import_table(store, path, folder)
+                say(what=what, database=database, rows=rows, rows_per_s=round(rows / float(str(found["seconds"]))), **found)
+
+
 def main() -> None:
     """Print the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--facts", type=int, nargs="*", default=[10_000, 10_000_000])
     parser.add_argument("--messages", type=int, default=1000)
+    parser.add_argument("--rows", type=int, nargs="*", default=[20_000])
     parser.add_argument("--looks", type=int, default=1000)
     args = parser.parse_args()
     messages = [message(number) for number in range(args.messages)]
     config = Config(records=Records())
     with stores() as made:
-        plain = rate(lambda _message, _raw: True, messages)
-        say(what="mllp", listener="plain", messages_per_s=round(plain))
-        for name, store in made.items():
+        if messages:
+            plain = rate(lambda _message, _raw: True, messages)
+            say(what="mllp", listener="plain", messages_per_s=round(plain))
+        for name, store in made.items() if messages else ():
             found = rate(lambda one, raw, store=store: record_feeds.apply_message(config, store, one, raw), messages)  # type: ignore[misc]
             say(what="mllp", listener=name, messages_per_s=round(found), of_plain=round(found / plain, 2))
+        for rows in args.rows:
+            tables(made, rows)
         for name, store in made.items():
             for facts in args.facts:
                 fill(store, facts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -265,22 +265,43 @@ def test_an_import_that_was_cut_off_goes_on_where_it_ended(
     store: Store, take: Import, drop: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = drop(*(f"{n},P{n % 7},,2020-05-06,F,{n}" for n in range(1200)))
-    real, calls = records.apply, 0
+    real, calls = records.apply_all, 0
 
-    def fails(conn: object, update: RecordUpdate, **options: object) -> int:
+    def fails(conn: object, updates: Sequence[RecordUpdate], **options: object) -> int:
         nonlocal calls
         calls += 1
-        if calls > 10:
+        added = real(conn, updates, **options)  # type: ignore[arg-type]
+        if calls > 1:
             raise DatabaseUnavailable("The database is not available: gone.")
-        return real(conn, update, **options)  # type: ignore[arg-type]
+        return added
 
-    monkeypatch.setattr(records, "apply", fails)
+    monkeypatch.setattr(records, "apply_all", fails)
     with pytest.raises(DatabaseUnavailable):
         take(path)
     assert rows(store)["observation"] == 500
-    monkeypatch.setattr(records, "apply", real)
+    monkeypatch.setattr(records, "apply_all", real)
     assert take(path).counts["fact added"] == 700
     assert rows(store)["observation"] == 1200
+
+
+@pytest.mark.requirement("F13")
+def test_a_batch_takes_as_many_statements_whatever_rows_and_patients_it_has(store: Store, take: Import, drop: Callable[..., Path]) -> None:
+    """A million rows are two thousand batches; with some statements a row it was hours."""
+    statements: list[str] = []
+    sa.event.listen(store.engine, "before_cursor_execute", lambda _conn, _cursor, statement, *_rest: statements.append(statement))
+
+    def counted(path: Path) -> int:
+        statements.clear()
+        take(path)
+        return len(statements)
+
+    few = [f"{n},F{n},DOE^J,2020-05-06 10:{n:02},F,{n}" for n in range(2)]
+    many = [f"{n},M{n % 100},ROE^R,2020-05-06 10:{n % 60:02},F,{n}" for n in range(400)]
+    several = counted(drop(*few, name="few.csv"))
+    assert 0 < several <= 25
+    assert counted(drop(*many, name="many.csv")) == several
+    assert counted(drop(*many[:300], name="known.csv")) <= several
+    assert rows(store)["observation"] == 402
 
 
 @pytest.mark.requirement("F13")
@@ -438,7 +459,7 @@ def test_our_own_database_away_leaves_the_watermark_where_it_was(
         raise DatabaseUnavailable("The database is not available: gone.")
 
     with monkeypatch.context() as patch:
-        patch.setattr(records, "apply", gone)
+        patch.setattr(records, "apply_all", gone)
         assert read_view(table, config=config, store=store) == 0
     assert len(captured.named("sweep.failed")) == 1
     assert read_view(table, config=config, store=store) == 10

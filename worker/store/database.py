@@ -7,9 +7,11 @@ cannot fail half-way with SQLITE_BUSY. synchronous=FULL: a commit is on disk whe
 
 from __future__ import annotations
 
+import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,7 +21,7 @@ from sqlalchemy.engine import Connection
 from worker.errors import Retry
 from worker.store import schema
 
-__all__ = ["Connection", "DatabaseUnavailable", "Store"]
+__all__ = ["Connection", "DatabaseUnavailable", "Store", "listed", "rows_of"]
 
 #: Enough for a backup that holds SQLite's lock for half a minute (FAULTS D5).
 BUSY_S: Final = 40.0
@@ -137,6 +139,33 @@ class Store:
     def close(self) -> None:
         """Close all connections of this process."""
         self.engine.dispose()
+
+
+# --- many keys in one statement
+
+
+def listed(dialect: str, *columns: sa.Column[Any]) -> sa.ColumnElement[bool]:
+    """A condition: what `columns` hold is one of the rows bound to ``:rows`` (see `rows_of`), each looked up by their index.
+
+    Of row values in IN, SQLite scans the whole table and PostgreSQL plans one branch a row.
+    """
+    given = sa.bindparam("rows", type_=sa.Text)
+    if dialect == "sqlite":
+        one = sa.func.json_each(given).table_valued("value", name="given").c.value
+        cells: list[sa.ColumnElement[Any]] = [sa.func.json_extract(one, f"$[{n}]") for n in range(len(columns))]
+    else:
+        one = sa.func.json_array_elements(sa.cast(given, sa.JSON)).table_valued("value", name="given").c.value
+        cells = [sa.cast(one.op("->>")(n), column.type) for n, column in enumerate(columns)]
+    return sa.and_(*(column == cell for column, cell in zip(columns, cells, strict=True)))
+
+
+def rows_of(dialect: str, several: Iterable[Sequence[object]]) -> str:
+    """The parameter ``rows`` of `listed`: texts, numbers and aware times, of any number of rows."""
+
+    def time(value: datetime) -> str:
+        return value.astimezone(UTC).replace(tzinfo=None).isoformat(" ", "microseconds") if dialect == "sqlite" else value.isoformat()
+
+    return json.dumps([list(one) for one in several], default=time)
 
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:

@@ -15,18 +15,21 @@ Not here: messages and feeds (feeds.py), what a study is given of a record (work
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from typing import Final
+from functools import cache
+from operator import itemgetter
+from typing import Any, Final
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from worker.domain import Code, Observation, Patient, PatientKey, PatientRecord, RecordUpdate
+from worker.domain import Code, Observation, Order, Patient, PatientKey, PatientRecord, RecordUpdate
 from worker.store import orders, persons, queue
+from worker.store.database import listed, rows_of
 from worker.store.orders import priority_of
-from worker.store.persons import is_known, issuers_of, keys_of, lock, mark_changed, merges_of, person_of, stamp_of, unmerge
+from worker.store.persons import Held, is_known, issuers_of, keys_of, lock, mark_changed, merges_of, person_of, stamp_of, unmerge
 from worker.store.schema import AnyRow, demographics, message, observation
 
 __all__ = [
@@ -34,6 +37,7 @@ __all__ = [
     "IN_PASSING",
     "WITHDRAWN",
     "apply",
+    "apply_all",
     "is_known",
     "issuers_of",
     "keys_of",
@@ -63,121 +67,190 @@ IN_PASSING: Final = datetime(1900, 1, 1, tzinfo=UTC)
 # --- what is said
 
 
-def apply(conn: Connection, update: RecordUpdate, *, now: datetime, message_id: int | None = None) -> int:
-    """Add what one message says of one patient, wake the studies that wait for it, mark those that may be answered without it.
+def apply(conn: Connection, update: RecordUpdate, *, now: datetime, message_id: int | None = None, held: Held | None = None) -> int:
+    """`apply_all` of one update."""
+    return apply_all(conn, [update], now=now, message_id=message_id, held=held)
 
-    The patients it names are locked until the commit: two messages that come together are applied one after the other.
+
+def apply_all(
+    conn: Connection, updates: Sequence[RecordUpdate], *, now: datetime, message_id: int | None = None, held: Held | None = None
+) -> int:
+    """Add what one message says of patients, in order, wake the studies that wait for it, mark those that may be answered without it.
+
+    The patients it names are locked until the commit: two messages that come together are applied one after the other. The number
+    of statements does not depend on that of patients and facts; merges and orders, which are few, take some each.
+
+    Parameters
+    ----------
+    held
+        All patients that the updates name, where the caller has locked them.
 
     Returns
     -------
     int
         The number of facts added; what was said before, in the same words and at the same time, is not added again.
     """
-    said = {"source": update.source, "received_at": now, "message_id": message_id}
-    if update.at is not None and update.at > now:  # a clock that is ahead must not rule until its time has come
-        update = replace(update, at=now)
-    pairs = [(one.survivor, one.retired) for one in update.merges]
-    rows = persons.locked(conn, [update.patient.key, *(key for pair in pairs for key in pair)], said)
-    patient_pk = rows[update.patient.key]
-    changed = int(_add_demographics(conn, patient_pk, update, said))
-    for survivor, retired in pairs:
-        changed += persons.add_merge(conn, rows[survivor], rows[retired], said_at=update.at, said=said)
-    at_of_all = update.at if update.is_at_of_all else None
-    ordered = [one for one in update.orders if orders.add(conn, patient_pk, one, said_at=_by(one.said_at, now) or at_of_all, said=said)]
-    told = {} if update.has_demographics else _told(update.patient)
-    fact_said = {**said, "told": json.dumps(told, sort_keys=True) if told else ""}
-    added = sum(_add_fact(conn, patient_pk, fact, update, fact_said, now=now) for fact in update.observations)
-    keys = persons.keys(conn, persons.people(conn, rows.values()))
+    # A clock that is ahead must not rule until its time has come.
+    updates = [replace(one, at=now) if one.at is not None and one.at > now else one for one in updates]
+    if not updates:
+        return 0
+    said = {"source": updates[0].source, "received_at": now, "message_id": message_id}
+    if held is None:
+        held = persons.locked(conn, (key for one in updates for key in one.named), said)
+    rows = held.rows
+    changed = _add_demographics(conn, updates, rows, said)
+    merged = _add_merges(conn, updates, rows, said)
+    ordered = [
+        (one.patient.key, order.accession_number)
+        for one in updates
+        for order in one.orders
+        if orders.add(conn, rows[one.patient.key], order, said_at=_said_at(order, one, now), said={**said, "source": one.source})
+    ]
+    facts = _add_facts(conn, [row for one in updates for row in _facts(one, rows[one.patient.key], said, now=now)])
+    changed |= merged | {row["patient_pk"] for row in facts}
+    if merged:
+        held = Held(rows, persons.chains(conn, rows.values()))
+    keys = held.keys(conn)
     # Studies before jobs, as workers and receivers take them: else the two wait for each other.
-    if changed or added:
-        mark_changed(conn, keys, now=now)
-    queue.wake(conn, keys=keys, now=now)
-    for accession_number in sorted({order.accession_number for order in ordered} - {""}):
-        priority = priority_of(conn, update.patient.key, accession_number)
-        queue.prioritize_order(conn, keys=keys, accession_number=accession_number, priority=priority)
-    return added
+    if changed:
+        mark_changed(conn, {keys[pk] for one in changed for pk in held.chains[one]}, now=now)
+    queue.wake(conn, keys=keys.values(), now=now)
+    for key, accession_number in sorted(set(ordered), key=lambda one: (one[1], one[0].issuer, one[0].patient_id)):
+        if accession_number:
+            priority = priority_of(conn, key, accession_number)
+            of_person = [keys[pk] for pk in held.chains[rows[key]]]
+            queue.prioritize_order(conn, keys=of_person, accession_number=accession_number, priority=priority)
+    return len(facts)
 
 
-def _add_demographics(conn: Connection, patient_pk: int, update: RecordUpdate, said: dict[str, object]) -> bool:
-    """Add a line to the history; False where the very same was said before at the same time, or both times without one."""
-    told = dict.fromkeys(_PARTS, "") | _told(update.patient)
-    if not any(told.values()):
-        return False
-    at = update.at if update.has_demographics else IN_PASSING
-    same = sa.select(demographics.c.id).where(demographics.c.patient_pk == patient_pk)
-    for name, value in (*told.items(), ("at", at or demographics.c.received_at)):
-        same = same.where(demographics.c[name] == value)
-    if conn.execute(same.limit(1)).first():
-        return False
-    conn.execute(sa.insert(demographics).values(patient_pk=patient_pk, **told, at=at or said["received_at"], **said))
-    return True
+def _add_merges(conn: Connection, updates: Sequence[RecordUpdate], rows: Mapping[PatientKey, int], said: Mapping[str, object]) -> set[int]:
+    """The rows of those who were merged now."""
+    merged: set[int] = set()
+    for update in updates:
+        for one in update.merges:
+            pair = rows[one.survivor], rows[one.retired]
+            if persons.add_merge(conn, *pair, said_at=update.at, said={**said, "source": update.source}):
+                merged.update(pair)
+    return merged
 
 
-def _told(patient: Patient) -> dict[str, str]:
-    """The parts of the demographics that say something."""
-    return {name: value for name in _PARTS if (value := getattr(patient, name))}
+def _add_demographics(
+    conn: Connection, updates: Sequence[RecordUpdate], rows: Mapping[PatientKey, int], said: Mapping[str, object]
+) -> set[int]:
+    """Add lines to the histories, and return whose.
+
+    None is added where the very same was said before at the same time, or both times without one.
+    """
+    lines = [((rows[one.patient.key], *told.values()), one) for one in updates if any((told := _parts(one.patient)).values())]
+    if not lines:
+        return set()
+    dialect, known = conn.dialect.name, set[tuple[object, ...]]()
+    for *words, at, received_at in conn.execute(
+        _known_lines(dialect), {"rows": rows_of(dialect, dict.fromkeys(line for line, _ in lines))}
+    ):
+        known |= {(*words, at), (*words, None if at == received_at else at)}  # None: said without a time
+    new: list[dict[str, Any]] = []
+    for line, update in lines:
+        said_at = update.at if update.has_demographics else IN_PASSING
+        if (*line, said_at) in known:
+            continue
+        at = said_at or said["received_at"]
+        known |= {(*line, at), (*line, None if at == said["received_at"] else at)}
+        new.append({**said, "source": update.source, "patient_pk": line[0], **_parts(update.patient), "at": at})
+    if new:
+        conn.execute(sa.insert(demographics), new)
+    return {row["patient_pk"] for row in new}
+
+
+@cache
+def _known_lines(dialect: str) -> sa.Select[*tuple[Any, ...]]:
+    words = (demographics.c.patient_pk, *(demographics.c[name] for name in _PARTS))
+    return sa.select(*words, demographics.c.at, demographics.c.received_at).where(listed(dialect, *words))
+
+
+def _parts(patient: Patient) -> dict[str, str]:
+    return {name: getattr(patient, name) for name in _PARTS}
 
 
 #: What of a fact's row was said; the rest is of whom, by whom and when.
 _ENVELOPE: Final = frozenset({"id", "patient_pk", "source", "meaning", "coded_meaning", "said_at", "told", "received_at", "message_id"})
 _WORDS: Final = tuple(column for column in observation.c if column.name not in _ENVELOPE)
-_SAID: Final = sa.select(*_WORDS, observation.c.source, observation.c.said_at, observation.c.received_at).where(
-    observation.c.patient_pk == sa.bindparam("patient_pk"), observation.c.at == sa.bindparam("at"), observation.c.key == sa.bindparam("key")
-)
+_words: Final = itemgetter(*(column.name for column in _WORDS))
 _INSERT: Final = sa.insert(observation)
 
 
-def _add_fact(
-    conn: Connection, patient_pk: int, fact: Observation, update: RecordUpdate, said: dict[str, object], *, now: datetime
-) -> bool:
-    coded = fact.coded or Code("", "", "")
-    row = {
-        **said,
-        "patient_pk": patient_pk,
-        "code": fact.code.value,
-        "scheme": fact.code.scheme,
-        "meaning": fact.code.meaning,
-        "at": fact.at,
-        "value": fact.value,
-        "comparator": fact.comparator,
-        "unit": fact.unit,
-        "text": fact.text,
-        "status": fact.status,
-        "key": fact.key,
-        "source": fact.source or update.source,
-        "kind": fact.kind,
-        "high": fact.high,
-        "coded_value": coded.value,
-        "coded_scheme": coded.scheme,
-        "coded_meaning": coded.meaning,
-        "said_at": _by(fact.said_at, now) or (update.at if update.is_at_of_all else None),
-    }
-    if _is_known(conn, row):  # also when something newer stands: a replayed day undoes nothing
-        return False
-    conn.execute(_INSERT, row)
-    return True
+def _facts(update: RecordUpdate, patient_pk: int, said: Mapping[str, object], *, now: datetime) -> Iterator[dict[str, Any]]:
+    """The rows of an update's facts."""
+    told = {} if update.has_demographics else {name: value for name, value in _parts(update.patient).items() if value}
+    envelope = {**said, "patient_pk": patient_pk, "told": json.dumps(told, sort_keys=True) if told else ""}
+    for fact in update.observations:
+        coded = fact.coded or Code("", "", "")
+        yield {
+            **envelope,
+            "code": fact.code.value,
+            "scheme": fact.code.scheme,
+            "meaning": fact.code.meaning,
+            "at": fact.at,
+            "value": fact.value,
+            "comparator": fact.comparator,
+            "unit": fact.unit,
+            "text": fact.text,
+            "status": fact.status,
+            "key": fact.key,
+            "source": fact.source or update.source,
+            "kind": fact.kind,
+            "high": fact.high,
+            "coded_value": coded.value,
+            "coded_scheme": coded.scheme,
+            "coded_meaning": coded.meaning,
+            "said_at": _said_at(fact, update, now),
+        }
 
 
-def _by(at: datetime | None, now: datetime) -> datetime | None:
-    """A time that is not ahead: a clock that is must not rule until its time has come."""
-    return min(at, now) if at else None
+def _said_at(one: Observation | Order, update: RecordUpdate, now: datetime) -> datetime | None:
+    """When this was said, never ahead: a clock that is must not rule until its time has come."""
+    return min(one.said_at, now) if one.said_at else update.at if update.is_at_of_all else None
 
 
-def _is_known(conn: Connection, row: dict[str, object]) -> bool:
+def _add_facts(conn: Connection, facts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Insert, and return, those that are no repetitions, neither of what is stored nor of one before them."""
+    if not facts:
+        return []
+    known: dict[tuple[object, ...], list[tuple[Any, ...]]] = {}
+    dialect = conn.dialect.name
+    places = rows_of(dialect, dict.fromkeys((row["patient_pk"], row["at"], row["key"]) for row in facts))
+    for *words, patient_pk, source, said_at, received_at in conn.execute(_known_facts(dialect), {"rows": places}):
+        known.setdefault((patient_pk, *words), []).append((source, said_at, received_at))
+    new = []
+    for row in facts:
+        same = known.setdefault((row["patient_pk"], *_words(row)), [])
+        if not _is_known(row, same):  # also when something newer stands: a replayed day undoes nothing
+            same.append((row["source"], row["said_at"], row["received_at"]))
+            new.append(row)
+    if new:
+        conn.execute(_INSERT, new)
+    return new
+
+
+@cache
+def _known_facts(dialect: str) -> sa.Select[*tuple[Any, ...]]:
+    columns = (*_WORDS, observation.c.patient_pk, observation.c.source, observation.c.said_at, observation.c.received_at)
+    return sa.select(*columns).where(listed(dialect, observation.c.patient_pk, observation.c.at, observation.c.key))
+
+
+def _is_known(row: Mapping[str, Any], same: Iterable[tuple[Any, ...]]) -> bool:
     """Whether the very same was said before at the same time, or both times without one: then it is a repetition.
 
     The same value said again later is news: it may stand in place of another said meanwhile. Of a stored fact that does not tell
     when it was said (the first release kept no such time) it is only known that it was said before it came.
     """
-    words = tuple(row[column.name] for column in _WORDS)
     said_at = row["said_at"]
-    for *known, source, known_said_at, received_at in conn.execute(_SAID, {name: row[name] for name in ("patient_pk", "at", "key")}):
+    return any(
         # Each source names its facts; what has no name is the same whoever says it.
-        if tuple(known) != words or (row["key"] and source != row["source"]):
-            continue
-        if known_said_at == said_at or (known_said_at is None and (not row["key"] or said_at <= received_at)):
-            return True
-    return False
+        (source == row["source"] or not row["key"])
+        and (known_said_at == said_at or (known_said_at is None and (not row["key"] or said_at <= received_at)))
+        for source, known_said_at, received_at in same
+    )
 
 
 # --- what is taken back
@@ -198,7 +271,7 @@ def standing_from(conn: Connection, key: PatientKey, source: str) -> list[AnyRow
 
 def _standing_under(conn: Connection, rows: Iterable[int]) -> list[AnyRow]:
     """What stands of the persons whose rows these are, without withdrawals."""
-    people = sorted({tuple(person_of(conn, patient_pk)) for patient_pk in rows})
+    people = sorted({tuple(chain) for chain in persons.chains(conn, rows).values()})
     facts = (fact for chain in people for fact in _standing(conn.execute(_FACTS, {"several": chain}).all()))
     return [fact for fact in facts if fact.status not in WITHDRAWN]
 
@@ -229,7 +302,8 @@ def withdraw(conn: Connection, standing: Callable[[], Sequence[AnyRow]], *, now:
         row |= {"status": "W", "key": fact.key or _row_key(fact), "text": "" if fact.kind == "text" else fact.text, "told": ""}
         row |= {"said_at": max(now, fact.said_at or fact.received_at), "received_at": now, "message_id": message_id}
         conn.execute(_INSERT, row)
-    named = persons.keys(conn, persons.people(conn, {fact.patient_pk for fact in found}))
+    chains = persons.chains(conn, {fact.patient_pk for fact in found})
+    named = persons.keys(conn, sorted({pk for chain in chains.values() for pk in chain}))
     mark_changed(conn, named, now=now)
     queue.wake(conn, keys=named, now=now)
     return len(found)

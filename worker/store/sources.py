@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from worker.domain import PatientKey
+from worker.store import persons
 from worker.store.schema import demographics, message, patient
 
 #: Well below the bound parameters that SQLite (32,766) and PostgreSQL (65,535) take in one statement.
@@ -61,7 +62,7 @@ def messages(conn: Connection, numbers: Iterable[int]) -> list[Message]:
 
 def demographics_of(conn: Connection, keys: Iterable[PatientKey], *, known_at: datetime | None = None) -> list[Told]:
     """Every line of the demographics of these keys that was received until `known_at`, oldest first."""
-    ids = [row for key in keys if (row := conn.execute(_row_of(key)).scalar()) is not None]
+    ids = persons.find_all(conn, keys).values()
     told = demographics.c
     columns = (told.name, told.birth_date, told.sex, told.source, told.at, told.received_at, told.message_id)
     wanted = sa.select(patient.c.issuer, patient.c.patient_id, *columns).join(patient, patient.c.id == told.patient_pk)
@@ -69,7 +70,3 @@ def demographics_of(conn: Connection, keys: Iterable[PatientKey], *, known_at: d
     if known_at is not None:
         wanted = wanted.where(told.received_at <= known_at)
     return [Told(PatientKey(row[0], row[1]), *row[2:]) for row in conn.execute(wanted.order_by(told.at, told.id))]
-
-
-def _row_of(key: PatientKey) -> sa.Select[tuple[int]]:
-    return sa.select(patient.c.id).where(patient.c.issuer == key.issuer, patient.c.patient_id == key.patient_id)
