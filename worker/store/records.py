@@ -26,7 +26,7 @@ from worker.domain import Code, Observation, Patient, PatientKey, PatientRecord,
 from worker.store import orders, persons, queue
 from worker.store.orders import priority_of
 from worker.store.persons import is_known, issuers_of, keys_of, lock, mark_changed, merges_of, person_of, stamp_of, unmerge
-from worker.store.schema import AnyRow, demographics, message, observation
+from worker.store.schema import IS_WITHDRAWN, AnyRow, demographics, message, observation
 
 __all__ = [
     "CLOCKS",
@@ -181,12 +181,22 @@ _LINES: Final = (
     .where(demographics.c.patient_pk.in_(sa.bindparam("several", expanding=True)))
     .order_by(demographics.c.at, demographics.c.id)
 )
-_FACTS: Final = (
-    sa.select(observation, message.c.control_id)
-    .outerjoin(message)
-    .where(observation.c.patient_pk.in_(sa.bindparam("several", expanding=True)))
-    .order_by(observation.c.id)
-)
+_OF_PERSON: Final = observation.c.patient_pk.in_(sa.bindparam("several", expanding=True))
+_FACTS: Final = sa.select(observation, message.c.control_id).outerjoin(message).where(_OF_PERSON).order_by(observation.c.id)
+_OF_CODES: Final = sa.and_(_OF_PERSON, observation.c.code.in_(sa.bindparam("codes", expanding=True)))
+_OF_TIME: Final = sa.and_(_OF_CODES, observation.c.at >= sa.bindparam("since"))
+_WITHDRAWALS: Final = sa.select(observation.c.key).where(_OF_PERSON, sa.text(IS_WITHDRAWN)).correlate(None)
+
+
+def _with_rivals(is_asked: sa.ColumnElement[bool], *keys: sa.Select[tuple[str]]) -> sa.Select[tuple[object, ...]]:
+    """The facts that are asked for, and those under `keys`; two sets of numbers, for each has its index."""
+    asked = sa.select(observation.c.id).where(is_asked).correlate(None)
+    rivals = sa.select(observation.c.id).where(_OF_PERSON, observation.c.key != "", observation.c.key.in_(sa.union_all(*keys)))
+    return _FACTS.where(observation.c.id.in_(sa.union(asked, rivals.correlate(None))))
+
+
+_CODED: Final = _with_rivals(_OF_CODES, _WITHDRAWALS)
+_CODED_SINCE: Final = _with_rivals(_OF_TIME, sa.select(observation.c.key).where(_OF_TIME).correlate(None), _WITHDRAWALS)
 
 
 def view(
@@ -216,7 +226,7 @@ def view(
         return None
     chain = person_of(conn, found, known_at)
     lines: Sequence[AnyRow] = conn.execute(_LINES, {"several": chain}).all()
-    facts: Sequence[AnyRow] = conn.execute(_some(chain, codes, since), {"several": chain}).all()
+    facts = _facts(conn, chain, codes, since)
     if known_at is not None:
         lines, facts = ([row for row in rows if row.received_at <= known_at] for rows in (lines, facts))
         if (
@@ -254,6 +264,7 @@ def view(
         keys=tuple(keys.values()),
         unusable=tuple(_observation(fact, keys) for fact in unusable),
         stamp=persons.stamp(chain),
+        told=tuple(dict.fromkeys(_said_to_be(line, keys) for line in lines if line.at == IN_PASSING)),
     )
 
 
@@ -262,18 +273,17 @@ _FIRST: Final = sa.select(observation.c.id).where(
 )
 
 
-def _some(chain: Sequence[int], codes: Collection[tuple[str, str]] | None, since: datetime | None) -> sa.Select[tuple[object, ...]]:
-    """The facts that are wanted, and whatever else says whether they stand: under the same keys, and under the keys of withdrawals."""
-    if codes is None and since is None:
-        return _FACTS
-    is_wanted: sa.ColumnElement[bool] = (
-        sa.true() if codes is None else sa.tuple_(observation.c.code, observation.c.scheme).in_(sorted(codes))
-    )
-    if since is not None:
-        is_wanted = sa.and_(is_wanted, observation.c.at >= since)
-    says = sa.or_(is_wanted, observation.c.status.in_(sorted(WITHDRAWN)))
-    named = sa.select(observation.c.key).where(observation.c.patient_pk.in_(chain), observation.c.key != "", says).correlate(None)
-    return _FACTS.where(sa.or_(is_wanted, observation.c.key.in_(named)))
+def _facts(conn: Connection, chain: Sequence[int], codes: Collection[tuple[str, str]] | None, since: datetime | None) -> Sequence[AnyRow]:
+    """The facts that are wanted, and whatever else says whether they stand: under the same keys, and under the keys of withdrawals.
+
+    More than that may be among them: `view` chooses.
+    """
+    if codes is None:
+        return conn.execute(_FACTS, {"several": chain}).all()
+    asked = {"several": chain, "codes": sorted({value for value, _ in codes})}
+    if since is None:  # all that is said under a key and a code has the code
+        return conn.execute(_CODED, asked).all()
+    return conn.execute(_CODED_SINCE, {**asked, "since": since}).all()
 
 
 def person(conn: Connection, key: PatientKey) -> Patient | None:
@@ -296,6 +306,10 @@ def _demographics(key: PatientKey, rows: Sequence[AnyRow], chain: Sequence[int])
     for row in sorted(rows, key=lambda one: (one.at > IN_PASSING, one.patient_pk == chain[0], one.at, one.id)):
         told |= {name: getattr(row, name) for name in _PARTS if getattr(row, name)}
     return Patient(key, **told)
+
+
+def _said_to_be(line: AnyRow, keys: Mapping[int, PatientKey]) -> Patient:
+    return Patient(keys[line.patient_pk], **{name: getattr(line, name) for name in _PARTS})
 
 
 def _observation(fact: AnyRow, keys: Mapping[int, PatientKey]) -> Observation:
