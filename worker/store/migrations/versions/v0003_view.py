@@ -10,7 +10,7 @@ _IS_WITHDRAWN = sa.text("status IN ('D', 'W', 'X')")
 
 
 def upgrade() -> None:
-    """Facts by key and by code; ten million of them take a minute or two."""
+    """Index facts by key, by code, and withdrawals."""
     op.drop_index("ix_observation_patient_at", "observation")
     op.create_index("ix_observation_patient_key", "observation", ["patient_pk", "key", "at"])
     op.create_index("ix_observation_patient_code", "observation", ["patient_pk", "code", "at"])
