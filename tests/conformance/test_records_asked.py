@@ -164,3 +164,25 @@ def test_only_what_is_asked_for_is_read(store: Store) -> None:
         record = joining.record_of(conn, STUDY, RULE, must_agree=joining.MUST_AGREE)
     assert record is not None
     assert [one.at for one in record.observations] == [CRP.at]
+
+
+@pytest.mark.parametrize(
+    "later",
+    [
+        replace(HB, key="panel", status="W", at=START - 40 * HOUR),
+        replace(CRP, key="panel/a", status="C", at=START - 40 * HOUR),
+    ],
+    ids=["panel withdrawn under another code", "moved out of the look-back"],
+)
+def test_what_is_not_asked_for_still_says_that_a_result_does_not_stand(store: Store, later: Observation) -> None:
+    second = replace(WANTED, code=bundle_spec.Code("none", "LN", "None"))
+    rule = replace(RULE, values=(WANTED, second))
+    say(store, replace(CRP, key="panel/a"))
+    say(store, later, hours=1)
+    with store.read() as conn:
+        record = joining.record_of(conn, STUDY, rule, must_agree=joining.MUST_AGREE)
+        codes, since = [("1988-5", "LN")], START - 24 * HOUR
+        part = records.view(conn, STUDY.patient.key, as_of=START, codes=codes, since=since)
+    assert part is not None
+    assert part.observations == ()
+    assert not select_inputs(STUDY, record, Asked(rule)).values
