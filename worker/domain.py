@@ -137,7 +137,8 @@ class PatientRecord:
     """All that is known of a patient, as of a time: nothing in it is later than `as_of`.
 
     ``keys`` are all that the patient was ever known by, merges followed; ``unusable`` are facts dated after they were received.
-    ``stamp`` changes with every merge and its undoing.
+    ``stamp`` changes with every merge and its undoing. ``told`` is who the patient is, each once, as messages about something else
+    told it: whatever a fact's own `told` says is among it, be the fact in the record or not.
     """
 
     patient: Patient
@@ -146,6 +147,7 @@ class PatientRecord:
     keys: tuple[PatientKey, ...] = ()
     unusable: tuple[Observation, ...] = ()
     stamp: str = ""
+    told: tuple[Patient, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

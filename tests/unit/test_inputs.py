@@ -18,7 +18,8 @@ from models.bundle import Bundle
 from models.spec import ImageSpec, RecordRule, TextSpec, ValueSpec
 from worker.domain import Code, Instance, Observation, Patient, PatientKey, PatientRecord, Series, Study, UsedValue
 from worker.errors import NoSuitableSeries
-from worker.inputs import Spec, lacking, select_inputs, suitable_series
+from worker.inputs import Spec, select_inputs, suitable_series
+from worker.joining import lacking
 from worker.units import factor
 
 STUDY_AT = datetime(2026, 3, 4, 12, tzinfo=UTC)
