@@ -354,7 +354,7 @@ def make_head(
     if fusion not in known:
         raise ValueError(f"Fusion {fusion!r} is unknown; known are {', '.join(known)}.")
     build = known[fusion]
-    with torch.device("meta"):  # counts without memory, and without drawing from the random numbers
+    with torch.random.fork_rng(devices=[]):  # counts; on the meta device it would import torch's compiler, two seconds of a start
         budget = parameters(TokenFusion(modalities, shape))
         fixed, more = (parameters(build(modalities, replace(shape, hidden=hidden))) for hidden in (1, 2))
     if more > fixed:

@@ -114,6 +114,11 @@ class RecordRule:
     pull: bool = False
 
     @property
+    def record_texts(self) -> tuple[TextSpec, ...]:
+        """The texts that are not of the images."""
+        return tuple(text for text in self.texts if not text.attribute)
+
+    @property
     def notes(self) -> tuple[TextSpec, ...]:
         """The texts that are words."""
         return tuple(text for text in self.texts if text.kind == "note")

@@ -69,6 +69,7 @@ class FhirServer:
 
     def __init__(self, *, context: ssl.SSLContext | None = None) -> None:
         self.resources: dict[tuple[str, str], Json] = {}
+        self.deleted: set[tuple[str, str]] = set()
         self.asked: list[Asked] = []
         self.scripts: dict[str, deque[Reply]] = {}
         self.known_types = set(TYPES)
@@ -135,6 +136,11 @@ class FhirServer:
         said = (at or datetime.now(UTC)).astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         self.resources[place] = resource | {"meta": {**resource.get("meta", {}), "versionId": str(version), "lastUpdated": said}}
 
+    def delete(self, kind: str, name: str) -> None:
+        """Delete a resource; what it was called is remembered."""
+        del self.resources[kind, name]
+        self.deleted.add((kind, name))
+
     def script(self, line: str, *replies: Reply) -> None:
         """Answer the next requests that begin with `line` ("GET /fhir/Observation") by these, then as usual."""
         self.scripts.setdefault(line, deque()).extend(replies)
@@ -170,7 +176,7 @@ class FhirServer:
     def _read(self, kind: str, name: str, asked: Asked) -> Reply:
         resource = self.resources.get((kind, name))
         if resource is None:
-            return Reply(404, outcome(code="not-found"))
+            return Reply(410 if (kind, name) in self.deleted else 404, outcome(code="not-found"))
         headers = {"ETag": f'W/"{resource["meta"]["versionId"]}"'}
         return Reply(304, headers=headers) if asked.headers.get("if-none-match") == headers["ETag"] else Reply(200, resource, headers)
 

@@ -285,7 +285,7 @@ def _study(uid: str, *, config: Config, store: Store, pool: DecoderPool, bundle:
         if not found:
             raise Unanalysable(_ABSENT)
         study = studies.load(conn, found[0], root=config.spool / "instances")
-        record = joining.record_of(conn, study, bundle.record.horizon_h, must_agree=config.records.must_agree)
+        record = joining.record_of(conn, study, bundle.record, must_agree=config.records.must_agree)
         doubt = joining.doubt(conn, study, record, must_agree=config.records.must_agree)
     # The daemon gives no answer to these: a network must not learn from them either.
     if doubt:

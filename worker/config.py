@@ -108,6 +108,8 @@ class Records:
     patient_ids: PatientIds = field(default_factory=PatientIds)
     must_agree: tuple[str, ...] = ("birth_date", "sex", "name")
     max_message_mb: int = 8
+    max_connections: int = 32
+    idle_s: float = 600.0
     tls_certificate: str = ""
     tls_key: str = ""
     tls_client_ca: str = ""
@@ -134,6 +136,7 @@ class FhirServer:
     ca: str = ""
     timeout_s: float = 10.0
     fresh_s: float = 300.0
+    full_every_h: float = 24.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -311,6 +314,8 @@ def _check_records(config: Config) -> None:
     for one in config.records.mappings:
         if len(one.local) != 2 or len(one.standard) != 3:
             raise ConfigError("records.mappings: local is [code, scheme], standard is [code, scheme, meaning].")
+    if config.records.max_connections < 1 or config.records.idle_s <= 0:
+        raise ConfigError("records.max_connections is at least 1; records.idle_s is more than 0.")
     if config.fhir.url and not config.fhir.issuer_system:
         raise ConfigError("fhir.issuer_system must name the Identifier.system under which the FHIR server keeps patient IDs.")
 

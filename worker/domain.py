@@ -96,13 +96,17 @@ class Merge:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """An imaging order (ORM^O01, OMI^O23, ServiceRequest): which study it is of, how urgent, whether it stands."""
+    """An imaging order (ORM^O01, OMI^O23, ServiceRequest): which study it is of, how urgent, whether it stands.
+
+    ``said_at``: when this very order was said, where that is not the update's ``at``.
+    """
 
     accession_number: str
     placer: str = ""
     filler: str = ""
     priority: int = ROUTINE
     is_cancelled: bool = False
+    said_at: datetime | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +114,7 @@ class RecordUpdate:
     """What one HL7 message, FHIR bundle or table says of one patient; applied in one transaction.
 
     ``at`` is when it was said (EVN-2, MSH-7, meta.lastUpdated), None if not told: of demographics the last said counts, not the last come.
+    ``is_at_of_all``: facts and orders without a time of their own were said then too; else (in FHIR it is the Patient's) when they came.
     """
 
     patient: Patient
@@ -119,6 +124,12 @@ class RecordUpdate:
     merges: tuple[Merge, ...] = ()
     orders: tuple[Order, ...] = ()
     at: datetime | None = None
+    is_at_of_all: bool = field(default=True, repr=False)
+
+    @property
+    def named(self) -> list[PatientKey]:
+        """All patients that it names, its own first."""
+        return [self.patient.key, *(key for one in self.merges for key in (one.survivor, one.retired))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +137,8 @@ class PatientRecord:
     """All that is known of a patient, as of a time: nothing in it is later than `as_of`.
 
     ``keys`` are all that the patient was ever known by, merges followed; ``unusable`` are facts dated after they were received.
-    ``stamp`` changes with every merge and its undoing.
+    ``stamp`` changes with every merge and its undoing. ``told`` is who the patient is, each once, as messages about something else
+    told it: whatever a fact's own `told` says is among it, be the fact in the record or not.
     """
 
     patient: Patient
@@ -135,6 +147,7 @@ class PatientRecord:
     keys: tuple[PatientKey, ...] = ()
     unusable: tuple[Observation, ...] = ()
     stamp: str = ""
+    told: tuple[Patient, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

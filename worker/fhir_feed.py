@@ -7,6 +7,7 @@
 
 The server is asked with the patient ID as this site compares it (`[records.patient_ids]`), which is all that is stored: where that
 rewrites IDs, the server must keep them so too, else it does not find the patient, and the log says so.
+What it has deleted is withdrawn, after a pull of everything and by its own word (410) for each resource.
 Not here: HTTP, tokens, paging (intake/fhir_*.py), what a study does while the server is away (pipeline.py).
 """
 
@@ -19,9 +20,11 @@ from worker import events, record_feeds
 from worker.config import Config, ConfigError
 from worker.domain import PatientKey, RecordUpdate
 from worker.errors import PeerRefused, PeerUnavailable, RecordError, Retry
+from worker.intake.fhir import resource_of
 from worker.intake.fhir_client import Client
 from worker.store import feeds, records
-from worker.store.database import Store
+from worker.store.database import Connection, Store
+from worker.store.schema import AnyRow
 
 #: Patients of whom it is remembered when they were asked for.
 _REMEMBERED: Final = 10_000
@@ -64,6 +67,7 @@ class Puller:
                 ca=settings.ca,
                 timeout_s=settings.timeout_s,
                 deadline_s=PATIENCE * settings.timeout_s,
+                whole_every_s=settings.full_every_h * 3600,
                 refused=_refused,
             )
         except ValueError as exc:
@@ -101,7 +105,7 @@ class Puller:
         self._rests_until = None
         is_whole = True
         if updates:
-            is_whole = self._commit(updates, now=now)
+            is_whole = self._commit(key, updates, now=now)
         else:
             _refused("The FHIR server knows no patient with this identifier.", result="not found")
         if is_whole:  # else all is asked for again, for what was refused may be right by then
@@ -110,7 +114,7 @@ class Puller:
             self._asked.clear()
         self._asked[key] = now
 
-    def _commit(self, updates: list[RecordUpdate], *, now: datetime) -> bool:
+    def _commit(self, key: PatientKey, updates: list[RecordUpdate], *, now: datetime) -> bool:
         """Whether all of it was taken."""
         is_whole = True
         with self._store.begin() as conn:
@@ -120,13 +124,46 @@ class Puller:
             for one in updates:
                 update = record_feeds.localized(self._config, one)
                 try:
-                    record_feeds.check_person(self._config, conn, update, now=now, message_id=number)
+                    held = record_feeds.check_person(self._config, conn, update, now=now, message_id=number)
                 except RecordError as exc:
                     is_whole = False
                     _refused(str(exc), result="refused")
                     continue
-                records.apply(conn, update, now=now, message_id=number)
+                records.apply(conn, update, now=now, message_id=number, held=held)
+        self._withdraw_deleted(key)
         return is_whole
+
+    def _withdraw_deleted(self, key: PatientKey) -> None:
+        """Withdraw what the server says that it has deleted; if it does not answer, the next whole pull asks again."""
+        source = self._client.source
+
+        def named(conn: Connection) -> dict[str, list[AnyRow]]:
+            found: dict[str, list[AnyRow]] = {}
+            for fact in records.standing_from(conn, key, source):
+                found.setdefault(resource_of(fact.key, source), []).append(fact)
+            return found
+
+        with self._store.read() as conn:
+            held = named(conn)
+        try:
+            gone = self._client.gone(held)
+        except (Retry, PeerRefused) as exc:
+            _refused(str(exc), result="failed")
+            return
+        if not gone:
+            return
+        now = record_feeds.clock()
+        why = "The FHIR server has deleted them."
+
+        def deleted(conn: Connection) -> list[AnyRow]:
+            return [one for name, several in named(conn).items() if name in gone for one in several]
+
+        with self._store.begin() as conn:
+            number = feeds.note_message(
+                conn, sender=source, control_id="", sent_at=now.isoformat(), trigger="deleted", result="applied", reason=why, now=now
+            )
+            if number is not None:
+                records.withdraw(conn, lambda: deleted(conn), now=now, message_id=number)
 
 
 def _refused(sentence: str, *, result: str = "left out") -> None:

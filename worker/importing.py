@@ -22,7 +22,7 @@ from worker.config import Config
 from worker.domain import PatientKey, Received, RecordUpdate
 from worker.errors import RecordError, Reject
 from worker.imaging.codecs import CODECS
-from worker.intake import fhir, hl7, mllp
+from worker.intake import fhir, mllp
 from worker.intake.header import read_header
 from worker.store import feeds, records
 from worker.store.database import Connection, Store
@@ -130,10 +130,9 @@ def import_dicom(path: Path, *, config: Config, store: Store, spool: Spool) -> R
 
 
 def _import_hl7(path: Path, tally: Tally, *, config: Config, store: Store) -> None:
-    settings = config.records
     for raw in mllp.split_messages(path.read_bytes()):
         try:
-            message = hl7.parse(raw, zone=config.zone, issuers=settings.issuers, schemes=settings.schemes, encoding=settings.encoding)
+            message = record_feeds.parsed(config, raw)
             is_new = record_feeds.apply_message(config, store, message, raw)
         except RecordError as exc:
             record_feeds.keep_refused(store, str(exc), raw)
@@ -182,11 +181,11 @@ def _apply_fhir(updates: Iterable[RecordUpdate], raw: bytes, tally: Tally, *, co
 def _applied(conn: Connection, update: RecordUpdate, tally: Tally, *, config: Config, now: datetime, message_id: int | None) -> int | None:
     """The number of facts added; None, and a reason in the tally, for what is of somebody else."""
     try:
-        record_feeds.check_person(config, conn, update, now=now, message_id=message_id)
+        held = record_feeds.check_person(config, conn, update, now=now, message_id=message_id)
     except RecordError as exc:
         tally.refuse(str(exc))
         return None
-    return records.apply(conn, update, now=now, message_id=message_id)
+    return records.apply(conn, update, now=now, message_id=message_id, held=held)
 
 
 def _order(key: PatientKey) -> tuple[str, str]:

@@ -69,9 +69,7 @@ def select_inputs(study: Study, record: PatientRecord | None, spec: Spec) -> Inp
     """
     series = choose(study, spec.images)
     rule = spec.record
-    known = _standing((*record.observations, *record.unusable)) if record else ()
-    recent = _Window.of(study, record, known, look_back_h=rule.look_back_h, horizon_h=rule.horizon_h)
-    before = _Window.of(study, record, known, look_back_h=rule.history_h, horizon_h=0.0)
+    recent, before = _windows(study, record, rule)
     missing: list[tuple[Code, str]] = []
     values: list[UsedValue] = []
     for value_wanted in rule.values:
@@ -106,20 +104,13 @@ def select_inputs(study: Study, record: PatientRecord | None, spec: Spec) -> Inp
     )
 
 
-def lacking(inputs: Inputs, rule: RecordRule) -> tuple[tuple[Code, ...], tuple[Code, ...]]:
-    """What `rule` requires and `inputs` does not have, and what it wants and `inputs` does not have; none is in both.
-
-    A value whose code also names a history may be there while the other is not: each is asked for by itself.
-    """
-    asked = (
-        (rule.values, {used.name for used in inputs.values}),
-        (rule.histories, {used.name for used in inputs.histories}),
-        (rule.texts, {used.name for used in inputs.texts}),
-    )
-    absent = [(spec.need, _code(spec.code)) for specs, there in asked for spec in specs if spec.name not in there]
-    required = dict.fromkeys(code for need, code in absent if need == "required")
-    wanted = dict.fromkeys(code for need, code in absent if need == "wanted" and code not in required)
-    return tuple(required), tuple(wanted)
+def unanswered(study: Study, record: PatientRecord | None, rule: RecordRule) -> list[TextSpec | ValueSpec]:
+    """What no usable result in time answers: why it is missing may be told by older ones alone."""
+    recent, before = _windows(study, record, rule)
+    # Demographics answer without the record's facts, or say themselves why not.
+    several: tuple[TextSpec | ValueSpec, ...] = (*rule.values, *rule.record_texts)
+    asked = [one for one in several if (one.code.value, one.code.scheme) not in (AGE, SEX)]
+    return [one for one in asked if not recent.candidates(one)] + [one for one in rule.histories if not before.candidates(one)]
 
 
 def _of_images(study: Study, series: dict[str, Series], wanted: TextSpec) -> UsedText | str:
@@ -136,12 +127,12 @@ def _of_images(study: Study, series: dict[str, Series], wanted: TextSpec) -> Use
 def _standing(observations: Iterable[Observation]) -> tuple[Observation, ...]:
     """Leave one observation per source and key: the one its status ranks first; keyless ones stand alone."""
     alone: list[Observation] = []
-    best: dict[tuple[str, str, str, str], Observation] = {}
+    best: dict[tuple[str, str], Observation] = {}
     for one in observations:
         if not one.key:
             alone.append(one)
             continue
-        fact = (one.source, one.key, one.code.scheme, one.code.value)
+        fact = (one.source, one.key)
         if fact not in best or _rank(one) < _rank(best[fact]):
             best[fact] = one
     return (*alone, *best.values())
@@ -205,6 +196,13 @@ class _Window:
     def _under(self, wanted: TextSpec | ValueSpec) -> list[Observation]:
         codes = {(c.scheme, c.value) for c in (wanted.code, *wanted.synonyms)}
         return [one for code in codes for one in self.by_code.get(code, ())]
+
+
+def _windows(study: Study, record: PatientRecord | None, rule: RecordRule) -> tuple[_Window, _Window]:
+    """That of values and texts, and that of histories."""
+    known = _standing((*record.observations, *record.unusable)) if record else ()
+    recent = _Window.of(study, record, known, look_back_h=rule.look_back_h, horizon_h=rule.horizon_h)
+    return recent, _Window.of(study, record, known, look_back_h=rule.history_h, horizon_h=0.0)
 
 
 def _latest(one: Observation, wanted: TextSpec | ValueSpec) -> tuple[object, ...]:

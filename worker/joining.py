@@ -7,17 +7,17 @@ record (inputs.py), rows (store/records.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 from itertools import combinations
 from typing import Final
 
-from models.spec import RecordRule
-from worker.domain import Inputs, Observation, Patient, PatientKey, PatientRecord, Study
+from models.spec import RecordRule, TextSpec, ValueSpec
+from worker.domain import Code, Inputs, Observation, Patient, PatientKey, PatientRecord, Study
 from worker.errors import RecordPending, Snooze
 from worker.identity import disagreement
-from worker.inputs import lacking
+from worker.inputs import unanswered
 from worker.store import records, sources
 from worker.store.database import Connection
 
@@ -45,10 +45,39 @@ def admitted(lines: Iterable[sources.Told], keys: Sequence[PatientKey]) -> Patie
     return Patient(keys[0], **told) if told else None
 
 
-def record_of(conn: Connection, study: Study, horizon_h: float, *, must_agree: Sequence[str]) -> PatientRecord | None:
-    """The patient's own record as of the study's time, or `horizon_h` hours later if the bundle allows it."""
-    found = records.view(conn, study.patient.key, as_of=study.study_at + timedelta(hours=horizon_h))
-    return own(found, must_agree) if found else None
+def record_of(conn: Connection, study: Study, rule: RecordRule, *, must_agree: Sequence[str]) -> PatientRecord | None:
+    """The patient's own record as of the study's time, or the bundle's horizon later: as much of it as `rule` asks for.
+
+    What is made of it is what would be made of the whole: facts of before the look-back are read where nothing in time answers, for
+    they say why; all facts where some may be another person's.
+    """
+    as_of = study.study_at + timedelta(hours=rule.horizon_h)
+    since = study.study_at - timedelta(hours=max(rule.look_back_h, rule.history_h))
+    codes = _codes((*rule.values, *rule.histories, *rule.record_texts))
+    found = records.view(conn, study.patient.key, as_of=as_of, codes=codes, since=since)
+    if found is None:
+        return None
+    if any(disagreement(one, other, must_agree=must_agree) for one, other in combinations((found.patient, *found.told), 2)):
+        found = records.view(conn, study.patient.key, as_of=as_of)
+        return own(found, must_agree) if found else None
+    if older := _codes(unanswered(study, found, rule)):
+        whole = records.view(conn, study.patient.key, as_of=as_of, codes=older)
+        found = _with(found, whole, older) if whole else None
+    return found
+
+
+def _codes(specs: Iterable[TextSpec | ValueSpec]) -> frozenset[tuple[str, str]]:
+    return frozenset((code.value, code.scheme) for spec in specs for code in (spec.code, *spec.synonyms))
+
+
+def _with(record: PatientRecord, whole: PatientRecord, codes: Collection[tuple[str, str]]) -> PatientRecord:
+    """The record with all that is known under some codes."""
+
+    def others(facts: Iterable[Observation]) -> list[Observation]:
+        return [one for one in facts if (one.code.value, one.code.scheme) not in codes]
+
+    observations = (*others(record.observations), *whole.observations)
+    return replace(record, observations=observations, unusable=(*others(record.unusable), *whole.unusable))
 
 
 def own(record: PatientRecord, must_agree: Sequence[str]) -> PatientRecord:
@@ -113,6 +142,27 @@ def pending(
     if rule.horizon_h > 0 and left > timedelta():
         return Snooze("Values of after the study may still come, and the bundle uses them.", delay_s=left.total_seconds())
     return None
+
+
+def lacking(inputs: Inputs, rule: RecordRule) -> tuple[tuple[Code, ...], tuple[Code, ...]]:
+    """What `rule` requires and `inputs` does not have, and what it wants and `inputs` does not have; none is in both.
+
+    A value whose code also names a history may be there while the other is not: each is asked for by itself.
+    """
+    asked = (
+        (rule.values, {used.name for used in inputs.values}),
+        (rule.histories, {used.name for used in inputs.histories}),
+        (rule.texts, {used.name for used in inputs.texts}),
+    )
+    absent = [
+        (spec.need, Code(spec.code.value, spec.code.scheme, spec.code.meaning))
+        for specs, there in asked
+        for spec in specs
+        if spec.name not in there
+    ]
+    required = dict.fromkeys(code for need, code in absent if need == "required")
+    wanted = dict.fromkeys(code for need, code in absent if need == "wanted" and code not in required)
+    return tuple(required), tuple(wanted)
 
 
 def incomplete(inputs: Inputs, rule: RecordRule) -> str:

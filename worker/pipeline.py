@@ -130,7 +130,7 @@ def gather(line: Line, case: Case) -> Case:
     trouble = _pulled(line, study, model.bundle)
     with line.store.read() as conn:
         changed_at = studies.record_changed_at(conn, job.study_id)  # before the view: what comes between is looked at again
-        record = joining.record_of(conn, study, model.bundle.record.horizon_h, must_agree=line.must_agree)
+        record = joining.record_of(conn, study, model.bundle.record, must_agree=line.must_agree)
         doubt = joining.doubt(conn, study, record, must_agree=line.must_agree)
         earlier = documents.predecessor(conn, job.study_id, bundle=job.bundle, before_version=job.input_version)
     case = replace(case, study=study, predecessor=earlier, stamp=record.stamp if record else "", record_changed_at=changed_at)
@@ -323,8 +323,8 @@ def _last_look(conn: Connection, line: Line, case: Case) -> Exception | None:
         return case.error
     doubt = joining.ambiguous(case.study, records.issuers_of(conn, case.study.patient.key.patient_id))
     if not doubt and _has_moved(conn, case):
-        horizon_h = line.models[case.job.bundle].bundle.record.horizon_h
-        record = joining.record_of(conn, case.study, horizon_h, must_agree=line.must_agree)
+        rule = line.models[case.job.bundle].bundle.record
+        record = joining.record_of(conn, case.study, rule, must_agree=line.must_agree)
         doubt = joining.doubt(conn, case.study, record, must_agree=line.must_agree)
     if doubt:
         return PatientConflict(doubt)

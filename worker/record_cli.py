@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
 import typer
 from rich.console import Console
 
-from worker import record_tables, record_view
+from worker import record_messages, record_tables, record_view
 from worker.domain import PatientKey, Study
 from worker.errors import Reject
-from worker.record_feeds import clock, comparable
+from worker.record_feeds import apply_again, clock, comparable
 from worker.record_tables import plain
-from worker.store import feeds, records, studies
+from worker.store import records, studies
 from worker.store.database import Connection, Store
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 
 #: As everywhere on the command line: nothing of this name is here.
 EXIT_NOT_FOUND: Final = 3
-_THERE: Final = "The file is there already: name a new one."
 
 #: Reads the configuration and opens the database. The configuration is made plain values at once (`_installed`) and goes no further.
 Opener = Callable[[Path | None], tuple[Any, Store]]
@@ -56,6 +55,7 @@ class _Installed:
     must_agree: tuple[str, ...]
     instances: Path
     comparable: Callable[[str], str]
+    apply_again: Callable[[int], str]
     bundles: Callable[[], Sequence[Bundle]]
 
 
@@ -73,6 +73,7 @@ def _installed(opener: Opener, given: Path | None) -> _Installed:
         must_agree=config.records.must_agree,
         instances=config.spool / "instances",
         comparable=lambda patient_id: comparable(config, patient_id),
+        apply_again=lambda number: apply_again(config, store, number),
         bundles=lambda: read_bundles(config),
     )
 
@@ -120,22 +121,51 @@ def register(app: typer.Typer, opener: Opener) -> None:
         rejected: Annotated[int, typer.Option(min=0, help="How many refused messages to list.")] = 10,
         message: Annotated[int, typer.Option(metavar="NUMBER", help="Write this message's bytes to --out. They are patient data.")] = 0,
         to: Annotated[Path | None, typer.Option("--out", "-o", help="With --message: the file, which must be new.")] = None,
+        apply: Annotated[
+            list[str] | None,
+            typer.Option(
+                metavar="NUMBER",
+                help="Take this refused message once more, as when it came: after a mapping was added, the right A08 came, the program was "
+                "upgraded. May be given several times; `all` is every one that is kept. Exit 1 if one is refused again.",
+            ),
+        ] = None,
+        withdraw: Annotated[
+            int,
+            typer.Option(
+                metavar="NUMBER",
+                help="Withdraw the results and texts that this message said (`synoptic patient ID` has its number); needs --because. "
+                "Nothing is deleted; reports are made anew as after the sender withdrew them; only a correction (OBX-11 C) stands again. "
+                "Whom it named, its merges and orders stay: send an A08, or use `synoptic patient ID --unmerge`.",
+            ),
+        ] = 0,
+        because: Annotated[
+            str, typer.Option(metavar="WORDS", help="Required with --withdraw: why. Kept with your login, shown for ever; name no patient.")
+        ] = "",
+        yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
         as_json: AsJson = False,
         given: ConfigFile = None,
     ) -> None:
-        """The feeds: what came of their messages, when they were last heard, how late. No patient is named."""
-        if bool(message) != (to is not None):
-            raise typer.BadParameter("--message NUMBER and --out FILE belong together.")
+        """The feeds: what came of their messages, when they were last heard, how late; or a deed on one message. Names no patient."""
+        _check_message_options(message=message, to=to, again=apply or (), withdraw=withdraw, because=because)
         here = _installed(opener, given)
-        if to is not None:
+        if withdraw:
+            record_messages.withdraw(out, here.store, withdraw, because.strip(), is_sure=yes)
+        elif to is not None:
             _keep(here.store, message, to)
-            return
-        with here.store.read() as conn:
-            facts = record_view.gather_feeds(conn, rejected=rejected, silent_after_s=here.silent_after_s, now=clock())
-        if as_json:
-            _print_json(facts)
+        elif apply:
+            _apply(here, apply)
         else:
-            record_tables.print_feeds(out, facts, zone=here.zone)
+            _show_feeds(here, rejected=rejected, as_json=as_json)
+
+
+def _check_message_options(*, message: int, to: Path | None, again: Sequence[str], withdraw: int, because: str) -> None:
+    _refuse_words(
+        {
+            "--message NUMBER and --out FILE belong together.": bool(message) != (to is not None),
+            "--withdraw NUMBER and --because WORDS belong together.": bool(withdraw) != bool(because.strip()),
+            "--message, --apply and --withdraw are different things: give one.": sum(map(bool, (message, again, withdraw))) > 1,
+        }
+    )
 
 
 def _check_options(*, at: str, study: str, bundle: str, unmerge: int, because: str, is_erase: bool, receipt: Path | None) -> None:
@@ -146,6 +176,11 @@ def _check_options(*, at: str, study: str, bundle: str, unmerge: int, because: s
         "--erase and --receipt FILE belong together.": is_erase != (receipt is not None),
         "--unmerge and --erase are two things: give one.": bool(unmerge and is_erase),
     }
+    _refuse_words(wrong)
+
+
+def _refuse_words(wrong: Mapping[str, bool]) -> None:
+    """Refuse what does not go together: of each sentence whether it holds."""
     for sentence, holds in wrong.items():
         if holds:
             raise typer.BadParameter(sentence)
@@ -221,6 +256,15 @@ def _show(here: _Installed, key: PatientKey, asked: _Asked, *, as_json: bool) ->
         record_tables.print_patient(out, facts, zone=here.zone)
 
 
+def _show_feeds(here: _Installed, *, rejected: int, as_json: bool) -> None:
+    with here.store.read() as conn:
+        facts = record_view.gather_feeds(conn, rejected=rejected, silent_after_s=here.silent_after_s, now=clock())
+    if as_json:
+        _print_json(facts)
+    else:
+        record_tables.print_feeds(out, facts, zone=here.zone)
+
+
 def _study(conn: Connection, key: PatientKey, wanted: str) -> Study:
     found = [study for _, study in studies.find(conn, wanted)]
     if not found:
@@ -276,7 +320,7 @@ def _erase(here: _Installed, key: PatientKey, receipt: Path, *, is_sure: bool) -
     if not is_sure:
         typer.confirm("Delete it?", abort=True)
     is_written = False
-    with os.fdopen(_new(receipt), "w", encoding="utf-8") as file:
+    with os.fdopen(record_messages.new_file(receipt), "w", encoding="utf-8") as file:
         try:
             with here.store.begin() as conn:
                 told = erasure.erase(conn, key, now=clock())
@@ -332,27 +376,19 @@ def _delete(folder: Path, paths: Sequence[str]) -> int:
     return left
 
 
+def _apply(here: _Installed, words: Sequence[str]) -> None:
+    if not record_messages.apply(out, here.store, record_messages.numbers_of(words), here.apply_again):
+        raise typer.Exit(1)
+
+
 def _keep(store: Store, number: int, to: Path) -> None:
-    with store.read() as conn:
-        raw = feeds.raw(conn, number)
-    if raw is None:
+    if not record_messages.keep(out, store, number, to):
         _missing("No bytes of such a message are kept: only of those that nothing was made of, and not for ever.")
-    with os.fdopen(_new(to), "wb") as file:
-        file.write(raw)
-    out.print(f"{len(raw)} bytes: {plain(str(to))}. They are patient data.", soft_wrap=True)
 
 
 def _check_new(path: Path) -> None:
     """Say what is wrong with the name of a new file before anybody is asked anything."""
     if os.path.lexists(path):
-        raise Reject(_THERE)
+        raise Reject(record_messages.THERE)
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise Reject("The receipt's folder is not there, or may not be written to: name another, nothing was deleted.")
-
-
-def _new(path: Path) -> int:
-    """A new file that only its owner may read; what was there is not written over, wherever a link may lead."""
-    try:
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError as exc:
-        raise Reject(_THERE) from exc

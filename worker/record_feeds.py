@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from worker import joining
 from worker.config import Config
@@ -22,6 +23,12 @@ from worker.intake.facts import MAX_CONTROL_ID, token
 from worker.store import feeds, persons, records, sources
 from worker.store.database import Connection, Store
 from worker.tls import server_context
+
+#: Why a result is refused that names another person than the admissions.
+OF_ANOTHER: Final = (
+    "The patient's name, birth date or sex (PID-5, PID-7, PID-8) contradicts what is known of the patient with this ID (PID-3); "
+    "nothing of it was applied. Correct the patient at the sender, or send the right demographics (ADT^A08) first."
+)
 
 if TYPE_CHECKING:
     from worker.intake.hl7 import ParsedMessage
@@ -97,16 +104,19 @@ def apply_message(config: Config, store: Store, message: ParsedMessage, raw: byt
         )
         if number is not None and message.update:
             update = localized(config, message.update)
-            check_person(config, conn, update, now=clock(), message_id=number)
-            records.apply(conn, update, now=clock(), message_id=number)
+            held = check_person(config, conn, update, now=clock(), message_id=number)
+            records.apply(conn, update, now=clock(), message_id=number, held=held)
     return number is not None
 
 
-def check_person(config: Config, conn: Connection, update: RecordUpdate, *, now: datetime, message_id: int | None = None) -> None:
+def check_person(
+    config: Config, conn: Connection, update: RecordUpdate, *, now: datetime, message_id: int | None = None
+) -> persons.Held | None:
     """Refuse what is said of somebody else under a patient's ID; the patients it names stay locked until the commit.
 
-    An admission's word is not looked at: it is what corrects who a patient is. What came in passing speaks against nobody: of two that
-    contradict each other nobody knows the wrong one, so both are kept, and a study is not joined (joining.py).
+    An admission's word is not looked at, and locks nobody (None): it is what corrects who a patient is. What came in passing speaks
+    against nobody: of two that contradict each other nobody knows the wrong one, so both are kept, and a study is not joined
+    (joining.py).
 
     Raises
     ------
@@ -114,17 +124,86 @@ def check_person(config: Config, conn: Connection, update: RecordUpdate, *, now:
         Name, birth date or sex contradict what admissions say of the patient with this ID.
     """
     if update.has_demographics:
-        return
+        return None
+    held, (is_of_another,) = check_persons(config, conn, [update], now=now, message_id=message_id)
+    if is_of_another:
+        raise RecordError(OF_ANOTHER)
+    return held
+
+
+def check_persons(
+    config: Config, conn: Connection, updates: Sequence[RecordUpdate], *, now: datetime, message_id: int | None = None
+) -> tuple[persons.Held, list[bool]]:
+    """Which of these updates, if they are no admission's, are of somebody else than the patient they name; all stay locked."""
     # Locked first: an admission that is being applied this moment counts.
-    named = [update.patient.key, *(key for one in update.merges for key in (one.survivor, one.retired))]
-    persons.locked(conn, named, {"source": update.source, "received_at": now, "message_id": message_id})
-    keys = records.keys_of(conn, update.patient.key)
-    known = joining.admitted(sources.demographics_of(conn, keys), keys)
-    if known and disagreement(update.patient, known, must_agree=config.records.must_agree):
-        raise RecordError(
-            "The patient's name, birth date or sex (PID-5, PID-7, PID-8) contradicts what is known of the patient with this ID (PID-3); "
-            "nothing of it was applied. Correct the patient at the sender, or send the right demographics (ADT^A08) first."
-        )
+    said = {"source": updates[0].source, "received_at": now, "message_id": message_id}
+    held = persons.locked(conn, (key for one in updates for key in one.named), said)
+    keys = held.keys(conn)
+    survivors = {keys[pk]: chain[0] for chain in held.chains.values() for pk in chain}
+    told: dict[int, list[sources.Told]] = {}
+    for line in sources.demographics_of(conn, survivors):
+        told.setdefault(survivors[line.key], []).append(line)
+
+    def is_of_another(update: RecordUpdate) -> bool:
+        if update.has_demographics:
+            return False
+        chain = held.chains[held.rows[update.patient.key]]
+        known = joining.admitted(told.get(chain[0], ()), [keys[pk] for pk in chain])
+        return bool(known and disagreement(update.patient, known, must_agree=config.records.must_agree))
+
+    return held, [is_of_another(one) for one in updates]
+
+
+def parsed(config: Config, raw: bytes) -> ParsedMessage:
+    """One HL7 message as this site reads it.
+
+    Raises
+    ------
+    RecordError
+        As `hl7.parse`.
+    """
+    from worker.intake import hl7
+
+    settings = config.records
+    return hl7.parse(raw, zone=config.zone, issuers=settings.issuers, schemes=settings.schemes, encoding=settings.encoding)
+
+
+def apply_again(config: Config, store: Store, number: int) -> str:
+    """Take a refused message that was kept once more, the same way as when it came; returns what came of it, which is noted with it too.
+
+    What it says counts from when it was said, and is received now: what was known before stays so.
+
+    Raises
+    ------
+    RecordError
+        It is refused again, was not refused, was taken since, or is not kept whole; the sentence says which.
+    """
+    from worker.intake.mllp import HEAD_BYTES
+
+    with store.read() as conn:
+        result, raw = feeds.result_of(conn, number), feeds.raw(conn, number)
+    if result != "refused":
+        raise RecordError(f"It was not refused: it was {result} when it came." if result else "There is no such message.")
+    if raw is None:
+        raise RecordError("Its bytes are not kept: only those of HL7 v2 messages are, and for [records] keep_raw_days. Have it sent again.")
+    if len(raw) == HEAD_BYTES:
+        raise RecordError(f"It was too long, and only its first {HEAD_BYTES} bytes are kept: have it sent again.")
+    try:
+        message = parsed(config, raw)
+        is_new = apply_message(config, store, message, raw)
+    except RecordError as exc:
+        with store.begin() as conn:
+            feeds.note_again(conn, number, f"refused again. {exc}")
+        raise
+    digest, sent_at = hashlib.sha256(raw).hexdigest(), str(message.sent_at)
+    with store.begin() as conn:
+        own = feeds.row_of(conn, sender=message.sender, control_id=message.control_id, sent_at=sent_at, digest=digest)
+        words = f"applied, as No. {own}." if message.update else f"nothing is to be made of it, No. {own}. {message.note}"
+        feeds.note_again(conn, number, words)
+    if not is_new:
+        raise RecordError(f"It was taken already, as No. {own}: nothing was changed.")
+    unread = f" {message.skipped} of its observations could not be read." if message.skipped else ""
+    return f"{words[0].upper()}{words[1:]}{unread}"
 
 
 def keep_refused(store: Store, reason: str, raw: bytes) -> None:
@@ -154,5 +233,7 @@ def records_listener(config: Config, store: Store) -> MllpServer:
         encoding=settings.encoding,
         allowed_addresses=settings.addresses,
         max_message_bytes=settings.max_message_mb * 2**20,
+        max_connections=settings.max_connections,
+        idle_s=settings.idle_s,
         ssl_context=server_context(settings, section="records"),
     )

@@ -154,6 +154,7 @@ def print_feeds(out: Console, facts: Mapping[str, Any], *, zone: tzinfo) -> None
             out.print(f"No. {one['number']}, {_time(one['received_at'], zone)}{f', {who}' if who else ''}", soft_wrap=True)
             out.print(Padding(plain(one["because"]), (0, 0, 0, 4)))
         out.print("The bytes of one: `synoptic records --message NUMBER --out FILE`.")
+        out.print("When its cause is mended: `synoptic records --apply NUMBER`.")
 
 
 def value_words(one: Mapping[str, Any]) -> str:

@@ -29,6 +29,8 @@ Facts = dict[str, Any]
 
 #: HL7 table 0085, in words.
 STATUSES: Final = {"F": "final", "C": "corrected", "P": "preliminary", "D": "deleted", "W": "wrong", "X": "not obtainable"}
+#: Messages of ours that withdraw what others said.
+_WITHDRAWALS: Final = frozenset({"withdraw", "deleted"})
 _USABLE: Final = frozenset({"F", "C"})
 #: Nobody alive has a fact from before: a sender's clock, or its way to say that it does not know.
 FIRST_YEAR: Final = datetime(1900, 1, 1, tzinfo=UTC)
@@ -55,11 +57,14 @@ def gather_patient(
     names = {one.name for one in told if one.name}
     usable = [one for one in record.observations if one.status in _USABLE]
     why = "only final and corrected results are used"
-    unusable = [(one, f"{STATUSES.get(one.status, one.status)}: {why}") for one in record.observations if one.status not in _USABLE]
+    withdrawn = [one for one in record.observations if one.status not in _USABLE]
+    shown = [*usable, *withdrawn, *record.unusable]
+    numbers = [number for number in (*(one.message_id for one in shown), *(one.message_id for one in told)) if number is not None]
+    messages = sources.messages(conn, numbers)
+    by_hand = {one.number: f"withdrawn by {one.control_id or one.sender}: {one.reason}" for one in messages if one.trigger in _WITHDRAWALS}
+    unusable = [(one, by_hand.get(one.message_id or 0) or f"{STATUSES.get(one.status, one.status)}: {why}") for one in withdrawn]
     unusable += [(one, _why_unusable(one)) for one in record.unusable]
     merges = [one for one in records.merges_of(conn, key) if known_at is None or one[3] <= known_at]
-    shown = [*usable, *(one for one, _ in unusable)]
-    numbers = [number for number in (*(one.message_id for one in shown), *(one.message_id for one in told)) if number is not None]
     return {
         **_key(key),
         "as_of": as_of,
@@ -81,7 +86,7 @@ def gather_patient(
                 "trigger": one.trigger,
                 "received_at": one.received_at,
             }
-            for one in sources.messages(conn, numbers)
+            for one in messages
         ],
         "texts_are_redacted": not is_full,
     }

@@ -17,8 +17,8 @@ import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from functools import cache
 
+from models.spec import RecordRule
 from worker import events, joining
 from worker.domain import ROUTINE, PatientRecord, Study
 from worker.errors import NoSuitableSeries, PatientConflict, WorkerError
@@ -30,6 +30,8 @@ from worker.store.database import Connection, Store
 from worker.store.schema import AnyRow
 
 _UNFINISHED = frozenset({"available", "leased"})
+#: Whose a record is can be asked without any fact of it.
+_NOTHING = RecordRule(wait_s=0.0, look_back_h=0.0)
 _CHANGED = "The patient's record changed."
 
 
@@ -144,11 +146,10 @@ def _judged(
     noted = next((one.facts for one in reversed(past) if one.name in {"report.outdated", "report.cleared"}), {})
     stopped = tuple(job.bundle for job in jobs if job.state == "discarded" and _is_stopped(past, job.bundle, study.version))
 
-    @cache
-    def view(hours: float) -> PatientRecord | None:
-        return joining.record_of(conn, study, hours, must_agree=must_agree)
+    def view(rule: RecordRule) -> PatientRecord | None:
+        return joining.record_of(conn, study, rule, must_agree=must_agree)
 
-    doubt = joining.doubt(conn, study, view(0.0), must_agree=must_agree)
+    doubt = joining.doubt(conn, study, view(_NOTHING), must_agree=must_agree)
     is_cleared = not doubt and noted.get("cause", _CHANGED) != _CHANGED
     if is_late and noted.get("cause") == _CHANGED and noted.get("version") == study.version and not (doubt or stopped):
         return _Verdict()  # its history says so already, and nothing more will be done
@@ -173,8 +174,8 @@ def _is_stopped(past: Sequence[history.Entry], bundle: str, version: int) -> boo
     return bool(of_bundle) and (of_bundle[-1].get("version"), of_bundle[-1].get("error")) == (version, PatientConflict.__name__)
 
 
-def _now(study: Study, view: Callable[[float], PatientRecord | None], spec: Spec) -> str:
+def _now(study: Study, view: Callable[[RecordRule], PatientRecord | None], spec: Spec) -> str:
     try:
-        return record_digest(select_inputs(study, view(spec.record.horizon_h), spec))
+        return record_digest(select_inputs(study, view(spec.record), spec))
     except NoSuitableSeries:
         return ""

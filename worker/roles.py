@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -184,8 +185,10 @@ def run(config: Config, store: Store, stop: threading.Event) -> None:
     """Lease and process until told to stop; what is in hand is finished first."""
     from worker.fhir_feed import Puller
     from worker.imaging.decoding import DecoderPool
-    from worker.infer import Model
-    from worker.pipeline import Line, process
+
+    with _without("transformers"):
+        from worker.infer import Model
+        from worker.pipeline import Line, process
 
     settings = config.run
     loaded = [Model(folder, device=settings.device, threads=settings.threads) for folder in settings.bundles]
@@ -213,6 +216,23 @@ def run(config: Config, store: Store, stop: threading.Event) -> None:
             take=_take(store, config, sorted(line.models)),
             do=lambda jobs: process(line, jobs),
         )
+
+
+@contextlib.contextmanager
+def _without(package: str) -> Iterator[None]:
+    """Import as if `package` were not installed.
+
+    MONAI imports all of transformers for a network of its own that no bundle has: a quarter of a start's imports.
+    A bundle with a BERT-type encoder imports it afterwards (models/text.py).
+    """
+    if package in sys.modules:
+        yield
+        return
+    sys.modules[package] = None  # type: ignore[assignment]  # documented: None makes its import fail
+    try:
+        yield
+    finally:
+        del sys.modules[package]
 
 
 def _take(store: Store, config: Config, names: Sequence[str]) -> Callable[[], list[Job]]:

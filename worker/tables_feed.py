@@ -13,10 +13,8 @@ off goes on where it ended. Not here: the command line, the schedule.
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
-from datetime import date, datetime, timedelta
+from datetime import date, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -25,12 +23,12 @@ from worker import events, record_feeds
 from worker.config import Config, Table
 from worker.domain import RecordUpdate
 from worker.errors import RecordError, WorkerError
-from worker.intake.delimited import unfinished
+from worker.intake.delimited import Unfinished, unfinished
 from worker.intake.table_mapping import TableMapping, read_mapping
 from worker.intake.table_rows import Row, RowReader, Words
 from worker.intake.tables import QUIET_S, Apply, Tally, import_table, take
 from worker.store import feeds, records, warehouse
-from worker.store.database import Connection, Store
+from worker.store.database import Store
 from worker.store.warehouse import Watermark
 
 
@@ -81,13 +79,18 @@ def import_tables(
                 continue
             apply = _apply(config, store, sender=mapping.name, trigger="CSV")
             one = import_table(path, mapping, apply=apply, dry_run=dry_run, progress=progress, words=_words(config), quiet_s=quiet_s)
+        except Unfinished as exc:
+            one = Tally()
+            one.leave(path, str(exc))
         except RecordError as exc:
             one = Tally()
             one.refuse(path, 0, str(exc))
         except OSError as exc:
             one = Tally()
             one.refuse(path, 0, f"The file cannot be read: {exc.strerror}.")
-        if not dry_run:
+        if one.is_unfinished:  # no content of the feed: whoever counts refused messages must not look for it there
+            events.emit("message.refused", sender=mapping.name, trigger="CSV", result="left out", reason=one.errors[-1][2])
+        elif not dry_run:
             _note_refused(store, one, sender=mapping.name, trigger="CSV")
         tally.add(one)
     return tally
@@ -106,44 +109,30 @@ def _apply(config: Config, store: Store, *, sender: str, trigger: str) -> Apply:
 
     def apply(updates: list[RecordUpdate]) -> int:
         # Writers that name patients in one order cannot wait for each other.
-        # Every table is one of values, which names its patients in passing: no admission speaks here.
-        several = sorted((replace(record_feeds.localized(config, one), has_demographics=False) for one in updates), key=_order)
+        several = sorted((record_feeds.localized(config, one) for one in updates), key=_order)
+        digest = _digest(several)
         with store.begin() as conn:
-            if feeds.row_of(conn, sender=sender, digest=_digest(several)) is not None:
+            if not several or feeds.row_of(conn, sender=sender, digest=digest) is not None:
                 return 0
             now = record_feeds.clock()
-            right, reasons = _checked(config, conn, several, now=now)
-            for reason, count in reasons.items():
-                said = f"{count} patients of a batch of rows were refused: {reason}"
-                warehouse.note_refused(conn, sender=sender, trigger=trigger, reason=said, digest=_digest(several), now=now)
+            held, are_of_others = record_feeds.check_persons(config, conn, several, now=now)
+            right = [one for one, is_of_another in zip(several, are_of_others, strict=True) if not is_of_another]
+            if len(right) < len(several):
+                said = f"{len(several) - len(right)} patients of a batch of rows were refused: {record_feeds.OF_ANOTHER}"
+                warehouse.note_refused(conn, sender=sender, trigger=trigger, reason=said, digest=digest, now=now)
                 events.emit("message.refused", sender=sender, trigger=trigger, result="refused", reason=said)
-            # Of what was taken: the same rows come again when the patient has been corrected.
+                # Of what was taken: the same rows come again when the patient has been corrected.
+                digest = _digest(right)
             number = feeds.note_message(
-                conn, sender=sender, control_id="", sent_at="", trigger=trigger, result="applied", digest=_digest(right), now=now
+                conn, sender=sender, control_id="", sent_at="", trigger=trigger, result="applied", digest=digest, now=now
             )
-            return 0 if number is None else sum(records.apply(conn, one, now=now, message_id=number) for one in right)
+            return 0 if number is None else records.apply_all(conn, right, now=now, message_id=number, held=held)
 
     return apply
 
 
 def _digest(updates: Sequence[RecordUpdate]) -> str:
     return hashlib.sha256(repr(updates).encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _checked(
-    config: Config, conn: Connection, updates: Sequence[RecordUpdate], *, now: datetime
-) -> tuple[list[RecordUpdate], Counter[str]]:
-    """Those that are of whom they say, and why the others are not."""
-    right: list[RecordUpdate] = []
-    reasons = Counter[str]()
-    for one in updates:
-        try:
-            record_feeds.check_person(config, conn, one, now=now)
-        except RecordError as exc:
-            reasons[str(exc)] += 1
-        else:
-            right.append(one)
-    return right, reasons
 
 
 def _order(update: RecordUpdate) -> tuple[str, str]:

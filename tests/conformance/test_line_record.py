@@ -365,7 +365,7 @@ def test_without_admissions_results_of_two_persons_are_taken_and_the_study_stops
 def test_an_admission_that_is_applied_this_moment_counts_for_the_result_behind_it(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     lock, waited = persons.locked, list[bool]()
 
-    def late(conn: Connection, keys: Iterable[PatientKey], said: Mapping[str, object]) -> dict[PatientKey, int]:
+    def late(conn: Connection, keys: Iterable[PatientKey], said: Mapping[str, object]) -> persons.Held:
         if not waited:
             waited.append(True)  # who held the lock said this, and has committed
             records.apply(conn, RecordUpdate(ADA, source="ADT"), now=NOW)

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -27,7 +28,7 @@ from worker.domain import (
     RecordUpdate,
 )
 from worker.intake import assembly
-from worker.store import queue, records, schema, studies
+from worker.store import feeds, queue, records, schema, studies
 from worker.store.database import Store
 
 NOW = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
@@ -290,6 +291,23 @@ def test_a_correction_under_the_survivor_stands_for_what_came_under_the_retired(
 
 def order(store: Store, key: PatientKey, placer: str, priority: int, *, is_cancelled: bool = False) -> None:
     apply(store, RecordUpdate(Patient(key), has_demographics=False, orders=(Order("ACC", placer, "", priority, is_cancelled),)))
+
+
+def test_what_a_person_withdraws_stands_no_longer_and_was_known_before(store: Store) -> None:
+    facts = (fact(5.0, key="panel"), fact(6.0, key="panel/a"), replace(fact(7.0), key=""))
+    with store.begin() as conn:
+        said: dict[str, Any] = {"sender": "LAB|SITE", "sent_at": "", "result": "applied", "now": NOW}
+        number = feeds.note_message(conn, **said, control_id="1", trigger="ORU^R01")
+        records.apply(conn, RecordUpdate(Patient(A), facts, "LAB", has_demographics=False), now=NOW, message_id=number)
+    say(store, A, 8.0)
+    say_merged(store, survivor=B, retired=A)
+    with store.begin() as conn:
+        own = feeds.note_message(conn, **said, control_id="root", trigger="withdraw")
+        assert records.withdraw(conn, lambda: records.standing_of(conn, number or 0), now=NOW + HOUR, message_id=own or 0) == 3
+        assert records.withdraw(conn, lambda: records.standing_of(conn, number or 0), now=NOW + HOUR, message_id=own or 0) == 0
+    usable = [one.value for one in view(store, B).observations if one.status == "F"]
+    assert usable == [8.0]
+    assert values(store, B, known_at=NOW) == [5.0, 6.0, 7.0, 8.0]
 
 
 def test_an_order_that_is_urgent_again_is_urgent(store: Store) -> None:

@@ -157,11 +157,52 @@ def test_a_fact_that_tells_its_own_time_is_compared_by_it(store: Store) -> None:
 
 
 @pytest.mark.requirement("F2")
-def test_sources_and_codes_that_share_a_key_keep_their_facts(store: Store) -> None:
-    other = replace(fact(2.0, key="k"), code=Code("718-7", "LN", "Hb"))
-    apply(store, RecordUpdate(Patient(A), (fact(1.0, key="k"), other), "ONE"))
+@pytest.mark.requirement("F6")
+def test_what_fhir_says_without_a_time_was_said_when_it_came_and_not_when_an_address_changed(store: Store) -> None:
+    told = RecordUpdate(Patient(A), (fact(1.0, key="k"),), "FHIR", orders=(Order("ACC-1", "PL-1"),), at=NOW - HOUR, is_at_of_all=False)
+    assert apply(store, told) == 1
+    assert apply(store, replace(told, at=NOW), now=NOW + HOUR) == 0  # a new address is no news of the result
+    (found,) = view(store, A).observations
+    assert (found.said_at, found.received_at) == (None, NOW)
+    with store.read() as conn:
+        assert list(conn.scalars(sa.select(schema.imaging_order.c.said_at))) == [None]
+    later = replace(told, orders=(replace(told.orders[0], said_at=NOW - HOUR, is_cancelled=True),))
+    apply(store, later, now=NOW + HOUR)
+    with store.read() as conn:
+        assert list(conn.scalars(sa.select(schema.imaging_order.c.said_at))) == [None, NOW - HOUR]
+
+
+@pytest.mark.requirement("F2")
+def test_sources_that_share_a_key_keep_their_facts(store: Store) -> None:
+    apply(store, RecordUpdate(Patient(A), (fact(1.0, key="k"),), "ONE"))
     apply(store, RecordUpdate(Patient(A), (fact(3.0, key="k/1"), fact(3.0, key="k", status="D")), "TWO"))
+    assert values(store, A) == [1.0, 3.0]
+
+
+@pytest.mark.requirement("F10")
+@pytest.mark.parametrize(
+    ("status", "kept"), [("C", [("718-7", "C")]), ("F", [("718-7", "F")]), ("W", [("718-7", "W")]), ("P", [("1988-5", "F")])]
+)
+def test_a_result_that_was_filed_under_a_wrong_code_does_not_stand_beside_the_right_one(
+    store: Store, status: str, kept: list[tuple[str, str]]
+) -> None:
+    other = replace(fact(2.0, key="k", status=status), code=Code("718-7", "LN", "Hb"))
+    apply(store, RecordUpdate(Patient(A), (fact(1.0, key="k"),), at=NOW - HOUR))
+    apply(store, RecordUpdate(Patient(A), (other,), at=NOW))
+    assert [(one.code.value, one.status) for one in view(store, A).observations] == kept
+    with store.read() as conn:
+        narrow = records.view(conn, A, as_of=NOW, codes=[("1988-5", "LN")])
+    assert narrow is not None
+    assert [one.code.value for one in narrow.observations] == [code for code, _ in kept if code == "1988-5"]
+
+
+@pytest.mark.requirement("F10")
+def test_a_withdrawal_takes_back_the_repeats_that_were_said_before_it(store: Store) -> None:
+    """A laboratory that withdraws one of two results under one key does not say which; what it says beside the withdrawal stands."""
+    apply(store, RecordUpdate(Patient(A), (fact(1.0, key="k"), fact(2.0, key="k#1"), fact(3.0, key="k#2")), at=NOW - HOUR))
     assert values(store, A) == [1.0, 2.0, 3.0]
+    apply(store, RecordUpdate(Patient(A), (fact(1.0, key="k", status="W"), fact(4.0, key="k#1")), at=NOW))
+    assert [(one.value, one.status) for one in view(store, A).observations] == [(1.0, "W"), (4.0, "F")]
 
 
 @pytest.mark.requirement("F2")

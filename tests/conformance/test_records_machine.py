@@ -133,8 +133,8 @@ def what_stands(says: Sequence[tuple[datetime, RecordUpdate]], group: set[Patien
                 heard.append((at, what.at, what.patient.key, fact))
     mine = [(at, said or at, fact) for at, said, whose, fact in heard if whose in group]
     standing = [(at, fact) for at, _, fact in mine if not fact.key]
-    for name in {(fact.key, fact.code) for _, _, fact in mine if fact.key}:
-        of_name = [(RANK[fact.status], said, n) for n, (_, said, fact) in enumerate(mine) if (fact.key, fact.code) == name]
+    for name in {fact.key for _, _, fact in mine if fact.key}:
+        of_name = [(RANK[fact.status], said, n) for n, (_, said, fact) in enumerate(mine) if fact.key == name]
         at, _, fact = mine[max(of_name)[2]]
         standing.append((at, fact))
     gone = [fact.key for _, fact in standing if fact.key and fact.status in "DWX"]

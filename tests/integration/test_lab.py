@@ -94,7 +94,8 @@ def test_every_study_is_predicted_with_verdict_and_modalities_and_without_labels
 def test_an_evaluation_has_every_row_an_interval_a_page_and_goes_on_where_it_stopped(
     bundle: Path, cohort: Path, cache: Path, tmp_path: Path
 ) -> None:
-    words = ("evaluate", "--bundle", bundle, "--cohort", cohort, "--cache", cache, "--out", tmp_path, "--folds", 2, "--repeats", 1)
+    size = ("--folds", 2, "--repeats", 1, "--processes", 2)
+    words = ("evaluate", "--bundle", bundle, "--cohort", cohort, "--cache", cache, "--out", tmp_path, *size)
     before = Bundle.read(bundle).digest
     done = run(*words, "--fusions", "tokens,late_mean", "--card")
     assert done.exit_code == 0, done.output

@@ -8,13 +8,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from typing import cast
 
 import pytest
 
 from tests.conftest import Captured
+from worker import config
 from worker.errors import PatientConflict, PeerUnavailable, RecordError
 from worker.intake.hl7 import ParsedMessage
 from worker.intake.mllp import Limits, MllpServer, frames, send, split_messages
+from worker.record_feeds import records_listener
+from worker.store.database import Store
 
 START, END = b"\x0b", b"\x1c\r"
 SENTINEL = "ZZSENTINEL"
@@ -325,6 +329,20 @@ def test_more_connections_than_allowed_are_closed_and_the_place_is_free_again(se
         first.shutdown(socket.SHUT_WR)
         assert is_closed(first)  # closed by the listener after its place was given back
     assert codes(server, admission("C3")) == ["AA"]
+
+
+def test_how_many_connections_there_may_be_and_how_long_idle_is_the_sites(captured: Captured) -> None:
+    settings = config.Records(port=0, max_connections=1, idle_s=0.1)
+    server = records_listener(config.Config(records=settings), cast("Store", None))
+    server.start()
+    try:
+        with connected(server) as first:
+            with connected(server) as second:
+                assert is_closed(second)
+            assert is_closed(first)
+    finally:
+        server.stop()
+    assert [one["reason"] for one in captured.named("message.refused")] == ["1 connections are open already."]
 
 
 def test_stopping_answers_the_message_that_is_being_applied(serve: Serve, records: Records) -> None:

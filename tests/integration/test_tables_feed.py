@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,11 +13,12 @@ import pytest
 import sqlalchemy as sa
 
 from tests.conftest import Captured
+from worker import joining
 from worker.config import Config, Records, Site, Table
 from worker.domain import Code, Patient, PatientKey, PatientRecord, RecordUpdate
 from worker.errors import RecordError
 from worker.intake.tables import Tally
-from worker.store import feeds, records, schema, warehouse
+from worker.store import feeds, records, schema, sources, warehouse
 from worker.store.database import DatabaseUnavailable, Store
 from worker.tables_feed import import_tables, read_view
 
@@ -149,6 +150,36 @@ def test_a_row_of_somebody_else_is_refused_until_an_admission_says_it_is_right(
     assert values(store, "P1") == [5]
 
 
+@pytest.mark.requirement("F4")
+def test_a_table_of_patients_says_who_somebody_is_as_an_admission_does(
+    config: Config, store: Store, take: Import, drop: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A site without ADT corrects who somebody is by a table; the last said counts, not the last read."""
+    who = tmp_path / "who.toml"
+    who.write_text(
+        'name = "who"\nkey_columns = ["pid"]\n[patient]\nid_column = "pid"\nissuer = "HOSP"\nname_columns = ["name"]\nadmission = true\n'
+        '[time]\ncolumn = "changed"\nzone = "UTC"\n[changed]\ncolumn = "changed"\n'
+    )
+
+    def admit(name: str, day: int) -> None:
+        import_tables([drop(f"P1,{name},2021-01-0{day}", name=f"{day}.csv", header="pid,name,changed")], who, config=config, store=store)
+
+    rows = ("1,P1,DOE^JANE,2020-05-06 10:00,F,5", "2,P1,SMITH^JOHN,2020-05-06 11:00,F,7")
+    path = drop(*rows)
+    take(path)
+    assert values(store, "P1") == [5, 7]  # nobody knows which is wrong
+    admit("DOE^JANE", 3)
+    admit("SMITH^JOHN", 2)  # read last, said before
+    with store.read() as conn:
+        keys = records.keys_of(conn, PatientKey("HOSP", "P1"))
+        known = joining.admitted(sources.demographics_of(conn, keys), keys)
+    assert known is not None
+    assert known.name == "DOE^JANE"
+    assert [one.value for one in joining.own(view(store, "P1"), joining.MUST_AGREE).observations] == [5]
+    take(drop("3,P1,SMITH^JOHN,2020-05-06 12:00,F,9", name="later.csv"))
+    assert values(store, "P1") == [5, 7]  # refused
+
+
 def test_a_folder_is_read_in_the_order_in_which_it_was_written(store: Store, take: Import, drop: Callable[..., Path]) -> None:
     drop("1,P1,NEW^J,2020-05-06 10:00,F,50", name="a.csv", age_s=60)
     take(drop("1,P1,OLD^J,2020-05-06 10:00,F,5", name="b.csv", age_s=7200).parent)
@@ -176,14 +207,20 @@ def test_a_dry_run_changes_nothing(store: Store, take: Import, drop: Callable[..
 
 
 @pytest.mark.requirement("F13")
-def test_a_drop_folder_leaves_what_is_being_written_for_the_next_time(store: Store, take: Import, drop: Callable[..., Path]) -> None:
+def test_a_drop_folder_leaves_what_is_being_written_for_the_next_time(
+    store: Store, take: Import, drop: Callable[..., Path], captured: Captured
+) -> None:
     drop("1,P1,DOE^J,2020-05-06 10:00,F,5", name="whole.csv")
     half = drop("2,P1,DOE^J,2020-05-06 11:00,F,6", name="half.csv")
     half.write_bytes(half.read_bytes()[:-5])
     os.utime(half, (1.6e9, 1.6e9))
     assert take(half.parent).counts["file left for the next time"] == 1
     assert values(store, "P1") == [5]
+    captured.clear()
     assert "half written" in next(iter(take(half).reasons))
+    with store.read() as conn:
+        assert feeds.rejected(conn, limit=9) == []  # it is taken the next time
+    assert [one["result"] for one in captured.named("message.refused")] == ["left out"]
     drop("2,P1,DOE^J,2020-05-06 11:00,F,6", name="half.csv")
     assert take(half.parent).counts["file left for the next time"] == 0
     assert values(store, "P1") == [5, 6]
@@ -228,22 +265,43 @@ def test_an_import_that_was_cut_off_goes_on_where_it_ended(
     store: Store, take: Import, drop: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = drop(*(f"{n},P{n % 7},,2020-05-06,F,{n}" for n in range(1200)))
-    real, calls = records.apply, 0
+    real, calls = records.apply_all, 0
 
-    def fails(conn: object, update: RecordUpdate, **options: object) -> int:
+    def fails(conn: object, updates: Sequence[RecordUpdate], **options: object) -> int:
         nonlocal calls
         calls += 1
-        if calls > 10:
+        added = real(conn, updates, **options)  # type: ignore[arg-type]
+        if calls > 1:
             raise DatabaseUnavailable("The database is not available: gone.")
-        return real(conn, update, **options)  # type: ignore[arg-type]
+        return added
 
-    monkeypatch.setattr(records, "apply", fails)
+    monkeypatch.setattr(records, "apply_all", fails)
     with pytest.raises(DatabaseUnavailable):
         take(path)
     assert rows(store)["observation"] == 500
-    monkeypatch.setattr(records, "apply", real)
+    monkeypatch.setattr(records, "apply_all", real)
     assert take(path).counts["fact added"] == 700
     assert rows(store)["observation"] == 1200
+
+
+@pytest.mark.requirement("F13")
+def test_a_batch_takes_as_many_statements_whatever_rows_and_patients_it_has(store: Store, take: Import, drop: Callable[..., Path]) -> None:
+    """A million rows are two thousand batches; with some statements a row it was hours."""
+    statements: list[str] = []
+    sa.event.listen(store.engine, "before_cursor_execute", lambda _conn, _cursor, statement, *_rest: statements.append(statement))
+
+    def counted(path: Path) -> int:
+        statements.clear()
+        take(path)
+        return len(statements)
+
+    few = [f"{n},F{n},DOE^J,2020-05-06 10:{n:02},F,{n}" for n in range(2)]
+    many = [f"{n},M{n % 100},ROE^R,2020-05-06 10:{n % 60:02},F,{n}" for n in range(400)]
+    several = counted(drop(*few, name="few.csv"))
+    assert 0 < several <= 25
+    assert counted(drop(*many, name="many.csv")) == several
+    assert counted(drop(*many[:300], name="known.csv")) <= several
+    assert rows(store)["observation"] == 402
 
 
 @pytest.mark.requirement("F13")
@@ -401,7 +459,7 @@ def test_our_own_database_away_leaves_the_watermark_where_it_was(
         raise DatabaseUnavailable("The database is not available: gone.")
 
     with monkeypatch.context() as patch:
-        patch.setattr(records, "apply", gone)
+        patch.setattr(records, "apply_all", gone)
         assert read_view(table, config=config, store=store) == 0
     assert len(captured.named("sweep.failed")) == 1
     assert read_view(table, config=config, store=store) == 10

@@ -49,6 +49,8 @@ def test_the_example_shows_every_key_with_its_default() -> None:
         ("[[destinations]]\nname = 'x'", "[destinations] needs the key 'ae_title'."),
         ('[site]\ntimezone = "Mars/Olympus"', "there is no zone 'Mars/Olympus'"),
         ('[records]\naddresses = ["his.local"]', "is no IP address or network"),
+        ("[records]\nmax_connections = 0", "records.max_connections is at least 1"),
+        ("[records]\nidle_s = 0", "records.idle_s is more than 0"),
         ("x = [", "is not TOML"),
     ],
 )

@@ -111,6 +111,45 @@ def test_a_withdrawn_observation_has_the_key_of_what_it_withdraws_though_it_is_e
     assert (second.key, second.status, second.value) == (first.key, "W", None)
 
 
+@pytest.mark.requirement("F10")
+@pytest.mark.parametrize(
+    "withdrawn",
+    [
+        {"status": "entered-in-error", "code": None},
+        {"status": "entered-in-error", "effectiveDateTime": None},
+        {"status": "cancelled", "code": None, "effectiveDateTime": None, "valueQuantity": None},
+        {"focus": [{"reference": "Patient/fetus"}]},
+        {"status": "amended", "focus": [{"reference": "Patient/p1"}, {"display": "the donor"}]},
+    ],
+    ids=["no code", "no time", "only the id is left", "of the fetus", "of the donor"],
+)
+def test_what_is_withdrawn_or_of_somebody_else_takes_back_what_was_said_under_its_id(withdrawn: Json) -> None:
+    (first,) = facts(observation())
+    (second,) = facts(observation(meta={"lastUpdated": "2020-05-08T00:00:00Z"}, **withdrawn))
+    assert second.key == first.key
+    assert second.status in ("D", "W", "X")
+
+
+@pytest.mark.requirement("F10")
+def test_a_focus_on_the_subject_is_nobody_else() -> None:
+    assert [fact.status for fact in facts(observation(focus=[{"reference": "Patient/p1"}]))] == ["F"]
+
+
+@pytest.mark.requirement("F10")
+@pytest.mark.parametrize(
+    "resources",
+    [
+        [person(), observation(modifierExtension=[{"url": "http://x.org/not", "valueString": SENTINEL}])],
+        [person(), observation(component=[{"code": CRP, "modifierExtension": [{"url": "http://x.org/not", "valueString": SENTINEL}]}])],
+        [person(modifierExtension=[{"url": "http://x.org/not", "valueString": SENTINEL}]), observation()],
+    ],
+)
+def test_what_an_unknown_extension_may_turn_into_its_opposite_is_refused(resources: list[Json]) -> None:
+    with pytest.raises(RecordError, match="modifierExtension") as caught:
+        updates(*resources)
+    assert SENTINEL not in str(caught.value)
+
+
 def test_an_observation_without_an_id_supersedes_nothing() -> None:
     """Two nameless facts under one key would hide one another."""
     assert [fact.key for fact in facts(observation(id=None), observation(id=None))] == ["", ""]

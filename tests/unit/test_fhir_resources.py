@@ -96,6 +96,29 @@ def test_only_a_confirmed_condition_is_a_fact_that_is_used(status: str, kept: st
     assert fact.status == kept
 
 
+@pytest.mark.requirement("F10")
+@pytest.mark.parametrize(
+    ("reason", "words"),
+    [({"coding": [{"code": "error"}]}, "error"), ({"coding": [{"code": "unknown"}], "text": "hemolyzed"}, "hemolyzed")],
+)
+def test_a_value_that_turned_out_to_be_none_is_replaced_by_the_reason(reason: Json, words: str) -> None:
+    """As in HL7 v2: a newer result that cannot be used is never replaced by the older one."""
+    for is_part in (False, True):
+        first, second = (
+            facts(observation(valueQuantity=None, component=[{"code": DIABETES, **value}]) if is_part else observation(**value))[0]
+            for value in ({"valueInteger": 7, "valueQuantity": None}, {"dataAbsentReason": reason, "valueQuantity": None})
+        )
+        assert (second.key, second.status, second.kind, second.value, second.text) == (first.key, "F", "text", None, words)
+
+
+@pytest.mark.requirement("F10")
+def test_a_condition_that_was_entered_in_error_is_withdrawn_by_its_id_alone() -> None:
+    (first,) = facts(condition())
+    status = {"coding": [{"system": VERIFICATION, "code": "entered-in-error"}]}
+    (second,) = facts(condition(code=None, recordedDate=None, verificationStatus=status, meta={"lastUpdated": MAY}))
+    assert (second.key, second.status) == (first.key, "W")
+
+
 def test_a_resolved_condition_is_history_and_still_a_fact() -> None:
     (fact,) = facts(condition(clinicalStatus={"coding": [{"code": "resolved"}]}, abatementDateTime="2020-06-01"))
     assert (fact.status, fact.value) == ("F", 1.0)
@@ -268,7 +291,7 @@ def test_a_value_says_how_it_is_to_be_read(value: Json, kind: str) -> None:
         {"valueRange": {"low": {"unit": "g"}}},
         {"valueRatio": {"numerator": {"value": 1}}},
         {"valuePeriod": {"start": "2020"}},
-        {"dataAbsentReason": {"text": "broken"}},
+        {"dataAbsentReason": {"text": "see components"}, "component": [{"code": DIABETES}]},
     ],
 )
 def test_a_value_that_is_not_there_is_no_fact(value: Json) -> None:

@@ -93,10 +93,31 @@ def test_what_holds_no_value_and_no_text_is_counted(value_type: str, content: st
     assert parsed.skipped == 1
 
 
+@pytest.mark.parametrize(
+    ("value_type", "content"), [("NM", "NaN"), ("NM", "-INF"), ("NM", "1.#QNAN"), ("NM", "infinity"), ("SN", ">^inf"), ("SN", "^NaN")]
+)
+def test_what_a_program_writes_for_no_number_is_kept_as_a_text_and_counted(value_type: str, content: str) -> None:
+    parsed = read(message(PID, OBR, obx(value_type, content), obx("NM", "hemolyzed", code="K^K^L"), obx("ST", "NaN", code="X^X^L")))
+    assert parsed.update is not None
+    assert [fact.kind for fact in parsed.update.observations] == ["text"] * 3
+    assert parsed.skipped == 1
+
+
 def test_a_withdrawn_result_without_a_value_replaces() -> None:
     (first,) = facts(OBR, obx("SN", "^1^-^5"))
     (withdrawn,) = facts(OBR, obx("SN", "", status="W"))
     assert (withdrawn.key, withdrawn.status, withdrawn.value, withdrawn.high) == (first.key, "W", None, None)
+
+
+@pytest.mark.requirement("F10")
+@pytest.mark.parametrize("status", ["C", "W", "X", "D"])
+def test_each_of_the_repeats_under_one_key_is_corrected_and_withdrawn(status: str) -> None:
+    repeats = [("3", "20200506070000"), ("4", "20200506080000"), ("5", "20200506090000")]
+    said, superseding = (facts(OBR, *(obx("NM", value, at=at, status=one) for value, at in repeats)) for one in ("F", status))
+    assert [(one.key, one.at, one.value) for one in superseding] == [(one.key, one.at, one.value) for one in said]
+    assert len({one.key for one in said}) == 3
+    (replaced,) = facts(OBR, obx("NM", "3"), obx("NM", "6", status=status))
+    assert (replaced.value, replaced.status) == (6.0, status)
 
 
 def test_a_text_below_a_number_of_the_same_code_is_a_fact_of_its_own() -> None:

@@ -18,7 +18,8 @@ from models.bundle import Bundle
 from models.spec import ImageSpec, RecordRule, TextSpec, ValueSpec
 from worker.domain import Code, Instance, Observation, Patient, PatientKey, PatientRecord, Series, Study, UsedValue
 from worker.errors import NoSuitableSeries
-from worker.inputs import Spec, lacking, select_inputs
+from worker.inputs import Spec, select_inputs
+from worker.joining import lacking
 from worker.selection import suitable_series
 from worker.units import factor
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from datetime import UTC, datetime, timedelta, timezone
+from importlib import import_module
 
 import pytest
 
+from worker import roles
 from worker.config import Config, Site
 from worker.domain import Header, Patient, PatientKey
 from worker.intake.header import InstanceRefused, read_header
@@ -61,3 +64,13 @@ def test_a_patient_id_of_two_values_is_refused_at_the_door() -> None:
     with pytest.raises(InstanceRefused, match="more than one value"):
         read_header(elements, "1.2.840.10008.1.2.1")
     assert read_header(elements.replace(b"A\\2 ", b"A-2 "), "1.2.840.10008.1.2.1").patient.key.patient_id == "A-2"
+
+
+def test_a_package_is_absent_while_others_are_imported_without_it_and_there_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MONAI must not bring transformers into every worker; a bundle with a BERT-type encoder must still find it."""
+    monkeypatch.delitem(sys.modules, "wave", raising=False)
+    with roles._without("wave"), pytest.raises(ModuleNotFoundError):
+        import_module("wave")
+    there = import_module("wave")
+    with roles._without("wave"):
+        assert import_module("wave") is there, "what was imported already stays"

@@ -164,6 +164,8 @@ def test_an_unknown_key_is_an_error_that_names_the_nearest_right_one(mapping: Ca
         ('name = "lab"', 'name = "lab"\ndelimiter = ";;"', "delimiter must be one character"),
         ('name = "lab"', 'name = "lab"\ndecimal = "x"', "decimal is"),
         ('name = "lab"', "name = true", "name must be text"),
+        ('sex_column = "sex"', "admission = 1", "patient.admission must be true or false"),
+        ('sex_column = "sex"', "admission = true", r"admission needs \[changed\] with a time"),
     ],
 )
 def test_a_mapping_that_says_too_little_or_wrong_is_refused(
@@ -172,6 +174,38 @@ def test_a_mapping_that_says_too_little_or_wrong_is_refused(
     assert old in LONG
     with pytest.raises(RecordError, match=sentence):
         mapping(LONG.replace(old, new))
+
+
+ADMISSION = """
+name = "who"
+key_columns = ["pid"]
+[patient]
+id_column = "pid"
+issuer = "HOSP"
+sex_column = "sex"
+admission = true
+[time]
+column = "changed"
+zone = "UTC"
+[changed]
+column = "changed"
+"""
+
+
+def test_a_table_of_patients_needs_no_values_but_a_word_of_who_somebody_is_and_a_time(mapping: Callable[..., TableMapping]) -> None:
+    reader = RowReader(mapping(ADMISSION), ("pid", "sex", "changed"), Words())
+    told = reader.update(("P1", "F", "2021-01-02 10:00"))
+    assert (told.has_demographics, told.patient.sex, told.at, told.observations) == (True, "F", datetime(2021, 1, 2, 10, tzinfo=UTC), ())
+    assert not reader.update(("P1", "", "2021-01-02 10:00")).has_demographics
+    for cell, sentence in (("", "'changed' is empty"), (7, "needs a time")):
+        with pytest.raises(RecordError, match=sentence):
+            reader.update(("P1", "F", cell))
+    with pytest.raises(RecordError, match="needs name_columns, birth_date_column or sex_column"):
+        mapping(ADMISSION.replace('sex_column = "sex"', ""))
+    with pytest.raises(RecordError, match=r"needs \[\[values\]\], at least once, unless"):
+        mapping(ADMISSION.replace("admission = true", ""))
+    with pytest.raises(RecordError, match="with a time"):
+        mapping(f'{ADMISSION}formats = ["number"]\n')
 
 
 # --- one row

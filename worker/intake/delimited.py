@@ -35,6 +35,10 @@ Line = tuple[int, str | RecordError]
 NumberedRow = tuple[int, list[str] | RecordError]
 
 
+class Unfinished(RecordError):
+    """The file may still be being written: it is taken the next time."""
+
+
 def unfinished(path: Path, *, encoding: str, quiet_s: float) -> str:
     """Why the file may still be being written, as a sentence; '' if it looks whole.
 

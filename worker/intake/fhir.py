@@ -195,6 +195,7 @@ class Assembly:
         if kind == "Medication":
             self.elements.medications.update(dict.fromkeys(names, resource))
             return
+        _refuse_modified(resource)
         patient = _patient(resource, key or self.elements.key(objects_of(resource, "identifier")))
         links = objects_of(resource, "link")
         for link in links:  # what is wrong with one is this patient's fault, and known before anything is taken
@@ -216,6 +217,7 @@ class Assembly:
         kind = resource.get("resourceType")
         if not isinstance(kind, str) or kind not in READERS:
             return
+        _refuse_modified(resource)
         name = text_of(resource, "id") or url
         # Without a name of its own a fact supersedes nothing and nothing supersedes it.
         own = f"{part(self.elements.source)}/{kind}/{part(name)}" if name else ""
@@ -226,7 +228,7 @@ class Assembly:
                 _check(one, kind)
             # The patient's own time is when an address was changed, and says nothing of the results.
             self._facts.setdefault(key, []).extend(replace(one, said_at=said_at) for one in found if isinstance(one, Observation))
-            self._orders.setdefault(key, []).extend(one for one in found if isinstance(one, Order))
+            self._orders.setdefault(key, []).extend(replace(one, said_at=said_at) for one in found if isinstance(one, Order))
 
     def subject(self, resource: Json) -> PatientKey:
         """Return whom `resource` is about. Nothing is attributed to the only patient just because there is only one."""
@@ -255,6 +257,7 @@ class Assembly:
             merges=merges,
             orders=tuple(self._orders.get(key, ())),
             at=at,
+            is_at_of_all=False,
         )
 
     def _refer(self, reference: Json) -> PatientKey | None:
@@ -273,6 +276,19 @@ class Assembly:
         if linked is None or linked == key:
             return None
         return Merge(linked, key) if kind == "replaced-by" else Merge(key, linked)
+
+
+def resource_of(key: str, source: str) -> str:
+    """Return the resource that a fact's key names, as "Observation/17"; '' where the fact is of another source."""
+    own = f"{part(source)}/"
+    return "/".join(key.removeprefix(own).partition("#")[0].split("/")[:2]) if key.startswith(own) else ""
+
+
+def _refuse_modified(resource: Json) -> None:
+    """R4 §2.4: whoever does not understand an extension that may turn what is said into its opposite must not use what it stands in."""
+    several = [one for value in resource.values() if isinstance(value, list) for one in value if isinstance(one, dict)]
+    if any(one.get("modifierExtension") for one in (resource, *several)):
+        raise RecordError(f"{resource['resourceType']}.modifierExtension changes what is said in a way that is not understood.")
 
 
 def _check(one: Observation | Order, kind: str) -> None:

@@ -9,7 +9,8 @@
 
 The identifier is posted, so that it is in no access log; a server that takes no POST is asked by GET.
 Not here: HTTP's rules (fhir_http.py), tokens (fhir_token.py), rows. Attachments' urls and references are not followed.
-Not seen: what a server deletes, since a search does not show it. One client is used by one thread at a time.
+A search does not show what was deleted: after a pull of everything, `gone` asks for what it did not bring, by name.
+One client is used by one thread at a time.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 import re
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta, tzinfo
 from email.utils import parsedate_to_datetime
@@ -50,6 +51,8 @@ _ID: Final = re.compile(r"[A-Za-z0-9.-]{1,64}")  # FHIR R4 §2.24.0.1, id
 _ACCEPT: Final = "application/fhir+json"
 #: How far back a later pull overlaps: a server may list a resource later than it was stamped. Facts known are not added again.
 _OVERLAP: Final = timedelta(minutes=5)
+#: How many resources of one patient are asked for by name in one pull.
+MAX_READS: Final = 50
 #: How many patients are remembered between pulls; one that is not is pulled whole.
 _REMEMBERED: Final = 4096
 _TOKEN_BYTES: Final = 2**20
@@ -64,6 +67,7 @@ class _Known:
     etag: str
     patient: Json
     asked_at: datetime | None
+    whole_at: float = 0.0
 
 
 class Client:
@@ -85,6 +89,8 @@ class Client:
         Of one read of the network; of a whole pull.
     max_pages, max_bytes
         Of one search; of a whole pull.
+    whole_every_s
+        How often a patient is pulled whole again, in seconds: only then it is seen what the server has no more.
     attempts
         At most, of each request.
     refused
@@ -116,6 +122,7 @@ class Client:
         page_size: int = 200,
         max_pages: int = 100,
         max_bytes: int = 64 * 2**20,
+        whole_every_s: float = 86400.0,
         attempts: int = 4,
         resources: Sequence[str] = RESOURCES,
         refused: Callable[[str], None] | None = None,
@@ -131,7 +138,8 @@ class Client:
         self.source: Final = source or f"FHIR {self._base.host}"
         self._elements = (zone, issuers, {**SCHEMES, **(schemes or {})}, self.source)
         self._deadline_s, self._max_bytes = deadline_s, max_bytes
-        self._page_size, self._max_pages = page_size, max_pages
+        self._page_size, self._max_pages, self._whole_every_s = page_size, max_pages, whole_every_s
+        self._brought: set[str] | None = None
         self._resources, self._refused, self._clock = tuple(resources), refused, clock
         self._http = Transport(tls_context(ca), timeout_s, attempts, clock, sleep)
         self._budget = Budget(0, 0.0)
@@ -179,13 +187,16 @@ class Client:
         """
         self._budget = Budget(self._max_bytes, self._clock() + self._deadline_s)
         self._pulled.pop(key, None)
+        self._brought = None
         patient_id = self._find(issuer_system, key.patient_id)
         if patient_id is None:
             return []
         known = self._known.get(key)
         if known and known.patient_id != patient_id:
             known = None  # the identifier is another patient's now
-        now_known = self._read(patient_id, known)
+        if known and self._clock() - known.whole_at >= self._whole_every_s:
+            known = None
+        now_known = replace(self._read(patient_id, known), whole_at=known.whole_at if known else self._clock())
         patient = now_known.patient
         if not _has(patient, issuer_system, key.patient_id):
             raise RecordError("The FHIR server found a patient by an identifier that the patient does not have.")
@@ -194,9 +205,11 @@ class Client:
         assembly.introduce(patient, str(self._base.join(name)), key=key)
         for linked in self._linked(patient):
             self._take(assembly.introduce, linked, str(self._base.join(f"Patient/{linked.get('id')}")))
+        brought: set[str] = set()
         for kind in self._resources:
-            self._pull_type(assembly, kind, patient_id, known)
+            brought |= self._pull_type(assembly, kind, patient_id, known)
         updates = assembly.updates()
+        self._brought = None if known and known.asked_at else brought
         _remember(self._pulled, key, now_known)
         return updates
 
@@ -204,6 +217,22 @@ class Client:
         """The last pull of `key` is in the store: the next one asks only for what is new. Without this call each one asks for all."""
         if pulled := self._pulled.pop(key, None):
             _remember(self._known, key, pulled)
+
+    def gone(self, names: Iterable[str]) -> set[str]:
+        """Of these resources ("Observation/17") those which the server says it has deleted: 410, R4 §3.1.0.7.1.
+
+        None, unless the last pull was one of everything. Asked by name is only what that did not bring, at most `MAX_READS`: what is
+        hidden, or missing from a page by mistake, is not deleted.
+
+        Raises
+        ------
+        PeerUnavailable
+            There is no answer now, or the pull has lasted too long already.
+        """
+        if self._brought is None:
+            return set()
+        asked = sorted(name for name in set(names) - self._brought if _ID.fullmatch(name.partition("/")[2]))[:MAX_READS]
+        return {name for name in asked if self._ask("GET", self._base.join(name)).status == 410}
 
     # --- steps of a pull
 
@@ -248,8 +277,8 @@ class Client:
                     if answer.content.get("resourceType") == "Patient" and answer.content.get("id") == name:
                         yield answer.content
 
-    def _pull_type(self, assembly: Assembly, kind: str, patient_id: str, known: _Known | None) -> None:
-        """Take all resources of one type, or what is new of them."""
+    def _pull_type(self, assembly: Assembly, kind: str, patient_id: str, known: _Known | None) -> set[str]:
+        """Take all resources of one type, or what is new of them; return their names, of those too that cannot be understood."""
         asked = {"patient": patient_id, "_count": str(self._page_size)}
         if kind in _INCLUDES:
             asked["_include"] = _INCLUDES[kind]
@@ -262,6 +291,7 @@ class Client:
         for resource, url in found:
             if resource.get("resourceType") == kind:
                 self._take(assembly.add, resource, url)
+        return {f"{kind}/{text_of(resource, 'id')}" for resource, _ in found if resource.get("resourceType") == kind}
 
     def _take(self, take: Callable[[Json, str], None], resource: Json, url: str) -> None:
         try:

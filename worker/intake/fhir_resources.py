@@ -51,6 +51,7 @@ _REQUEST: Final = {
     **_UNKNOWN, "active": "F", "on-hold": "F", "completed": "F", "revoked": "D", "draft": _NOTHING_YET,
 }  # fmt: skip
 _CANCELLED: Final = frozenset({"revoked", "entered-in-error"})
+_WITHDRAWN: Final = frozenset("DWX")
 #: request-intent: what is only proposed or planned has not been ordered.
 _NOT_ORDERED: Final = frozenset({"proposal", "plan", "option"})
 _URGENT: Final = frozenset({"stat", "asap", "urgent"})  # request-priority
@@ -87,14 +88,22 @@ def observation(elements: Elements, resource: Json, key: str) -> Iterator[Observ
     status = status_of(resource, _RESULT)
     if not status:
         return
+    # Observation.focus: of a fetus, a donor or a device, filed under the patient. What was said under this id without it was a mistake.
+    if any(text_of(one, "reference") != text_of(object_of(resource, "subject"), "reference") for one in objects_of(resource, "focus")):
+        status = "D"
     at: datetime | None = None
     repeats: Counter[str] = Counter()
-    for position, element in enumerate((resource, *objects_of(resource, "component"))):
+    components = objects_of(resource, "component")
+    for position, element in enumerate((resource, *components)):
         code = preferred(elements.codes(object_of(element, "code")))
         content = content_of(elements, element)
-        if not code.value or (content.is_empty and status not in SUPERSEDING):
+        # A panel has no value of its own.
+        if content.is_empty and (position or not components) and (words := _absent(elements, element)):
+            content = Content("text", text=words)
+        if _says_nothing(code, status, is_empty=content.is_empty):
             continue
-        at = at or elements.first_time(resource, ("effectiveDateTime", "effectivePeriod", "effectiveInstant", "issued"))
+        times = ("effectiveDateTime", "effectivePeriod", "effectiveInstant", "issued")
+        at = at or elements.first_time(resource, _times(times, status))
         own = f"{key}/{part(code.scheme)}/{part(code.value)}" if key and position else key
         repeats[own] += 1
         own = f"{own}#{repeats[own]}" if own and repeats[own] > 1 else own
@@ -123,9 +132,9 @@ def narrative(
     elements: Elements, resource: Json, key: str, code: Code, status: str, words: str, times: Sequence[str]
 ) -> Iterator[Observation]:
     """Give `words` as one observation."""
-    if not status or not code.value or (not words and status not in SUPERSEDING):
+    if _says_nothing(code, status, is_empty=not words):
         return
-    at = elements.first_time(resource, times)
+    at = elements.first_time(resource, _times(times, status))
     yield Observation(code, at, text=words, status=status, key=key, source=elements.source, kind="text")
 
 
@@ -174,10 +183,19 @@ def medicine(elements: Elements, resource: Json) -> Json:
 def presence(elements: Elements, resource: Json, key: str, concept: Json, status: str, times: Sequence[str]) -> Iterator[Observation]:
     """Give `concept` as a fact that is there: value 1, its words beside it."""
     code = preferred(elements.codes(concept))
-    if not status or not code.value:
+    if _says_nothing(code, status, is_empty=False):
         return
     words = code.meaning or text_of(concept, "text")
-    yield Observation(code, elements.first_time(resource, times), 1.0, unit="1", text=words, status=status, key=key, source=elements.source)
+    yield Observation(
+        code,
+        elements.first_time(resource, _times(times, status)),
+        1.0,
+        unit="1",
+        text=words,
+        status=status,
+        key=key,
+        source=elements.source,
+    )
 
 
 # --- orders
@@ -221,6 +239,16 @@ def is_imaging(elements: Elements, resource: Json, has_accession_number: bool) -
 # --- values and statuses
 
 
+def _says_nothing(code: Code, status: str, *, is_empty: bool) -> bool:
+    """Whether there is nothing to tell. What is withdrawn may have lost all but its id: that is enough to withdraw it."""
+    return not status or (status not in _WITHDRAWN and (not code.value or (is_empty and status not in SUPERSEDING)))
+
+
+def _times(names: Sequence[str], status: str) -> tuple[str, ...]:
+    """Where to look for when it was; of what is withdrawn it is enough to know when that was said."""
+    return (*names, "meta.lastUpdated") if status in _WITHDRAWN else tuple(names)
+
+
 def status_of(resource: Json, known: Mapping[str, str], name: str = "status") -> str:
     """Return the status as in HL7 table 0085; '' where there is nothing to tell yet."""
     status = text_of(resource, name)
@@ -232,6 +260,13 @@ def status_of(resource: Json, known: Mapping[str, str], name: str = "status") ->
 def content_of(elements: Elements, part: Json) -> Content:
     """Return value[x]; nothing of the types that are not read."""
     return next((read(elements, part, name) for name, read in _CONTENTS.items() if part.get(name) not in (None, {})), Content())
+
+
+def _absent(elements: Elements, part: Json) -> str:
+    """Why there is no value, as HL7 v2 says "hemolyzed": like any newer result that cannot be used it stands before an older one."""
+    reason = object_of(part, "dataAbsentReason")
+    code = preferred(elements.codes(reason))
+    return text_of(reason, "text") or code.meaning or code.value
 
 
 def _quantity(_: Elements, part: Json, name: str) -> Content:

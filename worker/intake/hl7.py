@@ -101,7 +101,7 @@ def parse(
     bounded(control_id, MAX_CONTROL_ID, "MSH-10")
     _read_header(reader, msh)
     update, note = _update(reader, found)
-    return ParsedMessage(control_id, reader.sender, reader.sent_at, envelope.trigger, update, reader.skipped, note)
+    return ParsedMessage(control_id, reader.sender, reader.sent_at, envelope.trigger_label, update, reader.skipped, note)
 
 
 def _read_header(reader: Reader, msh: list[str]) -> None:

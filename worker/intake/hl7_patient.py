@@ -18,10 +18,11 @@ _KINDS: Final = {"MR": 0, "PI": 1}
 
 
 class _Identifier(NamedTuple):
-    """One CX: the key it makes, and what kind of number it is (CX.5)."""
+    """One CX: the key it makes, what kind of number it is (CX.5), and whether it was no longer in use (CX.8) when the message was sent."""
 
     key: PatientKey
     kind: str
+    is_expired: bool
 
 
 def patient(reader: Reader, segments: list[list[str]]) -> Patient:
@@ -121,12 +122,22 @@ def _identifiers(reader: Reader, text: str, name: str) -> list[_Identifier]:
     if not numbers:
         raise RecordError(f"{name}.1 has no patient ID.")
     found = [
-        _Identifier(PatientKey(_issuer(reader, at(parts, 3)), reader.value(parts[0])), reader.value(at(parts, 4))) for parts in numbers
+        _Identifier(
+            PatientKey(_issuer(reader, at(parts, 3)), reader.value(parts[0])), reader.value(at(parts, 4)), _is_expired(reader, parts)
+        )
+        for parts in numbers
     ]
     # One without an issuer may be passed over only where it is not the one that we would take.
     if not _best(found).key.issuer:
         raise RecordError(f"{name}.4 has no assigning authority.")
     return [one for one in found if one.key.issuer]
+
+
+def _is_expired(reader: Reader, parts: list[str]) -> bool:
+    until = TIME.fullmatch(reader.value(at(parts, 7)))
+    # As digits: 99991231 is no time in every zone, and one that cannot be read is no reason to refuse a message.
+    day = "".join(filter(None, until.groups()[:3])) if until else ""
+    return day < reader.sent_at.astimezone(reader.zone).strftime("%Y%m%d")[: len(day)]
 
 
 def _bounded(key: PatientKey, name: str) -> PatientKey:
@@ -141,11 +152,11 @@ def _issuer(reader: Reader, text: str) -> str:
 
 
 def _best(identifiers: Iterable[_Identifier]) -> _Identifier:
-    return min(identifiers, key=lambda one: _KINDS.get(one.kind, 2))
+    return min(identifiers, key=lambda one: (one.is_expired, _KINDS.get(one.kind, 2)))
 
 
 def _chosen(identifiers: list[_Identifier]) -> PatientKey:
-    """Choose of PID-3 the medical record number (MR), else the patient internal identifier (PI), else the first."""
+    """Choose of PID-3, of those in use, the medical record number (MR), else the patient internal identifier (PI), else the first."""
     return _best(identifiers).key
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 from collections import Counter
 from dataclasses import replace
 from typing import Final, NamedTuple
@@ -27,6 +28,9 @@ _LINES: Final = _STRINGS | {"ED"}
 
 #: HL7 v2.5.1 §2.A.74, SN.3.
 _RATIOS: Final = frozenset(":/")
+#: Where a number should be: what programs write for none. A person can read "haemolyzed", and nothing out of these.
+_NOT_A_NUMBER: Final = re.compile(r"[<>=]*[+-]?(nan|inf|infinity|1\.?#(ind|inf|qnan|snan)[0-9]*)", re.IGNORECASE)
+_NUMERIC: Final = frozenset({"NM", "SN", "NR"})
 #: HL7 v2.5.1 tables 0191 (ED.2) and 0291 (ED.3), in small letters: these are text as it stands; HTML, RTF and XML are not.
 _TEXT_TYPES: Final = frozenset({"text", "tx", "ft", "text/plain"})
 _PLAIN: Final = frozenset({"", "plain", "text", "txt", "text/plain", "x-hl7-text"})
@@ -60,11 +64,14 @@ def observations(reader: Reader, segments: list[list[str]]) -> tuple[Observation
         if (fact := _observation(reader, fields, obr)) is None:
             reader.skipped += 1
             continue
+        if fields[2] in _NUMERIC and fact.kind == "text" and _NOT_A_NUMBER.fullmatch(fact.text):
+            reader.skipped += 1  # kept, so that it replaces an earlier value, and counted
         earlier = facts.get(fact.key)
         if earlier and earlier.status == fact.status and fields[2] in _LINES and earlier.kind == "text":
             lines.setdefault(fact.key, [earlier.text]).append(fact.text)
             continue
-        if earlier and fact.status not in SUPERSEDING:
+        # A correction below what it corrects takes its place; below another correction it is one of the repeats, as their finals were.
+        if earlier and (fact.status not in SUPERSEDING or earlier.status in SUPERSEDING):
             repeats[fact.key] += 1
             fact = replace(fact, key=f"{fact.key}#{repeats[fact.key]}")
         facts[fact.key] = fact

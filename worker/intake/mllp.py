@@ -37,7 +37,7 @@ _START: Final = b"\x0b"
 _END: Final = b"\x1c\r"
 _CHUNK_BYTES: Final = 65536
 #: What of an oversized message is kept for a person, and how much may come before a start block.
-_HEAD_BYTES: Final = 65536
+HEAD_BYTES: Final = 65536
 _DRAIN_S: Final = 2.0
 
 
@@ -78,7 +78,7 @@ def frames(connection: socket.socket, limits: Limits) -> Iterator[bytes]:
         while (start := pending.find(_START)) < 0:
             outside += len(pending)
             pending.clear()
-            if outside > _HEAD_BYTES:
+            if outside > HEAD_BYTES:
                 raise FramingError(f"{outside} bytes came without a start block.")
             try:
                 chunk = _received(connection, deadline)
@@ -105,7 +105,7 @@ def _whole(connection: socket.socket, pending: bytearray, limits: Limits) -> byt
             raise FramingError("The connection ended inside a message.")
         pending += chunk
     if end < 0 or end > limits.max_message_bytes:
-        raise FramingError(f"The message has more than {limits.max_message_bytes} bytes.", bytes(pending[:_HEAD_BYTES]))
+        raise FramingError(f"The message has more than {limits.max_message_bytes} bytes.", bytes(pending[:HEAD_BYTES]))
     message = bytes(pending[:end])
     del pending[: end + len(_END)]
     if _START + b"MSH" in message:  # a lone 0x0B is a line break that word processors leave in texts

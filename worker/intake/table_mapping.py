@@ -32,7 +32,10 @@ _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PatientColumns:
-    """Who the row is about. Several name columns are the components of a DICOM PN: family, given, middle."""
+    """Who the row is about. Several name columns are the components of a DICOM PN: family, given, middle.
+
+    ``admission``: the row says who somebody is, as an ADT message does, with the time of [changed]; else it names the patient in passing.
+    """
 
     id_column: str
     issuer: str = ""
@@ -42,6 +45,7 @@ class PatientColumns:
     birth_date_formats: tuple[str, ...] = (ISO,)
     sex_column: str = ""
     sex_words: Mapping[str, str] = field(default_factory=dict)
+    admission: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +107,7 @@ class TableMapping:
     key_columns: tuple[str, ...]
     patient: PatientColumns
     time: TimeColumn
-    values: tuple[ValueColumns, ...]
+    values: tuple[ValueColumns, ...] = ()
     status: StatusColumn = field(default_factory=StatusColumn)
     changed: ChangedColumn | None = None
     delimiter: str = ","
@@ -169,7 +173,9 @@ def _convert(hint: Any, value: Any, *, where: str) -> Any:
         return {key: _convert(inner[1], one, where=f"{where}.{key}") for key, one in words.items()}
     if hint is float:
         return float(_of(value, (int, float), "a number", where=where))
-    return _of(value, hint, "text in quotes", where=where)
+    if hint is bool and isinstance(value, bool):
+        return value
+    return _of(value, hint, "true or false" if hint is bool else "text in quotes", where=where)
 
 
 def _point(inner: tuple[Any, ...], value: Any, *, where: str) -> Any:
@@ -192,8 +198,7 @@ def _check(mapping: TableMapping) -> None:
     if bool(mapping.patient.issuer) == bool(mapping.patient.issuer_column):
         raise RecordError("The mapping's [patient] needs issuer or issuer_column, one of them: a patient ID alone names nobody.")
     _check_words(mapping)
-    if not mapping.values:
-        raise RecordError("The mapping needs [[values]], at least once.")
+    _check_admission(mapping)
     for value in mapping.values:
         _check_value(value)
     labels = [value.column or value.text_column for value in mapping.values]
@@ -201,6 +206,18 @@ def _check(mapping: TableMapping) -> None:
         raise RecordError("Two of the mapping's [[values]] read the same column.")
     _check_formats(mapping)
     _check_writing(mapping)
+
+
+def _check_admission(mapping: TableMapping) -> None:
+    who, changed = mapping.patient, mapping.changed
+    if not who.admission:
+        if not mapping.values:
+            raise RecordError("The mapping needs [[values]], at least once, unless its [patient] has admission = true.")
+        return
+    if not (who.name_columns or who.birth_date_column or who.sex_column):
+        raise RecordError("The mapping's [patient] admission needs name_columns, birth_date_column or sex_column: it says who somebody is.")
+    if changed is None or changed.formats == (NUMBER,):
+        raise RecordError("The mapping's [patient] admission needs [changed] with a time: the last said of who somebody is counts.")
 
 
 def _check_words(mapping: TableMapping) -> None:

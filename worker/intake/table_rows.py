@@ -97,8 +97,8 @@ class RowReader:
         patient = self._patient(row)
         key = self._key(row)
         facts = list(self._facts(row, key))
-        # Every table is one of values, which names its patients in passing: no admission speaks here.
-        return RecordUpdate(patient, tuple(facts), self.mapping.name, has_demographics=False, at=self._changed(row))
+        is_admission = self.mapping.patient.admission and bool(patient.name or patient.birth_date or patient.sex)
+        return RecordUpdate(patient, tuple(facts), self.mapping.name, has_demographics=is_admission, at=self._changed(row))
 
     # --- cells
 
@@ -177,6 +177,8 @@ class RowReader:
     def _changed(self, row: Row) -> datetime | None:
         changed = self.mapping.changed
         if changed is None or changed.formats == (NUMBER,) or isinstance(row[self._at[changed.column]], (int, float, Decimal)):
+            if self.mapping.patient.admission:
+                raise RecordError("The column of the mapping's [changed] is a number; a row that says who somebody is needs a time.")
             return None
         return self._instant(row, changed.column, changed.formats)
 

@@ -40,12 +40,16 @@ TOLD_ERRORS: Final = 1000
 
 @dataclass(slots=True)
 class Tally:
-    """What came of a table: counts by outcome, refused rows by reason and by line, facts by the mapping's [[values]]."""
+    """What came of a table: counts by outcome, refused rows by reason and by line, facts by the mapping's [[values]].
+
+    ``is_unfinished``: the file was still being written: it is taken the next time, and what was refused of it may be right by then.
+    """
 
     counts: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
     errors: list[tuple[Path | None, int, str]] = field(default_factory=list)
     facts: Counter[str] = field(default_factory=Counter)
+    is_unfinished: bool = False
 
     def refuse(self, path: Path | None, line: int, reason: str) -> None:
         """Count a row, or with line 0 a whole file, that was not taken."""
@@ -53,6 +57,11 @@ class Tally:
         self.reasons[reason] += 1
         if len(self.errors) < TOLD_ERRORS:
             self.errors.append((path, line, reason))
+
+    def leave(self, path: Path, reason: str) -> None:
+        """Count a file that is still being written: refused now, taken the next time."""
+        self.is_unfinished = True
+        self.refuse(path, 0, reason)
 
     def add(self, other: Tally) -> None:
         """Add what came of another file."""
@@ -72,13 +81,12 @@ def take(
     dry_run: bool = False,
 ) -> None:
     """Read numbered rows and commit them batch by batch; what one batch says of a patient is one update. A dry run commits nothing."""
-    batch: dict[tuple[Patient, datetime | None], list[Observation]] = {}
+    batch: dict[tuple[Patient, datetime | None, bool], list[Observation]] = {}
 
     def commit() -> None:
         name = reader.mapping.name
         updates = [
-            RecordUpdate(patient, tuple(facts), name, bool(patient.name or patient.birth_date or patient.sex), at=at)
-            for (patient, at), facts in batch.items()
+            RecordUpdate(patient, tuple(facts), name, has_demographics, at=at) for (patient, at, has_demographics), facts in batch.items()
         ]
         if updates and not dry_run:
             tally.counts["fact added"] += apply(updates)
@@ -92,7 +100,7 @@ def take(
         except RecordError as exc:
             tally.refuse(path, line, str(exc))
             continue
-        batch.setdefault((update.patient, update.at), []).extend(update.observations)
+        batch.setdefault((update.patient, update.at, update.has_demographics), []).extend(update.observations)
         tally.counts["row read"] += 1
         tally.counts["fact read"] += len(update.observations)
         tally.facts.update(reader.label(fact) for fact in update.observations)
@@ -122,13 +130,15 @@ def import_table(
 
     Raises
     ------
+    Unfinished
+        Nothing was read: the file may still be being written.
     RecordError
-        Nothing was read: the file may still be being written, or its header is not the mapping's.
+        Nothing was read: its header is not the mapping's.
     OSError
         The file cannot be read.
     """
     if reason := delimited.unfinished(path, encoding=mapping.encoding, quiet_s=quiet_s):
-        raise RecordError(reason)
+        raise delimited.Unfinished(reason)
     before = path.stat()
     rows = delimited.rows(path, delimiter=mapping.delimiter, quote=mapping.quote, encoding=mapping.encoding, progress=progress)
     _, header = next(rows, (0, RecordError("The file has no header.")))
@@ -138,5 +148,5 @@ def import_table(
     take(rows, RowReader(mapping, header, words or Words()), tally, apply=apply, path=path, dry_run=dry_run)
     after = path.stat()
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-        tally.refuse(path, 0, "The file changed while it was read; import it again when it is whole.")
+        tally.leave(path, "The file changed while it was read; import it again when it is whole.")
     return tally

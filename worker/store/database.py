@@ -7,9 +7,12 @@ cannot fail half-way with SQLITE_BUSY. synchronous=FULL: a commit is on disk whe
 
 from __future__ import annotations
 
+import json
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,10 +22,11 @@ from sqlalchemy.engine import Connection
 from worker.errors import Retry
 from worker.store import schema
 
-__all__ = ["Connection", "DatabaseUnavailable", "Store"]
+__all__ = ["Connection", "DatabaseUnavailable", "Store", "listed", "rows_of"]
 
-#: Enough for a backup that holds SQLite's lock for half a minute (FAULTS D5).
-BUSY_S: Final = 40.0
+#: How long a transaction waits for SQLite's writers, this process's and others together (FAULTS D5): senders of HL7 commonly wait 30 s
+#: for their answer, and must hear that a message was not stored, not nothing. What is refused comes again.
+BUSY_S: Final = 20.0
 #: PostgreSQL: no statement may hang a receiver (FAULTS D4).
 STATEMENT_TIMEOUT_MS: Final = 30_000
 
@@ -39,7 +43,7 @@ class Store:
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
         if self.is_sqlite:
             # A pooled connection outlives its file's deletion; checking in is cheap.
-            self.engine = sa.create_engine(self.url, connect_args={"timeout": BUSY_S}, pool_size=8, hide_parameters=True)
+            self.engine = sa.create_engine(self.url, pool_size=8, hide_parameters=True)
             sa.event.listen(self.engine, "connect", _prepare_sqlite)
         else:
             options = f"-c statement_timeout={STATEMENT_TIMEOUT_MS} -c lock_timeout={STATEMENT_TIMEOUT_MS}"
@@ -51,7 +55,7 @@ class Store:
                 connect_args={"options": options, "connect_timeout": 5},
             )
         # Threads of one process queue here: SQLite's own busy handler sleeps, and is not fair.
-        self._writer = threading.Lock() if self.is_sqlite else nullcontext()
+        self._writer = threading.Lock()
 
     @contextmanager
     def begin(self) -> Iterator[Connection]:
@@ -63,12 +67,27 @@ class Store:
             The database is away, locked for too long, or its disk is full.
         """
         try:
-            with self._writer, self.engine.connect() as conn, conn.begin():
+            with self._turn() as left_s, self.engine.connect() as conn, conn.begin():
                 if self.is_sqlite:
+                    _wait(conn, left_s)
                     conn.exec_driver_sql("BEGIN IMMEDIATE")
                 yield conn
         except (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError) as exc:
             raise DatabaseUnavailable(_reason(exc)) from exc
+
+    @contextmanager
+    def _turn(self) -> Iterator[float]:
+        """Wait for the other writers of this process; gives the seconds that are left to wait for those of others."""
+        if not self.is_sqlite:
+            yield BUSY_S
+            return
+        began = time.monotonic()
+        if not self._writer.acquire(timeout=BUSY_S):
+            raise DatabaseUnavailable(f"The database is not available: other writers held it for {BUSY_S:g} s.")
+        try:
+            yield max(0.0, BUSY_S - (time.monotonic() - began))
+        finally:
+            self._writer.release()
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
@@ -76,6 +95,7 @@ class Store:
         try:
             with self.engine.connect() as conn:
                 if self.is_sqlite:
+                    _wait(conn, BUSY_S)  # a writer may have left this connection a shorter time
                     conn.exec_driver_sql("BEGIN")
                 else:
                     conn = conn.execution_options(isolation_level="REPEATABLE READ")
@@ -139,10 +159,42 @@ class Store:
         self.engine.dispose()
 
 
+# --- many keys in one statement
+
+
+def listed(dialect: str, *columns: sa.Column[Any]) -> sa.ColumnElement[bool]:
+    """A condition: what `columns` hold is one of the rows bound to ``:rows`` (see `rows_of`), each looked up by their index.
+
+    Of row values in IN, SQLite scans the whole table and PostgreSQL plans one branch a row.
+    """
+    given = sa.bindparam("rows", type_=sa.Text)
+    if dialect == "sqlite":
+        one = sa.func.json_each(given).table_valued("value", name="given").c.value
+        cells: list[sa.ColumnElement[Any]] = [sa.func.json_extract(one, f"$[{n}]") for n in range(len(columns))]
+    else:
+        one = sa.func.json_array_elements(sa.cast(given, sa.JSON)).table_valued("value", name="given").c.value
+        cells = [sa.cast(one.op("->>")(n), column.type) for n, column in enumerate(columns)]
+    return sa.and_(*(column == cell for column, cell in zip(columns, cells, strict=True)))
+
+
+def rows_of(dialect: str, several: Iterable[Sequence[object]]) -> str:
+    """The parameter ``rows`` of `listed`: texts, numbers and aware times, of any number of rows."""
+
+    def time(value: datetime) -> str:
+        return value.astimezone(UTC).replace(tzinfo=None).isoformat(" ", "microseconds") if dialect == "sqlite" else value.isoformat()
+
+    return json.dumps([list(one) for one in several], default=time)
+
+
 def _prepare_sqlite(connection: Any, _record: object) -> None:
     connection.isolation_level = None  # we say BEGIN ourselves
     for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
         connection.execute(f"PRAGMA {pragma}")
+
+
+def _wait(conn: Connection, seconds: float) -> None:
+    # https://www.sqlite.org/pragma.html#pragma_busy_timeout
+    conn.exec_driver_sql(f"PRAGMA busy_timeout = {round(1000 * seconds)}")
 
 
 def _reason(exc: sa.exc.SQLAlchemyError) -> str:

@@ -14,6 +14,10 @@ from sqlalchemy.engine import Connection
 from worker.store.schema import message
 from worker.store.studies import insert_or_ignore
 
+#: Who sends what a person does to the record by hand; the control ID is that person's login.
+OPERATOR: Final = "operator"
+#: What a refused message's reason goes on with, after it was tried again.
+_AGAIN: Final = " Tried again: "
 #: A message refused again within this time is the same trouble: its bytes are kept once.
 _SAME: Final = timedelta(days=1)
 
@@ -70,9 +74,9 @@ def _holder(conn: Connection, sender: str, digest: str, at: datetime) -> int | N
     return conn.execute(wanted.order_by(message.c.id.desc()).limit(1)).scalar()
 
 
-def row_of(conn: Connection, *, sender: str, digest: str) -> int | None:
-    """The row of what this sender said without a control ID, in these bytes; None if it never did."""
-    wanted = sa.select(message.c.id).where(message.c.sender == sender, message.c.control_id == "", message.c.sent_at == "")
+def row_of(conn: Connection, *, sender: str, digest: str, control_id: str = "", sent_at: str = "") -> int | None:
+    """The row of what this sender said, in these bytes, and was not refused; None if it never did."""
+    wanted = sa.select(message.c.id).where(message.c.sender == sender, message.c.control_id == control_id, message.c.sent_at == sent_at)
     return conn.execute(wanted.where(message.c.sha256 == digest, message.c.result != "refused").limit(1)).scalar()
 
 
@@ -115,6 +119,29 @@ def rejected(conn: Connection, *, limit: int) -> list[tuple[int, datetime, str, 
     wanted = sa.select(message.c.id, message.c.received_at, message.c.sender, message.c.trigger, message.c.reason)
     rows = conn.execute(wanted.where(message.c.result == "refused").order_by(message.c.id.desc()).limit(limit))
     return [tuple(row) for row in rows]
+
+
+def result_of(conn: Connection, number: int) -> str | None:
+    """What came of a message: applied, ignored, refused; None if there is none of this number."""
+    return conn.execute(sa.select(message.c.result).where(message.c.id == number)).scalar()
+
+
+def to_apply(conn: Connection) -> list[int]:
+    """The refused messages whose bytes are kept and which were not taken since, the first first; each one's repetitions are left out."""
+    taken = message.alias()
+    same = sa.and_(taken.c.sender == message.c.sender, taken.c.sha256 == message.c.sha256, taken.c.result != "refused")
+    wanted = sa.select(message.c.id).where(message.c.result == "refused", message.c.raw.is_not(None))
+    wanted = wanted.where(~sa.select(taken.c.id).where(same, taken.c.sha256 != "").exists())
+    return list(conn.scalars(wanted.order_by(message.c.id)))
+
+
+def note_again(conn: Connection, number: int, outcome: str) -> None:
+    """Say what came of a refused message that was tried again, in its own row and those of its repetitions; the last time counts."""
+    row = conn.execute(sa.select(message.c.sender, message.c.sha256).where(message.c.id == number)).one()
+    same = sa.and_(message.c.sender == row.sender, message.c.sha256 == row.sha256, message.c.sha256 != "", message.c.result == "refused")
+    for told in conn.execute(sa.select(message.c.id, message.c.reason).where(sa.or_(message.c.id == number, same))).all():
+        first = told.reason.partition(_AGAIN)[0]
+        conn.execute(sa.update(message).where(message.c.id == told.id).values(reason=f"{first}{_AGAIN}{outcome}"))
 
 
 def raw(conn: Connection, number: int) -> bytes | None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
+from functools import cache
 from typing import Final
 
 import sqlalchemy as sa
@@ -26,6 +27,7 @@ from sqlalchemy.engine import Connection
 from worker.domain import STAT, Job, JobKind, Lease, PatientKey
 from worker.errors import WorkerError
 from worker.store import history
+from worker.store.database import listed, rows_of
 from worker.store.schema import AnyRow, job, study
 from worker.store.studies import insert_or_ignore
 
@@ -235,17 +237,19 @@ def rescue(conn: Connection, *, now: datetime) -> list[int]:
 
 
 _PATIENTS_STUDIES: Final = sa.select(study.c.id).where(study.c.issuer == sa.bindparam("of"), study.c.patient_id == sa.bindparam("whom"))
-_WAKE: Final = (
-    sa.update(job)
-    .where(job.c.kind == "infer", job.c.state == "available", job.c.is_snoozed, job.c.study_id.in_(_PATIENTS_STUDIES))
-    .values(not_before=sa.bindparam("now"))
-)
+
+
+@cache
+def _wake(dialect: str) -> sa.Executable:
+    several = sa.select(study.c.id).where(listed(dialect, study.c.issuer, study.c.patient_id))
+    due = sa.update(job).where(job.c.kind == "infer", job.c.state == "available", job.c.is_snoozed, job.c.study_id.in_(several))
+    return due.values(not_before=sa.bindparam("now"))
 
 
 def wake(conn: Connection, *, keys: Iterable[PatientKey], now: datetime) -> None:
-    """The record of a patient changed: snoozed jobs of the patient's studies are due at once."""
-    for key in keys:
-        conn.execute(_WAKE, {"of": key.issuer, "whom": key.patient_id, "now": now})
+    """The record of these patients changed: snoozed jobs of their studies are due at once."""
+    dialect = conn.dialect.name
+    conn.execute(_wake(dialect), {"rows": rows_of(dialect, ((key.issuer, key.patient_id) for key in keys)), "now": now})
 
 
 def prioritize_order(conn: Connection, *, keys: Iterable[PatientKey], accession_number: str, priority: int) -> None:

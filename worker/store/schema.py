@@ -20,11 +20,14 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Dialect, Row
 
 #: Must be the head of migrations/; a test compares them.
-REVISION: Final = "0003"
+REVISION: Final = "0004"
 
 #: Drawn in HOUSE §5 and worker/README.md: available → leased → completed | discarded | cancelled.
 JOB_STATES: Final = ("available", "leased", "completed", "discarded", "cancelled")
 STUDY_STATES: Final = ("receiving", "complete")
+
+#: HL7 table 0085: statuses that take back what was said under the same key; as the index says it, or SQLite does not use it.
+IS_WITHDRAWN: Final = "status IN ('D', 'W', 'X')"
 
 #: A row of any query, for signatures.
 AnyRow = Row[*tuple[Any, ...]]
@@ -181,8 +184,12 @@ observation = sa.Table(
     sa.Column("received_at", UtcDateTime, nullable=False),
     _ref("message_id", "message.id", nullable=True),
     sa.CheckConstraint(_in("kind", ("number", "text", "coded", "range", "ratio")), name="kind"),
-    # With the key: each fact of a message is looked up, and a panel's thousands have one time.
-    sa.Index("ix_observation_patient_at", "patient_pk", "at", "key"),
+    # Each fact of a message is looked up under its key, and what stands under the keys that a view takes.
+    sa.Index("ix_observation_patient_key", "patient_pk", "key", "at"),
+    # What a bundle asks for, of its time: a patient may have a hundred thousand facts.
+    sa.Index("ix_observation_patient_code", "patient_pk", "code", "at"),
+    # A withdrawn panel withdraws its components, whatever their codes are.
+    sa.Index("ix_observation_withdrawn", "patient_pk", sqlite_where=sa.text(IS_WITHDRAWN), postgresql_where=sa.text(IS_WITHDRAWN)),
     sa.Index("ix_observation_message_id", "message_id"),
     # What is past its time is asked for by when it came.
     sa.Index("ix_observation_received_at", "received_at"),

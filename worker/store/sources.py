@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from worker.domain import PatientKey
+from worker.store import persons
 from worker.store.schema import demographics, message, patient
 
 #: Well below the bound parameters that SQLite (32,766) and PostgreSQL (65,535) take in one statement.
@@ -19,7 +20,10 @@ _AT_ONCE: Final = 1000
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One message, without its content; `sent_at` is as the sender told it, '' if it did not."""
+    """One message, without its content; `sent_at` is as the sender told it, '' if it did not.
+
+    ``reason`` is why nothing, or not all, was made of it; or why a person did it by hand.
+    """
 
     number: int
     sender: str
@@ -27,6 +31,7 @@ class Message:
     trigger: str
     sent_at: str
     received_at: datetime
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +51,8 @@ class Told:
 def messages(conn: Connection, numbers: Iterable[int]) -> list[Message]:
     """The messages of these numbers, in their order."""
     found: list[Message] = []
-    columns = (message.c.id, message.c.sender, message.c.control_id, message.c.trigger, message.c.sent_at, message.c.received_at)
+    said = message.c
+    columns = (said.id, said.sender, said.control_id, said.trigger, said.sent_at, said.received_at, said.reason)
     wanted = sorted(set(numbers))
     for start in range(0, len(wanted), _AT_ONCE):
         some = wanted[start : start + _AT_ONCE]
@@ -56,7 +62,7 @@ def messages(conn: Connection, numbers: Iterable[int]) -> list[Message]:
 
 def demographics_of(conn: Connection, keys: Iterable[PatientKey], *, known_at: datetime | None = None) -> list[Told]:
     """Every line of the demographics of these keys that was received until `known_at`, oldest first."""
-    ids = [row for key in keys if (row := conn.execute(_row_of(key)).scalar()) is not None]
+    ids = persons.find_all(conn, keys).values()
     told = demographics.c
     columns = (told.name, told.birth_date, told.sex, told.source, told.at, told.received_at, told.message_id)
     wanted = sa.select(patient.c.issuer, patient.c.patient_id, *columns).join(patient, patient.c.id == told.patient_pk)
@@ -64,7 +70,3 @@ def demographics_of(conn: Connection, keys: Iterable[PatientKey], *, known_at: d
     if known_at is not None:
         wanted = wanted.where(told.received_at <= known_at)
     return [Told(PatientKey(row[0], row[1]), *row[2:]) for row in conn.execute(wanted.order_by(told.at, told.id))]
-
-
-def _row_of(key: PatientKey) -> sa.Select[tuple[int]]:
-    return sa.select(patient.c.id).where(patient.c.issuer == key.issuer, patient.c.patient_id == key.patient_id)
