@@ -139,6 +139,7 @@ def _at_the_top(ds: FileDataset) -> None:
     _drop("PlaneOrientationSequence")(ds)
 
 
+@pytest.mark.requirement("P5")
 @pytest.mark.requirement("P15")
 @pytest.mark.parametrize(
     ("change", "sentence"),
