@@ -140,10 +140,8 @@ def role(
     settings = config.read(given)
     log.setup(level=settings.log.level, human=settings.log.format == "human" and not is_check)
     daemon.role(name, settings, descriptor=descriptor, parent=parent, is_check=is_check)
-    if name == "run":
-        # All is committed and closed; an interpreter with torch takes seconds to take itself apart.
+    if name == "run":  # all is committed and closed; an interpreter with torch takes seconds to take itself apart
         sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(0)
 
 

@@ -13,11 +13,12 @@ A study names its patient by (issuer, patient ID), not by a row: images may come
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from typing import Any, Final
 
 import sqlalchemy as sa
-from sqlalchemy.engine import Dialect, Row
+from sqlalchemy.engine import Row
+
+from worker.store.columns import UtcDateTime, id_column, is_one_of, reference, text
 
 #: Must be the head of migrations/; a test compares them.
 REVISION: Final = "0004"
@@ -43,51 +44,12 @@ metadata = sa.MetaData(
 )
 
 
-class UtcDateTime(sa.types.TypeDecorator[datetime]):
-    """An aware UTC datetime in both databases; a naive one never enters the store."""
-
-    impl = sa.DateTime(timezone=True)
-    cache_ok = True
-
-    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        """Refuse naive times; SQLite keeps them as UTC text, which sorts."""
-        if value is None:
-            return None
-        if value.tzinfo is None:
-            raise ValueError("A naive datetime may not enter the store.")
-        value = value.astimezone(UTC)
-        return value.replace(tzinfo=None) if dialect.name == "sqlite" else value
-
-    def process_result_value(self, value: datetime | None, _dialect: Dialect) -> datetime | None:
-        """Give back an aware UTC time."""
-        if value is None:
-            return None
-        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
-
-
-def _id() -> sa.Column[int]:
-    big = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
-    return sa.Column("id", big, primary_key=True, autoincrement=True)
-
-
-def _text(name: str, *, default: str = "") -> sa.Column[str]:
-    return sa.Column(name, sa.Text, nullable=False, default=default, server_default=default)
-
-
-def _ref(name: str, target: str, *, nullable: bool = False) -> sa.Column[int]:
-    return sa.Column(name, sa.ForeignKey(target), nullable=nullable)
-
-
-def _in(column: str, states: tuple[str, ...]) -> str:
-    return f"{column} IN ({', '.join(repr(state) for state in states)})"
-
-
 patient = sa.Table(
     "patient",
     metadata,
-    _id(),
-    _text("issuer"),
-    _text("patient_id"),
+    id_column(),
+    text("issuer"),
+    text("patient_id"),
     sa.UniqueConstraint("issuer", "patient_id"),
     sa.CheckConstraint("issuer <> '' AND patient_id <> ''", name="key"),
     # An ID alone names nobody; asked only to see that two issuers know it.
@@ -98,15 +60,15 @@ patient = sa.Table(
 demographics = sa.Table(
     "demographics",
     metadata,
-    _id(),
-    _ref("patient_pk", "patient.id"),
-    _text("name"),
-    _text("birth_date"),
-    _text("sex"),
-    _text("source"),
+    id_column(),
+    reference("patient_pk", "patient.id"),
+    text("name"),
+    text("birth_date"),
+    text("sex"),
+    text("source"),
     sa.Column("at", UtcDateTime, nullable=False),
     sa.Column("received_at", UtcDateTime, nullable=False),
-    _ref("message_id", "message.id", nullable=True),
+    reference("message_id", "message.id", nullable=True),
     sa.Index("ix_demographics_patient_pk", "patient_pk"),
     sa.Index("ix_demographics_message_id", "message_id"),
 )
@@ -115,15 +77,15 @@ demographics = sa.Table(
 merge = sa.Table(
     "merge",
     metadata,
-    _id(),
-    _ref("survivor_pk", "patient.id"),
-    _ref("retired_pk", "patient.id"),
-    _text("source"),
+    id_column(),
+    reference("survivor_pk", "patient.id"),
+    reference("retired_pk", "patient.id"),
+    text("source"),
     sa.Column("said_at", UtcDateTime, nullable=True),
     sa.Column("received_at", UtcDateTime, nullable=False),
-    _ref("message_id", "message.id", nullable=True),
+    reference("message_id", "message.id", nullable=True),
     sa.Column("undone_at", UtcDateTime, nullable=True),
-    _text("undone_because"),
+    text("undone_because"),
     sa.CheckConstraint("survivor_pk <> retired_pk", name="two"),
     sa.Index("ix_merge_survivor_pk", "survivor_pk"),
     sa.Index("ix_merge_retired_pk", "retired_pk"),
@@ -141,17 +103,17 @@ merge = sa.Table(
 imaging_order = sa.Table(
     "imaging_order",
     metadata,
-    _id(),
-    _ref("patient_pk", "patient.id"),
-    _text("accession_number"),
-    _text("placer"),
-    _text("filler"),
+    id_column(),
+    reference("patient_pk", "patient.id"),
+    text("accession_number"),
+    text("placer"),
+    text("filler"),
     sa.Column("priority", sa.Integer, nullable=False),
     sa.Column("is_cancelled", sa.Boolean, nullable=False, server_default=sa.text("false")),
-    _text("source"),
+    text("source"),
     sa.Column("said_at", UtcDateTime, nullable=True),
     sa.Column("received_at", UtcDateTime, nullable=False),
-    _ref("message_id", "message.id", nullable=True),
+    reference("message_id", "message.id", nullable=True),
     sa.Index("ix_imaging_order_patient_accession", "patient_pk", "accession_number"),
     sa.Index("ix_imaging_order_message_id", "message_id"),
 )
@@ -159,31 +121,31 @@ imaging_order = sa.Table(
 observation = sa.Table(
     "observation",
     metadata,
-    _id(),
-    _ref("patient_pk", "patient.id"),
-    _text("code"),
-    _text("scheme"),
-    _text("meaning"),
+    id_column(),
+    reference("patient_pk", "patient.id"),
+    text("code"),
+    text("scheme"),
+    text("meaning"),
     sa.Column("at", UtcDateTime, nullable=False),
     sa.Column("value", sa.Double, nullable=True),
-    _text("comparator"),
-    _text("unit"),
-    _text("text"),
-    _text("status", default="F"),
-    _text("key"),
-    _text("source"),
+    text("comparator"),
+    text("unit"),
+    text("text"),
+    text("status", default="F"),
+    text("key"),
+    text("source"),
     sa.Column("kind", sa.Text, nullable=False, server_default="number"),
     sa.Column("high", sa.Double, nullable=True),
-    _text("coded_value"),
-    _text("coded_scheme"),
-    _text("coded_meaning"),
+    text("coded_value"),
+    text("coded_scheme"),
+    text("coded_meaning"),
     # When it was said: of two finals under one key the later said stands, in whatever order they came.
     sa.Column("said_at", UtcDateTime, nullable=True),
     # JSON: name, birth date and sex that came with it, in a message about something else; '' for none.
-    _text("told"),
+    text("told"),
     sa.Column("received_at", UtcDateTime, nullable=False),
-    _ref("message_id", "message.id", nullable=True),
-    sa.CheckConstraint(_in("kind", ("number", "text", "coded", "range", "ratio")), name="kind"),
+    reference("message_id", "message.id", nullable=True),
+    sa.CheckConstraint(is_one_of("kind", ("number", "text", "coded", "range", "ratio")), name="kind"),
     # Each fact of a message is looked up under its key, and what stands under the keys that a view takes.
     sa.Index("ix_observation_patient_key", "patient_pk", "key", "at"),
     # What a bundle asks for, of its time: a patient may have a hundred thousand facts.
@@ -198,18 +160,18 @@ observation = sa.Table(
 message = sa.Table(
     "message",
     metadata,
-    _id(),
-    _text("sender"),
-    _text("control_id"),
-    _text("sent_at"),
+    id_column(),
+    text("sender"),
+    text("control_id"),
+    text("sent_at"),
     # Some senders count control IDs anew each second: another text is another message.
-    _text("sha256"),
-    _text("trigger"),
+    text("sha256"),
+    text("trigger"),
     sa.Column("result", sa.Text, nullable=False),
-    _text("reason"),
+    text("reason"),
     sa.Column("raw", sa.LargeBinary, nullable=True),
     sa.Column("received_at", UtcDateTime, nullable=False),
-    sa.CheckConstraint(_in("result", ("applied", "ignored", "refused")), name="result"),
+    sa.CheckConstraint(is_one_of("result", ("applied", "ignored", "refused")), name="result"),
     sa.Index(
         "uq_message_accepted",
         "sender",
@@ -227,15 +189,15 @@ message = sa.Table(
 study = sa.Table(
     "study",
     metadata,
-    _id(),
+    id_column(),
     sa.Column("study_instance_uid", sa.Text, nullable=False, unique=True),
-    _text("issuer"),
-    _text("patient_id"),
-    _text("patient_name"),
-    _text("birth_date"),
-    _text("sex"),
-    _text("accession_number"),
-    _text("description"),
+    text("issuer"),
+    text("patient_id"),
+    text("patient_name"),
+    text("birth_date"),
+    text("sex"),
+    text("accession_number"),
+    text("description"),
     sa.Column("study_at", UtcDateTime, nullable=True),
     sa.Column("state", sa.Text, nullable=False, server_default="receiving"),
     sa.Column("version", sa.Integer, nullable=False, server_default="0"),
@@ -245,12 +207,12 @@ study = sa.Table(
     sa.Column("completed_at", UtcDateTime, nullable=True),
     sa.Column("expected_instances", sa.Integer, nullable=True),
     sa.Column("asked_at", UtcDateTime, nullable=True),
-    _text("calling_ae"),
-    _text("address"),
-    _text("hold"),
+    text("calling_ae"),
+    text("address"),
+    text("hold"),
     # The record of its patient changed, whatever its state was: reports may have to be made anew.
     sa.Column("record_changed_at", UtcDateTime, nullable=True),
-    sa.CheckConstraint(_in("state", STUDY_STATES), name="state"),
+    sa.CheckConstraint(is_one_of("state", STUDY_STATES), name="state"),
     sa.Index(
         "ix_study_receiving",
         "quiet_until",
@@ -269,13 +231,13 @@ study = sa.Table(
 series = sa.Table(
     "series",
     metadata,
-    _id(),
-    _ref("study_id", "study.id"),
+    id_column(),
+    reference("study_id", "study.id"),
     sa.Column("series_instance_uid", sa.Text, nullable=False),
-    _text("modality"),
-    _text("body_part"),
-    _text("description"),
-    _text("orientation"),
+    text("modality"),
+    text("body_part"),
+    text("description"),
+    text("orientation"),
     sa.Column("slice_mm", sa.Double, nullable=False, server_default="0"),
     sa.UniqueConstraint("study_id", "series_instance_uid"),
 )
@@ -283,19 +245,19 @@ series = sa.Table(
 instance = sa.Table(
     "instance",
     metadata,
-    _id(),
-    _ref("series_id", "series.id"),
+    id_column(),
+    reference("series_id", "series.id"),
     sa.Column("sop_instance_uid", sa.Text, nullable=False, unique=True),
     sa.Column("sop_class_uid", sa.Text, nullable=False),
     sa.Column("transfer_syntax_uid", sa.Text, nullable=False),
     sa.Column("path", sa.Text, nullable=False),
     sa.Column("sha256", sa.Text, nullable=False),
     sa.Column("size_bytes", sa.BigInteger, nullable=False),
-    _text("view"),
+    text("view"),
     # 0: it came before this was kept.
     sa.Column("frames", sa.Integer, nullable=False, server_default="0"),
     # JSON of domain.ImageFacts without what is not known; only ever read whole, by the rules that choose series. '': nothing is known.
-    _text("facts"),
+    text("facts"),
     sa.Column("received_at", UtcDateTime, nullable=False),
     sa.Index("ix_instance_series_id", "series_id"),
     sa.Index("ix_instance_path", "path"),
@@ -304,19 +266,19 @@ instance = sa.Table(
 document = sa.Table(
     "document",
     metadata,
-    _id(),
-    _ref("study_id", "study.id"),
+    id_column(),
+    reference("study_id", "study.id"),
     sa.Column("sop_instance_uid", sa.Text, nullable=False, unique=True),
     sa.Column("sop_class_uid", sa.Text, nullable=False),
     sa.Column("kind", sa.Text, nullable=False),
-    _text("bundle"),
+    text("bundle"),
     sa.Column("input_version", sa.Integer, nullable=False),
-    _text("input_sha256"),
+    text("input_sha256"),
     # Of the record's part of the input alone: to see whether a change of the record changes anything.
     # NULL: made before it was kept, cannot be compared.
     sa.Column("record_sha256", sa.Text, nullable=True),
-    _text("predecessor_uid"),
-    _text("failure"),
+    text("predecessor_uid"),
+    text("failure"),
     sa.Column("sha256", sa.Text, nullable=False),
     sa.Column("data", sa.LargeBinary, nullable=False),
     sa.Column("created_at", UtcDateTime, nullable=False),
@@ -326,12 +288,12 @@ document = sa.Table(
 finding = sa.Table(
     "finding",
     metadata,
-    _id(),
-    _ref("document_id", "document.id"),
-    _text("name"),
-    _text("code"),
-    _text("scheme"),
-    _text("meaning"),
+    id_column(),
+    reference("document_id", "document.id"),
+    text("name"),
+    text("code"),
+    text("scheme"),
+    text("meaning"),
     sa.Column("probability", sa.Double, nullable=False),
     sa.Column("threshold", sa.Double, nullable=False),
     sa.Column("verdict", sa.Text, nullable=False),
@@ -341,20 +303,20 @@ finding = sa.Table(
     # The arrays of domain.Saliency as a compressed .npz, without pickle.
     sa.Column("saliency", sa.LargeBinary, nullable=True),
     sa.CheckConstraint("probability BETWEEN 0 AND 1", name="probability"),
-    sa.CheckConstraint(_in("verdict", ("positive", "negative", "uncertain")), name="verdict"),
+    sa.CheckConstraint(is_one_of("verdict", ("positive", "negative", "uncertain")), name="verdict"),
     sa.Index("ix_finding_document_id", "document_id"),
 )
 
 job = sa.Table(
     "job",
     metadata,
-    _id(),
+    id_column(),
     sa.Column("kind", sa.Text, nullable=False),
-    _ref("study_id", "study.id"),
-    _text("bundle"),
+    reference("study_id", "study.id"),
+    text("bundle"),
     sa.Column("input_version", sa.Integer, nullable=False, server_default="0"),
-    _ref("document_id", "document.id", nullable=True),
-    _text("destination"),
+    reference("document_id", "document.id", nullable=True),
+    text("destination"),
     # One job for one piece of work: enqueueing twice is a no-op.
     sa.Column("unique_key", sa.Text, nullable=False, unique=True),
     sa.Column("priority", sa.Integer, nullable=False),
@@ -364,15 +326,15 @@ job = sa.Table(
     sa.Column("max_attempts", sa.Integer, nullable=True),
     sa.Column("not_before", UtcDateTime, nullable=False),
     sa.Column("is_snoozed", sa.Boolean, nullable=False, server_default=sa.text("false")),
-    _text("lease_owner"),
+    text("lease_owner"),
     sa.Column("lease_generation", sa.Integer, nullable=False, server_default="0"),
     sa.Column("lease_expires_at", UtcDateTime, nullable=True),
-    _text("reason"),
+    text("reason"),
     sa.Column("created_at", UtcDateTime, nullable=False),
     sa.Column("started_at", UtcDateTime, nullable=True),
     sa.Column("finished_at", UtcDateTime, nullable=True),
-    sa.CheckConstraint(_in("kind", ("infer", "deliver")), name="kind"),
-    sa.CheckConstraint(_in("state", JOB_STATES), name="state"),
+    sa.CheckConstraint(is_one_of("kind", ("infer", "deliver")), name="kind"),
+    sa.CheckConstraint(is_one_of("state", JOB_STATES), name="state"),
     sa.CheckConstraint("(state = 'leased') = (lease_expires_at IS NOT NULL)", name="lease"),
     sa.Index(
         "ix_job_available",
@@ -395,9 +357,9 @@ job = sa.Table(
 event = sa.Table(
     "event",
     metadata,
-    _id(),
+    id_column(),
     sa.Column("at", UtcDateTime, nullable=False),
-    _ref("study_id", "study.id", nullable=True),
+    reference("study_id", "study.id", nullable=True),
     sa.Column("name", sa.Text, nullable=False),
     sa.Column("facts", sa.JSON, nullable=False),
     sa.Index("ix_event_study_id", "study_id", "id"),

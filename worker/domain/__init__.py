@@ -1,0 +1,17 @@
+"""The nouns: frozen values that travel down the line. Standard library and numpy only.
+
+::
+
+    record.py   who, and what is said of them        images.py   the DICOM tree, a volume
+    answers.py  inputs, findings, documents          jobs.py     leases
+
+Not here: how they are stored (store/), read from DICOM (imaging/) or reported (report/).
+Frame: LPS, millimetres. Times: aware datetimes. Digests: sha256, lower hex.
+"""
+
+from worker.domain.answers import Document, Finding, Inputs, Saliency, UsedHistory, UsedText, UsedValue, Verdict
+from worker.domain.images import Header, ImageFacts, Instance, Orientation, Received, Series, Study, Volume
+from worker.domain.jobs import Job, JobKind, JobState, Lease
+from worker.domain.record import ROUTINE, STAT, Code, Merge, Observation, Order, Patient, PatientKey, PatientRecord, RecordUpdate, ValueKind
+
+__all__ = []
