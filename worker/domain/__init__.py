@@ -14,4 +14,36 @@ from worker.domain.images import Header, ImageFacts, Instance, Orientation, Rece
 from worker.domain.jobs import Job, JobKind, JobState, Lease
 from worker.domain.record import ROUTINE, STAT, Code, Merge, Observation, Order, Patient, PatientKey, PatientRecord, RecordUpdate, ValueKind
 
-__all__ = []
+__all__ = [
+    "ROUTINE",
+    "STAT",
+    "Code",
+    "Document",
+    "Finding",
+    "Header",
+    "ImageFacts",
+    "Inputs",
+    "Instance",
+    "Job",
+    "JobKind",
+    "JobState",
+    "Lease",
+    "Merge",
+    "Observation",
+    "Order",
+    "Orientation",
+    "Patient",
+    "PatientKey",
+    "PatientRecord",
+    "Received",
+    "RecordUpdate",
+    "Saliency",
+    "Series",
+    "Study",
+    "UsedHistory",
+    "UsedText",
+    "UsedValue",
+    "ValueKind",
+    "Verdict",
+    "Volume",
+]
