@@ -221,6 +221,21 @@ def test_a_late_image_opens_the_study_and_makes_a_new_version_and_job(store: Sto
     assert [job.input_version for job in lease(store, now=NOW + timedelta(seconds=71))] == [1, 2]
 
 
+@pytest.mark.requirement("R13")
+@pytest.mark.parametrize("modality", ["SR", "KO", "PR", "DOC"])
+def test_a_late_report_is_kept_and_opens_nothing(store: Store, modality: str) -> None:
+    """A PACS that forwards whatever it stores sends us our own reports: each study would be analysed for ever."""
+    study_id = complete_study(store)
+    assert add(store, header(3, modality=modality), now=NOW + timedelta(seconds=60)) is Received.STORED
+    with store.read() as conn:
+        found = studies.load(conn, study_id)
+        assert found.is_complete
+        assert sum(len(one.instances) for one in found.series) == 3
+        assert history.of_study(conn, study_id)[-1].name == "document.received"
+    assembly.sweep(store, wants=WANTS, limit_s=100, now=NOW + timedelta(seconds=70))
+    assert [job.input_version for job in lease(store, now=NOW + timedelta(seconds=71))] == [1]
+
+
 @pytest.mark.requirement("Q2")
 def test_a_late_owners_verdict_is_turned_away(store: Store) -> None:
     complete_study(store)

@@ -18,6 +18,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
 
 from worker.domain import Header, Patient, PatientKey, Received, Series, Study
+from worker.selection import takes
 from worker.store import history, images
 from worker.store.schema import AnyRow, document, instance, job, series, study
 
@@ -84,7 +85,7 @@ def add_instance(
     quiet_s: float,
     now: datetime,
 ) -> Received:
-    """Record one stored instance; a complete study opens again.
+    """Record one stored instance; a complete study opens again, unless what came has no image: our own reports come back to us.
 
     Returns
     -------
@@ -123,6 +124,9 @@ def add_instance(
         conn.execute(sa.update(study).where(study.c.id == study_row.id).values(hold=hold))
         history.note(conn, study_row.id, name="study.held", now=now, reason="another patient in the same study")
         result = Received.OTHER_PATIENT
+    if study_row.state == "complete" and result is Received.STORED and not takes((), header.modality):
+        history.note(conn, study_row.id, name="document.received", now=now, reason=f"{header.modality}: no image to analyse")
+        return result
     if study_at is not None and (study_row.study_at is None or study_at < study_row.study_at):
         # Whichever image came first, a value must be older than the earliest of them.
         conn.execute(sa.update(study).where(study.c.id == study_row.id).values(study_at=study_at))
