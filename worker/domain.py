@@ -138,7 +138,8 @@ class PatientRecord:
 
     ``keys`` are all that the patient was ever known by, merges followed; ``unusable`` are facts dated after they were received.
     ``stamp`` changes with every merge and its undoing. ``told`` is who the patient is, each once, as messages about something else
-    told it: whatever a fact's own `told` says is among it, be the fact in the record or not.
+    told it: whatever a fact's own `told` says is among it, be the fact in the record or not. ``admissions`` is what admissions said, of
+    each key, and when, oldest first.
     """
 
     patient: Patient
@@ -148,6 +149,7 @@ class PatientRecord:
     unusable: tuple[Observation, ...] = ()
     stamp: str = ""
     told: tuple[Patient, ...] = ()
+    admissions: tuple[tuple[datetime, Patient], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Final
 
 from worker import joining
 from worker.config import Config
-from worker.domain import Code, Header, Merge, Observation, PatientKey, RecordUpdate
+from worker.domain import Code, Header, Merge, Observation, Patient, PatientKey, RecordUpdate
 from worker.errors import RecordError
-from worker.identity import disagreement
 from worker.intake.envelope import read_envelope
 from worker.intake.facts import MAX_CONTROL_ID, token
 from worker.store import feeds, persons, records, sources
@@ -140,16 +139,19 @@ def check_persons(
     held = persons.locked(conn, (key for one in updates for key in one.named), said)
     keys = held.keys(conn)
     survivors = {keys[pk]: chain[0] for chain in held.chains.values() for pk in chain}
-    told: dict[int, list[sources.Told]] = {}
+    told: dict[int, list[tuple[datetime, Patient]]] = {}
     for line in sources.demographics_of(conn, survivors):
-        told.setdefault(survivors[line.key], []).append(line)
+        if line.at > records.IN_PASSING:
+            told.setdefault(survivors[line.key], []).append((line.at, Patient(line.key, line.name, line.birth_date, line.sex)))
 
     def is_of_another(update: RecordUpdate) -> bool:
         if update.has_demographics:
             return False
         chain = held.chains[held.rows[update.patient.key]]
-        known = joining.admitted(told.get(chain[0], ()), [keys[pk] for pk in chain])
-        return bool(known and disagreement(update.patient, known, must_agree=config.records.must_agree))
+        lines, several = told.get(chain[0], ()), [keys[pk] for pk in chain]
+        known = joining.admitted(lines, several)
+        at, must_agree = update.at or now, config.records.must_agree
+        return bool(known and joining.is_another(update.patient, known, lines, several, at=at, must_agree=must_agree))
 
     return held, [is_of_another(one) for one in updates]
 

@@ -108,6 +108,7 @@ def view(
         unusable=tuple(_observation(fact, keys) for fact in unusable),
         stamp=persons.stamp(chain),
         told=tuple(dict.fromkeys(_said_to_be(line, keys) for line in lines if line.at == IN_PASSING)),
+        admissions=tuple((line.at, _said_to_be(line, keys)) for line in lines if line.at > IN_PASSING),
     )
 
 
