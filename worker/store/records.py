@@ -29,7 +29,7 @@ from worker.store import orders, persons, queue
 from worker.store.database import listed, rows_of
 from worker.store.orders import priority_of
 from worker.store.persons import Held, is_known, issuers_of, keys_of, lock, mark_changed, merges_of, person_of, stamp_of, unmerge
-from worker.store.schema import AnyRow, demographics, observation
+from worker.store.schema import IS_OF_SERVER, AnyRow, demographics, observation
 from worker.store.views import CLOCKS, IN_PASSING, PARTS, WITHDRAWN, person, row_key, standing_from, standing_of, view
 
 __all__ = [
@@ -98,9 +98,12 @@ def apply_all(
         if orders.add(conn, rows[one.patient.key], order, said_at=_said_at(order, one, now), said={**said, "source": one.source})
     ]
     facts = _add_facts(conn, [row for one in updates for row in _facts(one, rows[one.patient.key], said, now=now)])
-    changed |= merged | {row["patient_pk"] for row in facts}
     if merged:
         held = Held(rows, persons.chains(conn, rows.values()))
+    moved, others = _moved(conn, facts, held, now=now)
+    held = Held(rows, held.chains | others)
+    _take_back(conn, moved, by_row=True, now=now, message_id=message_id)
+    changed |= merged | {row["patient_pk"] for row in (*facts, *({"patient_pk": one.patient_pk} for one in moved))}
     keys = held.keys(conn)
     # Studies before jobs, as workers and receivers take them: else the two wait for each other.
     if changed:
@@ -247,6 +250,42 @@ def _is_known(row: Mapping[str, Any], same: Iterable[tuple[Any, ...]]) -> bool:
 # --- what is taken back
 
 
+def _moved(conn: Connection, facts: Sequence[Mapping[str, Any]], held: Held, *, now: datetime) -> tuple[list[AnyRow], dict[int, list[int]]]:
+    """What a FHIR server said earlier of others under the names of these new facts, and those persons' rows: a resource has one patient.
+
+    Not of those whom a feed has merged with the patient: theirs it is as well.
+    """
+    # HL7's senders have a "|", and give their numbers anew.
+    ours = (row for row in facts if row["key"] and row["source"].startswith("FHIR ") and "|" not in row["source"])
+    named = {(row["source"], row["key"]): row for row in ours}
+    if not named:
+        return [], {}
+    asked = _named(conn.dialect.name), {"rows": rows_of(conn.dialect.name, named)}
+
+    def earlier() -> list[AnyRow]:
+        found = ((fact, named[fact.source, fact.key]) for fact in conn.execute(*asked))
+        return [
+            fact
+            for fact, new in found
+            if fact.patient_pk not in held.chains[new["patient_pk"]] and (fact.said_at or fact.received_at) < (new["said_at"] or now)
+        ]
+
+    if not (found := earlier()) or not lock(conn, {fact.patient_pk for fact in found}):
+        return [], {}
+    found = earlier()
+    return found, persons.chains(conn, {fact.patient_pk for fact in found})
+
+
+@cache
+def _named(dialect: str) -> sa.Select[*tuple[Any, ...]]:
+    """Facts of FHIR servers by their names that stand or stood, and were not taken back by their row."""
+    taken = observation.alias()
+    own = sa.literal("#").concat(sa.cast(observation.c.id, sa.Text))
+    is_taken = sa.exists().where(taken.c.patient_pk == observation.c.patient_pk, taken.c.key == own)
+    is_asked = listed(dialect, observation.c.source, observation.c.key)
+    return sa.select(observation).where(is_asked, sa.text(IS_OF_SERVER), observation.c.status.not_in(WITHDRAWN), sa.not_(is_taken))
+
+
 def withdraw(conn: Connection, standing: Callable[[], Sequence[AnyRow]], *, now: datetime, message_id: int) -> int:
     """Take back facts that stand, by a row of status W for each; nothing is deleted, and what was known stays so.
 
@@ -267,14 +306,20 @@ def withdraw(conn: Connection, standing: Callable[[], Sequence[AnyRow]], *, now:
     if not lock(conn, {fact.patient_pk for fact in standing()}):
         return 0  # a patient was erased this very moment
     found = standing()
-    for fact in found:
-        row = {column.name: getattr(fact, column.name) for column in observation.c if column.name != "id"}
-        # A text would be kept for as long again, and who withdraws needs none.
-        row |= {"status": "W", "key": fact.key or row_key(fact), "text": "" if fact.kind == "text" else fact.text, "told": ""}
-        row |= {"said_at": max(now, fact.said_at or fact.received_at), "received_at": now, "message_id": message_id}
-        conn.execute(_INSERT, row)
+    _take_back(conn, found, by_row=False, now=now, message_id=message_id)
     chains = persons.chains(conn, {fact.patient_pk for fact in found})
     named = persons.keys(conn, sorted({pk for chain in chains.values() for pk in chain}))
     mark_changed(conn, named, now=now)
     queue.wake(conn, keys=named, now=now)
     return len(found)
+
+
+def _take_back(conn: Connection, found: Sequence[AnyRow], *, by_row: bool, now: datetime, message_id: int | None) -> None:
+    """Add a row of status W for each fact; `by_row`: nothing else said under its key is meant, be it later or of another patient."""
+    for fact in found:
+        row = {column.name: getattr(fact, column.name) for column in observation.c if column.name != "id"}
+        # A text would be kept for as long again, and who withdraws needs none.
+        row |= {"status": "W", "key": row_key(fact) if by_row else fact.key or row_key(fact)}
+        row |= {"text": "" if fact.kind == "text" else fact.text, "told": ""}
+        row |= {"said_at": max(now, fact.said_at or fact.received_at), "received_at": now, "message_id": message_id}
+        conn.execute(_INSERT, row)

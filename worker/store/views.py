@@ -115,7 +115,11 @@ def view(
 def _standing(facts: Sequence[AnyRow]) -> list[AnyRow]:
     """Of all that was said of one person what stands, withdrawals included."""
     best: dict[object, AnyRow] = {}
+    # Taken back by its row: what else was said under its key, later or of a patient merged since, is not meant.
+    taken = {fact.key for fact in facts if fact.status == "W" and fact.key.startswith("#")}
     for fact in facts:
+        if taken and row_key(fact) in taken:
+            continue
         # Across merged keys too: a result that is corrected after the merge comes under the survivor. And across codes: what was
         # filed under a wrong one is corrected under another, and a document may be cancelled by its number alone.
         name = (fact.source, fact.key or row_key(fact))
@@ -135,7 +139,7 @@ def _standing(facts: Sequence[AnyRow]) -> list[AnyRow]:
 
 
 def row_key(fact: AnyRow) -> str:
-    """The name by which a person withdraws a fact that its source gave none; no source's keys begin so."""
+    """The name by which this very fact is withdrawn, whatever else its source says under the same key; no source's keys begin so."""
     return f"#{fact.id}"
 
 
