@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from enum import Enum
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,8 @@ Orientation = Literal["", "axial", "coronal", "sagittal"]
 
 #: Priorities, smallest first. HL7 v2 ORC-7/OBR-27 "S" and DICOM "STAT" map to STAT.
 STAT, ROUTINE = 0, 10
+#: How far clocks may differ before a time of after its own message is a wrong one.
+CLOCKS: Final = timedelta(hours=24)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,11 @@ class Observation:
     message: str = field(default="", compare=False)
     said_at: datetime | None = field(default=None, compare=False)
     told: Patient | None = field(default=None, compare=False)
+
+
+def is_ahead(one: Observation) -> bool:
+    """Whether a fact is dated after it was received; of when it is nobody knows."""
+    return one.received_at is None or one.at > one.received_at + CLOCKS
 
 
 @dataclass(frozen=True, slots=True)

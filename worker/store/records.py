@@ -30,10 +30,9 @@ from worker.store.database import listed, rows_of
 from worker.store.orders import priority_of
 from worker.store.persons import Held, is_known, issuers_of, keys_of, lock, mark_changed, merges_of, person_of, stamp_of, unmerge
 from worker.store.schema import IS_OF_SERVER, AnyRow, demographics, observation
-from worker.store.views import CLOCKS, IN_PASSING, PARTS, WITHDRAWN, person, row_key, standing_from, standing_of, view
+from worker.store.views import IN_PASSING, PARTS, WITHDRAWN, person, row_key, standing_from, standing_of, view
 
 __all__ = [
-    "CLOCKS",
     "IN_PASSING",
     "WITHDRAWN",
     "apply",

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Final
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from worker.domain import Code, Observation, Patient, PatientKey, PatientRecord
+from worker.domain import CLOCKS, Code, Observation, Patient, PatientKey, PatientRecord
 from worker.store import persons
 from worker.store.persons import person_of
 from worker.store.schema import IS_WITHDRAWN, AnyRow, demographics, message, observation
@@ -26,8 +26,6 @@ from worker.store.schema import IS_WITHDRAWN, AnyRow, demographics, message, obs
 _RANK: Final = {"F": 1, "C": 2, "D": 2, "W": 2, "X": 2}
 #: Statuses that take back what was said under the same key.
 WITHDRAWN: Final = frozenset("DWX")
-#: How far clocks may differ before a time of after its own message is a wrong one.
-CLOCKS: Final = timedelta(hours=24)
 #: Of demographics.
 PARTS: Final = ("name", "birth_date", "sex")
 #: When it was said who somebody is, by a message about something else: any admission's word comes after it.
