@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import datetime
 
 import pytest
 import sqlalchemy as sa
 
-from tests.conformance.test_records import CRP, HOUR, NOW, A, B, marked, migrated, say_merged, store, study, undo
+from tests.conformance.test_records import CRP, HOUR, NOW, A, B, marked, say_merged, study, undo
 from worker.domain import Observation, Patient, PatientKey, RecordUpdate
 from worker.store import records
 from worker.store.database import Store
 from worker.store.schema import observation
-
-__all__ = ["migrated", "store"]  # fixtures
 
 SERVER = "FHIR fhir.example"
 AT = NOW - 9 * HOUR
@@ -89,6 +88,60 @@ def test_an_answer_of_before_moves_nothing(store: Store) -> None:
     pull(store, B, 7.0, hour=2)
     pull(store, A, 5.0, hour=1)
     assert used(store, B) == [7.0]
+
+
+def panel(hour: int, *codes: str, value: float = 1.0, status: str = "F", source: str = SERVER) -> list[Observation]:
+    """A panel with these components, as of this hour."""
+    key, said_at = f"{source}/Observation/p1", NOW + hour * HOUR
+    return [Observation(CRP, AT, value, text=code, status=status, key=f"{key}/LN/{code}", source=source, said_at=said_at) for code in codes]
+
+
+def components(store: Store, key: PatientKey) -> list[str]:
+    with store.read() as conn:
+        found = records.view(conn, key, as_of=NOW)
+    assert found is not None
+    return sorted(one.text for one in found.observations if one.status in "FC")
+
+
+@pytest.mark.requirement("F6")
+@pytest.mark.parametrize("source", ["FHIR", SERVER])
+@pytest.mark.parametrize("status", ["F", "C"])
+def test_a_panel_that_has_lost_components_withdraws_them_and_one_that_gets_them_back_has_them(
+    store: Store, source: str, status: str
+) -> None:
+    tell(store, A, panel(1, "a", "b", "c", source=source), source=source, hour=1)
+    tell(store, A, panel(2, "a", status=status, source=source), source=source, hour=2)
+    assert components(store, A) == ["a"]
+    tell(store, A, panel(1, "a", "b", "c", source=source), source=source, hour=3)  # read again
+    assert components(store, A) == ["a"]
+    tell(store, A, panel(4, "a", "c", status=status, source=source), source=source, hour=4)
+    assert components(store, A) == ["a", "c"]
+
+
+@pytest.mark.requirement("F6")
+def test_an_older_version_that_comes_later_brings_no_component_back(store: Store) -> None:
+    tell(store, A, panel(2, "a"), hour=2)
+    tell(store, A, panel(1, "a", "b"), hour=3)
+    assert components(store, A) == ["a"]
+    tell(store, B, [*panel(1, "a", "b"), *panel(2, "a")], hour=2)  # a history of versions
+    assert components(store, B) == ["a"]
+
+
+@pytest.mark.requirement("F6")
+def test_a_panel_that_does_not_tell_when_it_was_said_keeps_what_it_says_again(store: Store) -> None:
+    def untold(*codes: str, value: float = 1.0) -> list[Observation]:
+        return [replace(one, said_at=None, value=value if one.text == "a" else 1.0) for one in panel(0, *codes)]
+
+    tell(store, A, untold("a", "b", "c"), hour=1)
+    tell(store, A, untold("a", "b", value=2.0), hour=2)
+    assert components(store, A) == ["a", "b"]
+
+
+@pytest.mark.requirement("F4")
+def test_a_panel_that_is_moved_and_amended_leaves_no_component_behind(store: Store) -> None:
+    tell(store, A, panel(1, "a", "b"), hour=1)
+    tell(store, B, panel(2, "a"), hour=2)
+    assert (components(store, A), components(store, B)) == ([], ["a"])
 
 
 @pytest.mark.parametrize("source", ["FHIR", "FHIR other", "FHIR fhir|H", "LAB|H"])

@@ -25,11 +25,11 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from worker.domain import Code, Observation, Order, Patient, PatientKey, RecordUpdate
-from worker.store import orders, persons, queue
+from worker.store import orders, persons, queue, resources
 from worker.store.database import listed, rows_of
 from worker.store.orders import priority_of
 from worker.store.persons import Held, is_known, issuers_of, keys_of, lock, mark_changed, merges_of, person_of, stamp_of, unmerge
-from worker.store.schema import IS_OF_SERVER, AnyRow, demographics, observation
+from worker.store.schema import AnyRow, demographics, observation
 from worker.store.views import IN_PASSING, PARTS, WITHDRAWN, person, row_key, standing_from, standing_of, view
 
 __all__ = [
@@ -99,10 +99,12 @@ def apply_all(
     facts = _add_facts(conn, [row for one in updates for row in _facts(one, rows[one.patient.key], said, now=now)])
     if merged:
         held = Held(rows, persons.chains(conn, rows.values()))
-    moved, others = _moved(conn, facts, held, now=now)
-    held = Held(rows, held.chains | others)
-    _take_back(conn, moved, by_row=True, now=now, message_id=message_id)
-    changed |= merged | {row["patient_pk"] for row in (*facts, *({"patient_pk": one.patient_pk} for one in moved))}
+    versions = resources.versions(updates, rows, facts, now=now)
+    moved = resources.moved(conn, facts, held, versions, now=now)
+    held = Held(rows, held.chains | persons.chains(conn, {pk for pk, _ in moved}))
+    gone = resources.gone(conn, versions | moved)
+    _take_back(conn, gone, by_row=True, now=now, message_id=message_id)
+    changed |= merged | {row["patient_pk"] for row in (*facts, *({"patient_pk": one.patient_pk} for one in gone))}
     keys = held.keys(conn)
     # Studies before jobs, as workers and receivers take them: else the two wait for each other.
     if changed:
@@ -247,42 +249,6 @@ def _is_known(row: Mapping[str, Any], same: Iterable[tuple[Any, ...]]) -> bool:
 
 
 # --- what is taken back
-
-
-def _moved(conn: Connection, facts: Sequence[Mapping[str, Any]], held: Held, *, now: datetime) -> tuple[list[AnyRow], dict[int, list[int]]]:
-    """What a FHIR server said earlier of others under the names of these new facts, and those persons' rows: a resource has one patient.
-
-    Not of those whom a feed has merged with the patient: theirs it is as well.
-    """
-    # HL7's senders have a "|", and give their numbers anew.
-    ours = (row for row in facts if row["key"] and row["source"].startswith("FHIR ") and "|" not in row["source"])
-    named = {(row["source"], row["key"]): row for row in ours}
-    if not named:
-        return [], {}
-    asked = _named(conn.dialect.name), {"rows": rows_of(conn.dialect.name, named)}
-
-    def earlier() -> list[AnyRow]:
-        found = ((fact, named[fact.source, fact.key]) for fact in conn.execute(*asked))
-        return [
-            fact
-            for fact, new in found
-            if fact.patient_pk not in held.chains[new["patient_pk"]] and (fact.said_at or fact.received_at) < (new["said_at"] or now)
-        ]
-
-    if not (found := earlier()) or not lock(conn, {fact.patient_pk for fact in found}):
-        return [], {}
-    found = earlier()
-    return found, persons.chains(conn, {fact.patient_pk for fact in found})
-
-
-@cache
-def _named(dialect: str) -> sa.Select[*tuple[Any, ...]]:
-    """Facts of FHIR servers by their names that stand or stood, and were not taken back by their row."""
-    taken = observation.alias()
-    own = sa.literal("#").concat(sa.cast(observation.c.id, sa.Text))
-    is_taken = sa.exists().where(taken.c.patient_pk == observation.c.patient_pk, taken.c.key == own)
-    is_asked = listed(dialect, observation.c.source, observation.c.key)
-    return sa.select(observation).where(is_asked, sa.text(IS_OF_SERVER), observation.c.status.not_in(WITHDRAWN), sa.not_(is_taken))
 
 
 def withdraw(conn: Connection, standing: Callable[[], Sequence[AnyRow]], *, now: datetime, message_id: int) -> int:
