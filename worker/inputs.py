@@ -122,7 +122,8 @@ def unanswered(study: Study, record: PatientRecord | None, rule: RecordRule) -> 
     """What no usable result in time answers: why it is missing may be told by older ones alone."""
     recent, before = _windows(study, record, rule)
     # Demographics answer without the record's facts, or say themselves why not.
-    asked = [one for one in (*rule.values, *rule.record_texts) if (one.code.value, one.code.scheme) not in (AGE, SEX)]
+    told: tuple[TextSpec | ValueSpec, ...] = (*rule.values, *rule.record_texts)
+    asked = [one for one in told if (one.code.value, one.code.scheme) not in (AGE, SEX)]
     return [one for one in asked if not recent.candidates(one)] + [one for one in rule.histories if not before.candidates(one)]
 
 

@@ -85,6 +85,8 @@ class Case:
     stamp: str = ""
     #: When the record had last changed when we looked.
     record_changed_at: datetime | None = None
+    #: What it would be made from is what the last report was made from: nothing is to be done.
+    is_repeated: bool = False
     error: Exception | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
 
@@ -109,7 +111,7 @@ def each(line: Line, stage: Stage, cases: Iterable[Case]) -> list[Case]:
 
 
 def _guarded(line: Line, stage: Stage, case: Case) -> Case:
-    if case.error is not None and not (stage is report and isinstance(case.error, Unanalysable)):
+    if case.is_repeated or (case.error is not None and not (stage is report and isinstance(case.error, Unanalysable))):
         return case
     started = time.perf_counter()
     try:
@@ -145,7 +147,22 @@ def gather(line: Line, case: Case) -> Case:
         return replace(case, error=pending)  # not raised: the verdict needs to know of what record
     case = replace(case, inputs=inputs)
     reason = joining.incomplete(inputs, model.bundle.record)
-    return replace(case, error=RecordIncomplete(reason)) if reason else case
+    return replace(case, error=RecordIncomplete(reason)) if reason else _recognized(line, case, inputs)
+
+
+def _recognized(line: Line, case: Case, inputs: Inputs) -> Case:
+    """Spare the network what it answered already; of series that it read in part the digest is another, and is known only then."""
+    if case.predecessor is None:
+        return case
+    instances = {(i.sop_instance_uid, i.sha256) for one in inputs.series.values() for i in one.instances}
+    case = replace(case, input_sha256=digest(line.models[case.job.bundle].digest, inputs, sorted(instances), ""))
+    with line.store.read() as conn:
+        return replace(case, is_repeated=_is_repeated(conn, case))
+
+
+def _is_repeated(conn: Connection, case: Case) -> bool:
+    job = case.job
+    return documents.is_repeated(conn, job.study_id, bundle=job.bundle, before_version=job.input_version, input_sha256=case.input_sha256)
 
 
 def _pulled(line: Line, study: Study, bundle: Bundle) -> str:
@@ -286,9 +303,11 @@ def _settle(line: Line, case: Case, facts: dict[str, object]) -> str:
     now = line.clock()
     with line.store.begin() as conn:
         error = _last_look(conn, line, case)
+        if error is None and case.is_repeated and not _is_repeated(conn, case):
+            error = Snooze("The last report is another one by now.", delay_s=0.0)
         if error is not None:
             facts["reason"] = str(error) if isinstance(error, WorkerError) else type(error).__name__
-        if case.report is not None and (error is None or isinstance(error, Unanalysable)):
+        if (case.report is not None or case.is_repeated) and (error is None or isinstance(error, Unanalysable)):
             if not _file(conn, line, case, failure=str(error or ""), now=now):
                 facts["is_repeated"] = True
             return "job.completed"
@@ -323,11 +342,11 @@ def _has_moved(conn: Connection, case: Case) -> bool:
 
 def _file(conn: Connection, line: Line, case: Case, *, failure: str, now: datetime) -> bool:
     """The outbox: report, findings and deliveries with the job's completion; False if the last report says it all already."""
-    assert case.report is not None  # noqa: S101  asked by the caller
     job = case.job
-    if documents.is_repeated(conn, job.study_id, bundle=job.bundle, before_version=job.input_version, input_sha256=case.input_sha256):
+    if _is_repeated(conn, case):
         queue.complete(conn, job, now=now, findings=_summary(case), failure=failure, is_repeated=True)
         return False
+    assert case.report is not None  # noqa: S101  asked by the caller
     document_id = documents.add(
         conn,
         job,

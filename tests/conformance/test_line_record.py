@@ -43,7 +43,7 @@ def bundle() -> Bundle:
 
 
 def line(store: Store, bundle: Bundle, *, now: datetime = NOW, must_agree: tuple[str, ...] = MUST_AGREE) -> pipeline.Line:
-    model = cast("Model", SimpleNamespace(bundle=bundle))
+    model = cast("Model", SimpleNamespace(bundle=bundle, digest="b"))
     return cast("pipeline.Line", SimpleNamespace(store=store, models={NAME: model}, destinations=("pacs",), clock=lambda: now,
                                                  instances=Path(), must_agree=must_agree, pull=None))  # fmt: skip
 
