@@ -47,6 +47,8 @@ _PLACEHOLDERS: Final = frozenset(
     "null patient pseudonym removed test unbekannt unk unknown unnamed".split()
 )
 _ONLY_X: Final = frozenset("x")
+#: What may be looked at, and how one says that several of it differ.
+_MANY: Final = {"name": "names", "birth_date": "birth dates", "sex": "sexes"}
 
 
 def disagreement(images: Patient, record: Patient, *, must_agree: Sequence[str]) -> str:
@@ -54,17 +56,39 @@ def disagreement(images: Patient, record: Patient, *, must_agree: Sequence[str])
 
     ``must_agree``: those of "name", "birth_date" and "sex" that are looked at. What either does not say contradicts nothing.
     """
-    differ = []
-    if "name" in must_agree and _names_differ(images, record):
-        differ.append("names")
-    if "birth_date" in must_agree and images.birth_date and record.birth_date and images.birth_date[:8] != record.birth_date[:8]:
-        differ.append("birth dates")
-    if "sex" in must_agree and {images.sex, record.sex} == {"F", "M"}:
-        differ.append("sexes")
+    differ = [_MANY[part] for part in contradictions(images, record, must_agree=must_agree)]
     if not differ:
         return ""
     said = " and ".join(filter(None, (", ".join(differ[:-1]), differ[-1])))
     return f"The {said} of the images and of the patient's record differ."
+
+
+def contradictions(one: Patient, other: Patient, *, must_agree: Sequence[str]) -> list[str]:
+    """Those parts of `must_agree` in which the two contradict each other."""
+    differ = {
+        "name": lambda: _names_differ(one, other),
+        "birth_date": lambda: bool(one.birth_date and other.birth_date and one.birth_date[:8] != other.birth_date[:8]),
+        "sex": lambda: {one.sex, other.sex} == {"F", "M"},
+    }
+    return [part for part in _MANY if part in must_agree and differ[part]()]
+
+
+def says_the_same(one: Patient, other: Patient, parts: Iterable[str]) -> bool:
+    """Whether both say the very same of each of these parts, but for case, accents, titles and order.
+
+    More than not to contradict: Trauma Alpha is not Trauma Bravo, and Unknown Male 17 not Unknown Male 18.
+    """
+    said = {
+        "name": lambda: bool(_spelled(one.name) & _spelled(other.name)),
+        "birth_date": lambda: bool(one.birth_date) and one.birth_date[:8] == other.birth_date[:8],
+        "sex": lambda: bool(one.sex) and one.sex == other.sex,
+    }
+    return all(said[part]() for part in parts)
+
+
+def _spelled(name: str) -> set[frozenset[str]]:
+    """Of each group of a name all its words, numbers too."""
+    return {frozenset(_parts(group)) - _TITLES for group in name.split("=")} - {frozenset[str]()}
 
 
 @dataclass(frozen=True, slots=True)

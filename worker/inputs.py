@@ -23,7 +23,7 @@ from typing import Final, Protocol
 
 from models.spec import Code as WantedCode
 from models.spec import ImageSpec, RecordRule, TextSpec, ValueSpec
-from worker.domain import Code, Inputs, Observation, PatientRecord, Series, Study, UsedHistory, UsedText, UsedValue
+from worker.domain import Code, Inputs, Observation, PatientRecord, Series, Study, UsedHistory, UsedText, UsedValue, is_ahead
 from worker.selection import choose
 from worker.units import factor, readable
 
@@ -33,6 +33,7 @@ _STATUS_RANK: Final = {"C": 0, "D": 1, "W": 1, "X": 1, "F": 2}
 _USABLE: Final = frozenset({"F", "C"})
 _NO_RECORD: Final = "no patient record"
 _AHEAD: Final = "the latest result is dated after it was received"
+_OF_ANOTHER: Final = "the latest result came in another person's name"
 _KINDS: Final = {"range": "range", "ratio": "ratio", "coded": "code", "text": "text"}
 
 #: LOINC codes that demographics answer.
@@ -148,8 +149,8 @@ def _rank(one: Observation) -> tuple[object, ...]:
 class _Window:
     """The standing facts of a record, and from when to when a bundle takes them.
 
-    ``ahead`` are the ids of those dated after they were received: of when they are nobody knows. By their own date they stand
-    before older ones like any result that cannot be used; where there is no other they are the reason.
+    ``unusable`` says why some, by their ids, cannot be used: dated after they were received, of when they are nobody knows. By their
+    own date they stand before older ones like any such result; where there is no other they are the reason.
     """
 
     study: Study
@@ -158,20 +159,20 @@ class _Window:
     first: datetime
     last: datetime
     by_code: Mapping[tuple[str, str], Sequence[Observation]]
-    ahead: frozenset[int]
+    unusable: Mapping[int, str]
 
     @classmethod
     def of(
         cls, study: Study, record: PatientRecord | None, known: Iterable[Observation], *, look_back_h: float, horizon_h: float
     ) -> _Window:
         first, last = study.study_at - timedelta(hours=look_back_h), study.study_at + timedelta(hours=horizon_h)
-        ahead = frozenset(id(one) for one in record.unusable) if record else frozenset()
+        unusable = {id(one): _AHEAD if is_ahead(one) else _OF_ANOTHER for one in record.unusable} if record else {}
         by_code: dict[tuple[str, str], list[Observation]] = {}
         for one in known:
             # What is of after the horizon may not even be a reason.
-            if one.at <= last or id(one) in ahead:
+            if one.at <= last or id(one) in unusable:
                 by_code.setdefault((one.code.scheme, one.code.value), []).append(one)
-        return cls(study, record is not None, look_back_h, first, last, by_code, ahead)
+        return cls(study, record is not None, look_back_h, first, last, by_code, unusable)
 
     def candidates(self, wanted: TextSpec | ValueSpec) -> list[Observation]:
         """Of these the smallest by `_latest` is the answer, be it of use or not."""
@@ -183,8 +184,8 @@ class _Window:
             return _NO_RECORD
         under = self._under(wanted)
         usable = [one for one in under if one.status in _USABLE]
-        if any(id(one) in self.ahead for one in usable):
-            return _AHEAD
+        if causes := [self.unusable[id(one)] for one in usable if id(one) in self.unusable]:
+            return min(causes)
         if any(one.status not in _USABLE and self.first <= one.at for one in under):
             return "all that is known in time is preliminary or withdrawn"
         if usable:
@@ -236,8 +237,8 @@ def _history(window: _Window, wanted: ValueSpec) -> UsedHistory | str:
 
 def _used(one: Observation, window: _Window, wanted: ValueSpec) -> UsedValue | str:
     """Return `one` in the wanted unit, or why it cannot be used. The bundle's own conversions come before UCUM's."""
-    if id(one) in window.ahead:
-        return _AHEAD
+    if id(one) in window.unusable:
+        return window.unusable[id(one)]
     if one.kind != "number":
         return f"the latest result is a {_KINDS[one.kind]}, not a number"
     if one.value is None or not math.isfinite(one.value):
@@ -269,8 +270,8 @@ def _text(window: _Window, wanted: TextSpec) -> UsedText | str:
     if not written:
         return "the texts in time are empty" if found else window.absence(wanted)
     latest = min(written, key=lambda one: _latest(one, wanted))
-    if id(latest) in window.ahead:
-        return _AHEAD
+    if id(latest) in window.unusable:
+        return window.unusable[id(latest)]
     return UsedText(name=wanted.name, code=_code(wanted.code), text=latest.text, at=latest.at, source=latest.source, message=latest.message)
 
 

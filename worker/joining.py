@@ -7,22 +7,25 @@ record (inputs.py), rows (store/records.py).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
+from functools import cache
 from itertools import combinations
 from typing import Final
 
 from models.spec import RecordRule, TextSpec, ValueSpec
 from worker.domain import Code, Inputs, Observation, Patient, PatientKey, PatientRecord, Study
 from worker.errors import RecordPending, Snooze
-from worker.identity import disagreement
+from worker.identity import contradictions, disagreement, says_the_same
 from worker.inputs import unanswered
-from worker.store import records, sources
+from worker.store import records
 from worker.store.database import Connection
 
 #: What images and record may not contradict each other in, where the site says nothing else.
 MUST_AGREE: Final = ("birth_date", "sex", "name")
+#: What admissions said, of which key, and when; oldest first (`PatientRecord.admissions`).
+Admissions = Sequence[tuple[datetime, Patient]]
 #: How soon to ask a FHIR server again that was away.
 PULL_S: Final = 10.0
 
@@ -33,16 +36,50 @@ def doubt(conn: Connection, study: Study, record: PatientRecord | None, *, must_
     """Why nobody may say whose this study is, by all rows that speak of it; '' if nothing speaks against it."""
     if reason := ambiguous(study, records.issuers_of(conn, study.patient.key.patient_id)):
         return reason
-    admission = admitted(sources.demographics_of(conn, record.keys), record.keys) if record else None
-    return conflict(study, record, must_agree=must_agree, admission=admission)
+    return conflict(study, record, must_agree=must_agree)
 
 
-def admitted(lines: Iterable[sources.Told], keys: Sequence[PatientKey]) -> Patient | None:
-    """Who admissions say that this is, the surviving key's word last; None where they say nothing. Oldest line first."""
-    told: dict[str, str] = {}
-    for line in sorted((one for one in lines if one.at > records.IN_PASSING), key=lambda one: one.key == keys[0]):
-        told |= {name: said for name in ("name", "birth_date", "sex") if (said := getattr(line, name))}
-    return Patient(keys[0], **told) if told else None
+def admitted(admissions: Admissions, keys: Sequence[PatientKey]) -> Patient | None:
+    """Who admissions say that this is, the surviving key's word last; None where they say nothing."""
+    said = Patient(keys[0])
+    for _, line in sorted(admissions, key=lambda one: one[1].key == keys[0]):
+        said = _told_too(said, line)
+    return said if said != Patient(keys[0]) else None
+
+
+def _told_too(known: Patient, line: Patient) -> Patient:
+    return replace(known, **{name: said for name in ("name", "birth_date", "sex") if (said := getattr(line, name))})
+
+
+def is_another(
+    told: Patient, person: Patient, admissions: Admissions, keys: Sequence[PatientKey], *, at: datetime, must_agree: Sequence[str]
+) -> bool:
+    """Whether who was told to be so, at this time, is not this person, who has these keys.
+
+    Where a feed has merged several, whoever an admission named under one of them is this person (an unknown in the emergency
+    department, who gets a number and a name for the while); but only by the very words of that admission, in all that speaks against it.
+    """
+    against = contradictions(told, person, must_agree=must_agree)
+    return bool(against) and not any(
+        says_the_same(told, one, against) and not contradictions(told, one, must_agree=must_agree) for one in _names(admissions, keys, at)
+    )
+
+
+def _names(admissions: Admissions, keys: Sequence[PatientKey], at: datetime) -> Iterator[Patient]:
+    """Who the admissions of each of several merged keys say that it is, and said at this time that a retired one was.
+
+    Of the survivor, as of a patient who was never merged, only what is said now counts. A key that was first somebody else's and was
+    taken by mistake names nobody by that.
+    """
+    for key in keys if len(keys) > 1 else ():
+        said, states = Patient(key), list[tuple[datetime, Patient]]()
+        for time, line in admissions:
+            if line.key == key and (said := _told_too(said, line)) != Patient(key):
+                states.append((time, said))
+        yield from (said for _, said in states[-1:])
+        then = [said for time, said in states if time <= at]
+        if then and key != keys[0] and not contradictions(then[-1], states[0][1], must_agree=MUST_AGREE):
+            yield then[-1]
 
 
 def record_of(conn: Connection, study: Study, rule: RecordRule, *, must_agree: Sequence[str]) -> PatientRecord | None:
@@ -82,21 +119,29 @@ def _with(record: PatientRecord, whole: PatientRecord, codes: Collection[tuple[s
 
 def own(record: PatientRecord, must_agree: Sequence[str]) -> PatientRecord:
     """The record without the facts that came in another person's name; they are among the unusable."""
-    others = [one for one in record.observations if _is_of_another(one, record.patient, must_agree)]
+
+    @cache  # a patient has thousands of facts, and few names
+    def is_of_another(told: Patient, at: datetime) -> bool:
+        return is_another(told, record.patient, record.admissions, record.keys, at=at, must_agree=must_agree)
+
+    others = [one for one in record.observations if one.told and is_of_another(one.told, _said_at(one))]
     if not others:
         return record
-    kept = tuple(one for one in record.observations if not _is_of_another(one, record.patient, must_agree))
+    gone = set(map(id, others))
+    kept = tuple(one for one in record.observations if id(one) not in gone)
     return replace(record, observations=kept, unusable=(*record.unusable, *others))
 
 
-def _is_of_another(fact: Observation, person: Patient | None, must_agree: Sequence[str]) -> bool:
-    return bool(fact.told and person and disagreement(fact.told, person, must_agree=must_agree))
+def _said_at(fact: Observation) -> datetime:
+    return fact.said_at or fact.received_at or fact.at
 
 
-def _names_several(record: PatientRecord, admission: Patient | None, must_agree: Sequence[str]) -> bool:
+def _names_several(record: PatientRecord, must_agree: Sequence[str]) -> bool:
     """Whether facts that stand name different persons, and no admission tells which of them is the patient."""
     facts = (one for one in (*record.observations, *record.unusable) if one.status not in records.WITHDRAWN)
-    told = {one.told for one in facts if one.told and not _is_of_another(one, admission, must_agree)}
+    told, admission = {one.told for one in facts if one.told}, admitted(record.admissions, record.keys or (record.patient.key,))
+    if admission:
+        told = {one for one in told if not disagreement(one, admission, must_agree=must_agree)}
     return any(disagreement(one, other, must_agree=must_agree) for one, other in combinations(told, 2))
 
 
@@ -107,9 +152,7 @@ def ambiguous(study: Study, issuers: Sequence[str]) -> str:
     return f"The images name no issuer of the patient ID, and {len(issuers)} issuers know this ID: set site.issuer."
 
 
-def conflict(
-    study: Study, record: PatientRecord | None, *, must_agree: Sequence[str] = MUST_AGREE, admission: Patient | None = None
-) -> str:
+def conflict(study: Study, record: PatientRecord | None, *, must_agree: Sequence[str] = MUST_AGREE) -> str:
     """Why nobody may say whose this study is; '' if nothing speaks against it. Training leaves out what service discards.
 
     Its images name two patients, the results of the record name two and no admission tells which is meant, or the record cannot be of
@@ -117,9 +160,11 @@ def conflict(
     """
     if study.hold or record is None:
         return study.hold
-    if _names_several(record, admission, must_agree):
+    if _names_several(record, must_agree):
         return _SEVERAL
-    return disagreement(study.patient, record.patient, must_agree=must_agree)
+    if is_another(study.patient, record.patient, record.admissions, record.keys, at=study.study_at, must_agree=must_agree):
+        return disagreement(study.patient, record.patient, must_agree=must_agree)
+    return ""
 
 
 def pending(

@@ -12,15 +12,14 @@ branch of the error tree it sits on (errors.py). `Unanalysable` is not the end: 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from datetime import datetime, tzinfo
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Final
 
 from models.bundle import Bundle
 from worker import __version__, checks, events, joining
-from worker.domain import Code, Document, Finding, Inputs, Job, PatientKey, Study, Volume
+from worker.case import Case, Line
+from worker.domain import Code, Finding, Inputs, Job, Study, Volume
 from worker.errors import (
     NoSuitableSeries,
     OutsideIntendedUse,
@@ -29,67 +28,24 @@ from worker.errors import (
     PeerRefused,
     RecordError,
     RecordIncomplete,
-    RecordPending,
-    Reject,
     Retry,
     Snooze,
     Superseded,
     Unanalysable,
-    WorkerError,
 )
-from worker.fingerprint import digest, record_digest
+from worker.fingerprint import digest
 from worker.imaging import volume
 from worker.imaging.decoding import DecoderPool
-from worker.infer import Model, Place, Prepared, places
+from worker.infer import places
 from worker.inputs import select_inputs
 from worker.ops.log import places as places_of
 from worker.report.sr import Algorithm, build_report
 from worker.selection import takes
-from worker.store import documents, queue, records, studies
-from worker.store.database import Connection, Store
+from worker.settling import is_repeated, settle
+from worker.store import documents, studies
 
 #: How soon to look again at a study that was opened again by a late image.
 REOPENED_S: Final = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """What the stages need: plain values and open doors, built once by the daemon."""
-
-    store: Store
-    models: Mapping[str, Model]
-    decoders: DecoderPool
-    destinations: tuple[str, ...]
-    zone: tzinfo
-    clock: Callable[[], datetime]
-    #: Below which the instances' files lie.
-    instances: Path = Path()
-    #: What images and record may not contradict each other in.
-    must_agree: tuple[str, ...] = joining.MUST_AGREE
-    #: Brings a patient's record from where it is kept; raises Retry where that is away.
-    pull: Callable[[PatientKey], None] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """A job and what is known about it so far; ``seconds`` is what each stage took."""
-
-    job: Job
-    study: Study | None = None
-    predecessor: Document | None = None
-    inputs: Inputs | None = None
-    prepared: Prepared | None = None
-    #: What `prepared` was made of, by image name.
-    places: Mapping[str, Place] = field(default_factory=dict)
-    findings: tuple[Finding, ...] = ()
-    report: Document | None = None
-    input_sha256: str = ""
-    #: Of the record's patient: who else they were known to be when we looked.
-    stamp: str = ""
-    #: When the record had last changed when we looked.
-    record_changed_at: datetime | None = None
-    error: Exception | None = None
-    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 Stage = Callable[[Line, Case], Case]
@@ -112,7 +68,7 @@ def each(line: Line, stage: Stage, cases: Iterable[Case]) -> list[Case]:
 
 
 def _guarded(line: Line, stage: Stage, case: Case) -> Case:
-    if case.error is not None and not (stage is report and isinstance(case.error, Unanalysable)):
+    if case.is_repeated or (case.error is not None and not (stage is report and isinstance(case.error, Unanalysable))):
         return case
     started = time.perf_counter()
     try:
@@ -153,7 +109,17 @@ def gather(line: Line, case: Case) -> Case:
     if reason := checks.patient(study, record, inputs.series.values(), model.bundle.patients):
         return replace(case, error=OutsideIntendedUse(reason))
     reason = joining.incomplete(inputs, model.bundle.record)
-    return replace(case, error=RecordIncomplete(reason)) if reason else case
+    return replace(case, error=RecordIncomplete(reason)) if reason else _recognized(line, case, inputs)
+
+
+def _recognized(line: Line, case: Case, inputs: Inputs) -> Case:
+    """Spare the network what it answered already; of series that it read in part the digest is another, and is known only then."""
+    if case.predecessor is None:
+        return case
+    instances = {(i.sop_instance_uid, i.sha256) for one in inputs.series.values() for i in one.instances}
+    case = replace(case, input_sha256=digest(line.models[case.job.bundle].digest, inputs, sorted(instances), ""))
+    with line.store.read() as conn:
+        return replace(case, is_repeated=is_repeated(conn, case))
 
 
 def _pulled(line: Line, study: Study, bundle: Bundle) -> str:
@@ -273,122 +239,3 @@ def report(line: Line, case: Case) -> Case:
         zone=line.zone,
     )
     return replace(case, report=document, input_sha256=input_sha256)
-
-
-def settle(line: Line, case: Case) -> Case:
-    """Give the verdict in one transaction (commit 4): report, findings, deliveries and the job, or none of them."""
-    started = time.perf_counter()
-    facts: dict[str, object] = {}
-    try:
-        name = _settle(line, case, facts)
-    except queue.LeaseLost:
-        name = "job.fenced"
-    seconds = {**case.seconds, "settle": time.perf_counter() - started}
-    job = case.job
-    events.emit(
-        name,
-        kind=job.kind,
-        job=job.id,
-        study=job.study_id,
-        bundle=job.bundle,
-        version=job.input_version,
-        attempt=job.attempt,
-        seconds={stage: round(taken, 3) for stage, taken in seconds.items()},
-        **facts,
-    )
-    return replace(case, seconds=seconds)
-
-
-def _settle(line: Line, case: Case, facts: dict[str, object]) -> str:
-    now = line.clock()
-    with line.store.begin() as conn:
-        error = _last_look(conn, line, case)
-        if error is not None:
-            facts["reason"] = str(error) if isinstance(error, WorkerError) else type(error).__name__
-        if case.report is not None and (error is None or isinstance(error, Unanalysable)):
-            if not _file(conn, line, case, failure=str(error or ""), now=now):
-                facts["is_repeated"] = True
-            return "job.completed"
-        return _verdict(conn, case, error or RuntimeError("no report and no error"), facts, now=now)
-
-
-def _last_look(conn: Connection, line: Line, case: Case) -> Exception | None:
-    """What happened to the study and its patient while we worked outweighs what came of the work."""
-    hold, version = studies.standing(conn, case.job.study_id)
-    if hold:
-        return PatientConflict(hold)
-    if version > case.job.input_version:
-        return Superseded(f"Version {version} of the study is queued.")
-    if case.study is None or not (case.error is None or isinstance(case.error, Unanalysable)):
-        return case.error
-    doubt = joining.ambiguous(case.study, records.issuers_of(conn, case.study.patient.key.patient_id))
-    if not doubt and _has_moved(conn, case):
-        rule = line.models[case.job.bundle].bundle.record
-        record = joining.record_of(conn, case.study, rule, must_agree=line.must_agree)
-        doubt = joining.doubt(conn, case.study, record, must_agree=line.must_agree)
-    if doubt:
-        return PatientConflict(doubt)
-    if case.inputs is not None and records.stamp_of(conn, case.study.patient.key) != case.stamp:
-        return Snooze("The patient was merged with another, or parted, while the study was analysed.", delay_s=0.0)
-    return case.error
-
-
-def _has_moved(conn: Connection, case: Case) -> bool:
-    """Whether the patient's record changed since we looked."""
-    return studies.record_changed_at(conn, case.job.study_id) != case.record_changed_at
-
-
-def _file(conn: Connection, line: Line, case: Case, *, failure: str, now: datetime) -> bool:
-    """The outbox: report, findings and deliveries with the job's completion; False if the last report says it all already."""
-    assert case.report is not None  # noqa: S101  asked by the caller
-    job = case.job
-    if documents.is_repeated(conn, job.study_id, bundle=job.bundle, before_version=job.input_version, input_sha256=case.input_sha256):
-        queue.complete(conn, job, now=now, findings=_summary(case), failure=failure, is_repeated=True)
-        return False
-    document_id = documents.add(
-        conn,
-        job,
-        report=case.report,
-        findings=case.findings,
-        input_sha256=case.input_sha256,
-        record_sha256=record_digest(case.inputs),
-        failure=failure,
-        now=now,
-    )
-    for destination in line.destinations:
-        queue.enqueue_deliver(
-            conn,
-            job.study_id,
-            document_id=document_id,
-            bundle=job.bundle,
-            input_version=job.input_version,
-            destination=destination,
-            priority=job.priority,
-            now=now,
-        )
-    queue.complete(conn, job, now=now, findings=_summary(case), failure=failure)
-    return True
-
-
-def _verdict(conn: Connection, case: Case, error: Exception, facts: dict[str, object], *, now: datetime) -> str:
-    job = case.job
-    match error:
-        case Superseded():
-            queue.cancel(conn, job, reason=str(error), now=now)
-            return "job.cancelled"
-        case Snooze():
-            # The record, or what was lacking in it, may have come between our look and now; nobody would wake us then.
-            is_known = isinstance(error, RecordPending) and case.study is not None and records.is_known(conn, case.study.patient.key)
-            is_here = is_known or (case.study is not None and _has_moved(conn, case))
-            queue.snooze(conn, job, delay_s=0.0 if is_here else error.delay_s, reason=str(error), now=now)
-            return "job.snoozed"
-        case Reject():
-            queue.discard(conn, job, error=error, now=now)
-            return "job.discarded"
-    if not isinstance(error, Retry):
-        facts["places"] = places_of(error)
-    return "job.retried" if queue.retry(conn, job, error=error, now=now) else "job.discarded"
-
-
-def _summary(case: Case) -> dict[str, float]:
-    return {finding.name: round(finding.probability, 4) for finding in case.findings}

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Final
 
 from worker import joining
 from worker.config import Config
-from worker.domain import Code, Header, Merge, Observation, PatientKey, RecordUpdate
+from worker.domain import Code, Header, Merge, Observation, Patient, PatientKey, RecordUpdate
 from worker.errors import RecordError
-from worker.identity import disagreement
 from worker.intake.envelope import read_envelope
 from worker.intake.facts import MAX_CONTROL_ID, token
 from worker.store import feeds, persons, records, sources
@@ -84,8 +83,51 @@ def apply_message(config: Config, store: Store, message: ParsedMessage, raw: byt
     Raises
     ------
     RecordError
-        The message speaks of another person than the one who is known by its patient ID; nothing of it is applied.
+        The message speaks of another person than the one who is known by its patient ID; nothing of it is applied but what it withdraws.
     """
+    try:
+        return _apply_message(config, store, message, raw)
+    except RecordError:
+        if message.update and _withdraws_all(config, store, message, message.update, raw):
+            return True
+        raise
+
+
+def _withdraws_all(config: Config, store: Store, message: ParsedMessage, update: RecordUpdate, raw: bytes) -> bool:
+    """Take of a message in another person's name the withdrawals of what stands under its patient ID, which harm nobody.
+
+    False if there is more in it, or nothing was withdrawn: that is to be refused.
+    """
+    update = localized(config, update)
+    with store.begin() as conn:
+        standing = [fact.key for fact in records.standing_from(conn, update.patient.key, update.source) if fact.key]
+
+        def is_taken(one: Observation) -> bool:
+            names = (f"{one.key}/", f"{one.key}#")  # of its parts and repeats
+            return one.status in records.WITHDRAWN and any(key == one.key or key.startswith(names) for key in standing)
+
+        taken = tuple(filter(is_taken, update.observations))
+        is_all = len(taken) == len(update.observations) and not update.orders
+        # The whole message may still be taken when the patient is mended: what is taken now is another one.
+        said = raw if is_all else b"withdrawals of " + raw
+        number = taken and feeds.note_message(
+            conn,
+            sender=message.sender,
+            control_id=message.control_id,
+            sent_at=str(message.sent_at),
+            trigger=message.trigger,
+            result="applied",
+            digest=hashlib.sha256(said).hexdigest(),
+            reason="It names another person than is known by its patient ID: only its withdrawals were applied.",
+            now=clock(),
+        )
+        if number:
+            whose = Patient(update.patient.key)  # of the other person nothing is kept
+            records.apply(conn, replace(update, patient=whose, observations=taken, orders=()), now=clock(), message_id=number)
+    return bool(number) and is_all
+
+
+def _apply_message(config: Config, store: Store, message: ParsedMessage, raw: bytes) -> bool:
     result = "applied" if message.update else "ignored"
     unread = f"{message.skipped} of its observations could not be read." if message.skipped else ""
     with store.begin() as conn:
@@ -140,16 +182,19 @@ def check_persons(
     held = persons.locked(conn, (key for one in updates for key in one.named), said)
     keys = held.keys(conn)
     survivors = {keys[pk]: chain[0] for chain in held.chains.values() for pk in chain}
-    told: dict[int, list[sources.Told]] = {}
+    told: dict[int, list[tuple[datetime, Patient]]] = {}
     for line in sources.demographics_of(conn, survivors):
-        told.setdefault(survivors[line.key], []).append(line)
+        if line.at > records.IN_PASSING:
+            told.setdefault(survivors[line.key], []).append((line.at, Patient(line.key, line.name, line.birth_date, line.sex)))
 
     def is_of_another(update: RecordUpdate) -> bool:
         if update.has_demographics:
             return False
         chain = held.chains[held.rows[update.patient.key]]
-        known = joining.admitted(told.get(chain[0], ()), [keys[pk] for pk in chain])
-        return bool(known and disagreement(update.patient, known, must_agree=config.records.must_agree))
+        lines, several = told.get(chain[0], ()), [keys[pk] for pk in chain]
+        known = joining.admitted(lines, several)
+        at, must_agree = update.at or now, config.records.must_agree
+        return bool(known and joining.is_another(update.patient, known, lines, several, at=at, must_agree=must_agree))
 
     return held, [is_of_another(one) for one in updates]
 

@@ -17,7 +17,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 from worker import joining
-from worker.domain import Code, Inputs, Observation, PatientKey, Study
+from worker.domain import Code, Inputs, Observation, PatientKey, Study, is_ahead
 from worker.errors import NoSuitableSeries
 from worker.inputs import Spec, select_inputs
 from worker.redaction import redact, redact_value
@@ -93,8 +93,7 @@ def gather_patient(
 
 
 def _why_unusable(one: Observation) -> str:
-    is_ahead = one.received_at is not None and one.at > one.received_at + records.CLOCKS
-    return "dated after it was received" if is_ahead else "came in another person's name"
+    return "dated after it was received" if is_ahead(one) else "came in another person's name"
 
 
 def gather_inputs(

@@ -57,7 +57,7 @@ def bundle() -> Bundle:
 
 
 def line(store: Store, bundle: Bundle, *, now: datetime = NOW, must_agree: tuple[str, ...] = MUST_AGREE) -> pipeline.Line:
-    model = cast("Model", SimpleNamespace(bundle=bundle))
+    model = cast("Model", SimpleNamespace(bundle=bundle, digest="b"))
     return cast("pipeline.Line", SimpleNamespace(store=store, models={NAME: model}, destinations=("pacs",), clock=lambda: now,
                                                  instances=Path(), must_agree=must_agree, pull=None))  # fmt: skip
 
@@ -341,6 +341,30 @@ def test_what_came_in_another_persons_name_is_not_used_when_an_admission_says_wh
     assert used(analyze(store, bundle)) == [5.0]
     with pytest.raises(RecordError, match="PID-7"):
         say(store, "ORU^R01", SMITH, *result(301, "F3"), control_id="4")
+
+
+@pytest.mark.requirement("F4")
+def test_a_withdrawal_in_another_persons_name_is_taken_and_nothing_else_of_it(store: Store, bundle: Bundle) -> None:
+    receive(store)
+    say(store, "ADT^A08", LOVELACE, control_id="1")
+    say(store, "ORU^R01", LOVELACE, *result(300, "F1"), *result(5, "F2"), *result(6, "F3"), control_id="2")
+    say(store, "ORU^R01", SMITH, *result(300, "F1", status="W"), control_id="3")
+    assert used(analyze(store, bundle)) == [5.0]
+    both = (*result(5, "F2", status="W"), *result(9, "F4"))
+    for _ in range(2):
+        with pytest.raises(RecordError, match="PID-7"):
+            say(store, "ORU^R01", SMITH, *both, control_id="4")
+    with pytest.raises(RecordError, match="PID-7"):
+        say(store, "ORU^R01", SMITH, *result(5, "F9", status="W"), control_id="5")  # of nothing that stands
+    assert renew(store, bundle) == 1
+    assert used(analyze(store, bundle)) == [6.0]
+    with store.read() as conn:
+        found = records.view(conn, ADA.key, as_of=NOW)
+    assert found is not None
+    assert found.patient.name == "Lovelace^Ada"
+    assert not found.told or {one.name for one in found.told} == {"Lovelace^Ada"}
+    say(store, "ADT^A08", SMITH, control_id="6")
+    say(store, "ORU^R01", SMITH, *both, control_id="4")  # once more, and now whole
 
 
 @pytest.mark.requirement("F4")

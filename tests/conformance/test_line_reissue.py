@@ -32,7 +32,8 @@ from tests.conformance.test_line_record import (
 from tests.conftest import Captured
 from tests.reports import ALGORITHM
 from worker import pipeline, record_view
-from worker.domain import ROUTINE, RecordUpdate
+from worker.domain import ROUTINE, Observation, RecordUpdate
+from worker.fingerprint import digest
 from worker.store import history, queue, records, studies
 from worker.store.database import Store
 from worker.store.schema import document, study
@@ -95,6 +96,41 @@ def test_a_new_version_with_the_same_input_files_nothing_and_a_later_correction_
     assert renew(store, bundle) == 1
     analyze(store, bundle)
     assert len(filed(store, study_id)) == 2
+
+
+def test_the_network_is_spared_what_it_answered_already(store: Store, bundle: Bundle) -> None:
+    study_id = receive(store)
+    tell(store, ADA, crp(5.0))
+    door = line(store, bundle)
+    (first,) = pipeline.each(door, pipeline.gather, [pipeline.Case(lease(store))])
+    assert first.inputs is not None
+    instances = [(i.sop_instance_uid, i.sha256) for one in first.inputs.series.values() for i in one.instances]
+    pipeline.settle(door, replace(reported(first), input_sha256=digest("b", first.inputs, instances, "")))
+
+    def again(*, meanwhile: Observation | None = None) -> pipeline.Case:
+        with store.begin() as conn:
+            version = studies.new_version(conn, study_id, now=NOW, cause="another bundle's input")
+            queue.enqueue_infer(conn, study_id, bundle=NAME, input_version=version, priority=ROUTINE, now=NOW)
+        # The line's model has no network to run: a stage that is not passed by is an error.
+        job = lease(store)
+        (case,) = pipeline.each(door, pipeline.gather, [pipeline.Case(job)])
+        if meanwhile:
+            tell(store, ADA, meanwhile)
+            with store.begin() as conn:
+                conn.execute(sa.update(document).values(input_sha256="another"))
+        for stage in (pipeline.load, pipeline.explain, pipeline.report):
+            (case,) = pipeline.each(door, stage, [case])
+        return pipeline.settle(door, case)
+
+    case = again()
+    assert (case.error, case.prepared, case.report, case.is_repeated) == (None, None, None, True)
+    with store.read() as conn:
+        assert history.of_study(conn, study_id)[-1].facts["is_repeated"]
+    assert (len(filed(store, study_id)), delivered(store, study_id)) == (1, 1)
+    again(meanwhile=crp(6.0, hours=1, key="lab/2"))
+    assert names(store, study_id)[-1] == "infer.snoozed"
+    (case,) = pipeline.each(door, pipeline.gather, [pipeline.Case(lease(store))])
+    assert not case.is_repeated
 
 
 def test_a_report_that_is_not_renewed_is_outdated_once_for_each_change(store: Store, bundle: Bundle) -> None:

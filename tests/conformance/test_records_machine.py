@@ -17,7 +17,9 @@ import sqlalchemy as sa
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from worker import joining
 from worker.domain import Code, Merge, Observation, Patient, PatientKey, PatientRecord, RecordUpdate
+from worker.identity import disagreement
 from worker.store import records
 from worker.store.database import Store
 
@@ -76,7 +78,7 @@ SAYS = st.builds(
     _said,
     st.sampled_from(KEYS),
     st.lists(FACTS, max_size=3),
-    st.tuples(st.sampled_from(["", "Test^Ada", "Test^Eva"]), st.sampled_from(["", "19700101", "19710101"]), st.sampled_from(["", "F"])),
+    st.tuples(st.sampled_from(["", "Test^Ada", "Trauma^Alpha"]), st.sampled_from(["", "19700101", "19710101"]), st.sampled_from(["", "F"])),
     st.lists(MERGES, max_size=2),
     st.sampled_from([None, 0, 1, 3, 40]),
 )
@@ -214,7 +216,8 @@ class World:
 
     def views(self, keys: Sequence[PatientKey] = KEYS) -> list[str]:
         """What is known of everybody, with times of arrival, order and stamp, bit for bit."""
-        return [repr(self.view(key, as_of=START + 60 * HOUR)) for key in keys]
+        found = [self.view(key, as_of=START + 60 * HOUR) for key in keys]
+        return [repr((one, one and joining.own(one, joining.MUST_AGREE))) for one in found]
 
 
 @contextmanager
@@ -258,11 +261,22 @@ def check_the_stream(store: Store, steps: Sequence[Say | Again | Undo]) -> None:
                     assert fact.at <= as_of
                     assert fact.text in whose
                     assert (key == STRANGER) == (fact.text == "OTHER/A")
+            check_whose(found)
             check_the_part(one, key, known_at=before[len(before) // 2][0])
         for at, key, was in before:
             assert repr(one.view(key, as_of=START + 60 * HOUR, known_at=at)) == was
             half = [entry for entry in one.log if entry[0] <= at]
             assert_same(one.view(A, as_of=START, known_at=at), reference(half, A, as_of=START))
+
+
+def check_whose(record: PatientRecord | None) -> None:
+    """Facts told in another name are kept apart; but of merged patients those in the name that an admission gave one of them."""
+    if record is None:
+        return
+    named = {said.name for _, said in record.admissions if said.name} if len(record.keys) > 1 else set()
+    for fact in joining.own(record, joining.MUST_AGREE).observations:
+        contradicts = fact.told and disagreement(fact.told, record.patient, must_agree=joining.MUST_AGREE)
+        assert not contradicts or (fact.told and fact.told.name in named)
 
 
 def check_the_part(one: World, key: PatientKey, *, known_at: datetime) -> None:

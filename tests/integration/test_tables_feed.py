@@ -18,7 +18,7 @@ from worker.config import Config, Records, Site, Table
 from worker.domain import Code, Patient, PatientKey, PatientRecord, RecordUpdate
 from worker.errors import RecordError
 from worker.intake.tables import Tally
-from worker.store import feeds, records, schema, sources, warehouse
+from worker.store import feeds, records, schema, warehouse
 from worker.store.database import DatabaseUnavailable, Store
 from worker.tables_feed import import_tables, read_view
 
@@ -170,9 +170,8 @@ def test_a_table_of_patients_says_who_somebody_is_as_an_admission_does(
     assert values(store, "P1") == [5, 7]  # nobody knows which is wrong
     admit("DOE^JANE", 3)
     admit("SMITH^JOHN", 2)  # read last, said before
-    with store.read() as conn:
-        keys = records.keys_of(conn, PatientKey("HOSP", "P1"))
-        known = joining.admitted(sources.demographics_of(conn, keys), keys)
+    record = view(store, "P1")
+    known = joining.admitted(record.admissions, record.keys)
     assert known is not None
     assert known.name == "DOE^JANE"
     assert [one.value for one in joining.own(view(store, "P1"), joining.MUST_AGREE).observations] == [5]

@@ -150,6 +150,12 @@ def test_what_an_unknown_extension_may_turn_into_its_opposite_is_refused(resourc
     assert SENTINEL not in str(caught.value)
 
 
+@pytest.mark.parametrize("resources", [[person(implicitRules="http://x.org/rules")], [person(), observation(implicitRules="http://x.org")]])
+def test_what_was_made_under_rules_that_are_not_known_is_refused(resources: list[Json]) -> None:
+    with pytest.raises(RecordError, match="implicitRules"):
+        updates(*resources)
+
+
 def test_an_observation_without_an_id_supersedes_nothing() -> None:
     """Two nameless facts under one key would hide one another."""
     assert [fact.key for fact in facts(observation(id=None), observation(id=None))] == ["", ""]
@@ -194,6 +200,9 @@ def test_the_issuer_is_mapped_by_system_or_by_assigner(mapped: str) -> None:
         ([{"system": "s", "value": "1"}, {"system": "m", "value": "2", "type": {"coding": [{"code": "MR"}]}}], PatientKey("m", "2")),
         ([{"system": "s", "value": "1"}, {"system": "m", "value": "2"}], PatientKey("s", "1")),
         ([{"system": "s", "value": "1", "use": "old"}, {"system": "m", "value": " 2 "}], PatientKey("m", "2")),
+        ([{"system": "s", "value": "1", "period": {"end": "2020-01-31"}}, {"system": "m", "value": "2"}], PatientKey("m", "2")),
+        ([{"system": "s", "value": "1", "period": {"end": "9999-12"}}, {"system": "m", "value": "2"}], PatientKey("s", "1")),
+        ([{"system": "s", "value": "1", "period": {"end": "2020"}}], PatientKey("s", "1")),
     ],
 )
 def test_the_record_number_is_preferred(identifiers: list[Json], key: PatientKey) -> None:

@@ -53,6 +53,24 @@ def test_each_value_type_gives_its_kind(
     assert fact.coded is None
 
 
+@pytest.mark.parametrize(
+    ("unit", "expected"),
+    [
+        ("10^9/L", "10*9/L"),
+        ("10^3/uL", "10*3/uL"),
+        ("10^12/L", "10*12/L"),
+        ("10^6/mm3", "10*6/mm3"),
+        ("10\\S\\9/L", "10^9/L"),
+        ("10^9/L^^10*3/mL^^UCUM", "10*3/mL"),
+        ("10^9/L^99LAB", "10"),
+        ("10^ten", "10"),
+        ("100^9/L", "100"),
+    ],
+)
+def test_a_power_of_ten_whose_caret_was_not_escaped_is_put_together_again(unit: str, expected: str) -> None:
+    assert facts(OBR, obx("NM", "3", unit=unit))[0].unit == expected
+
+
 @pytest.mark.parametrize("value_type", ["CE", "CWE", "CNE", "CF"])
 @pytest.mark.parametrize(
     ("content", "coded", "words"),

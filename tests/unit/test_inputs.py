@@ -241,6 +241,12 @@ def test_a_result_dated_after_it_was_received_is_not_used_nor_is_an_older_one_th
     assert (inputs.texts, inputs.missing_causes[1]) == ((), ahead)
 
 
+@pytest.mark.requirement("F4")
+def test_a_result_in_another_persons_name_is_told_as_such() -> None:
+    of_another = replace(crp(5, 7.0), received_at=crp(5).at)
+    assert cause(unusable=(of_another,)) == "the latest result came in another person's name"
+
+
 @pytest.mark.requirement("F10")
 def test_a_result_dated_past_the_horizon_leaves_the_known_one_in_its_place() -> None:
     (used,) = select_inputs(study(), record(crp(5, 7.0), unusable=(crp(-9000, 1.0), crp(9, 2.0))), SPEC).values

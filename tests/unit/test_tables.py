@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from worker.domain import Code, Observation, Patient, PatientKey, RecordUpdate
@@ -316,6 +316,7 @@ def test_formulas_and_sql_are_texts(update: Callable[..., RecordUpdate], text: s
 CELLS = st.one_of(st.text(max_size=12), st.none(), st.floats(), st.integers(), st.binary(max_size=4), st.datetimes(), st.decimals())
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])  # on a loaded machine
 @given(st.dictionaries(st.integers(0, 11), CELLS, max_size=3))
 def test_any_row_is_an_update_or_a_sentence(cells: dict[int, object]) -> None:
     plain = ("17", "P1", "DOE", "JANE", "1950-02-03", "F", "2020-05-06 14:28", "", "5", "", "1988-5", "mg/L")

@@ -12,9 +12,24 @@ Frame: LPS, millimetres. Times: aware datetimes. Digests: sha256, lower hex.
 from worker.domain.answers import Document, Finding, Inputs, Saliency, UsedHistory, UsedText, UsedValue, Verdict
 from worker.domain.images import Header, ImageFacts, Instance, Orientation, Received, Series, Study, Volume
 from worker.domain.jobs import Job, JobKind, JobState, Lease
-from worker.domain.record import ROUTINE, STAT, Code, Merge, Observation, Order, Patient, PatientKey, PatientRecord, RecordUpdate, ValueKind
+from worker.domain.record import (
+    CLOCKS,
+    ROUTINE,
+    STAT,
+    Code,
+    Merge,
+    Observation,
+    Order,
+    Patient,
+    PatientKey,
+    PatientRecord,
+    RecordUpdate,
+    ValueKind,
+    is_ahead,
+)
 
 __all__ = [
+    "CLOCKS",
     "ROUTINE",
     "STAT",
     "Code",
@@ -46,4 +61,5 @@ __all__ = [
     "ValueKind",
     "Verdict",
     "Volume",
+    "is_ahead",
 ]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from datetime import datetime
-from typing import Literal
+from datetime import datetime, timedelta
+from typing import Final, Literal
 
 #: What an observation's value is: one number, a text, a code, a range (value to high) or a ratio (value : high).
 ValueKind = Literal["number", "text", "coded", "range", "ratio"]
 
 #: Priorities, smallest first. HL7 v2 ORC-7/OBR-27 "S" and DICOM "STAT" map to STAT.
 STAT, ROUTINE = 0, 10
+#: How far clocks may differ before a time of after its own message is a wrong one.
+CLOCKS: Final = timedelta(hours=24)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,11 @@ class Observation:
     told: Patient | None = field(default=None, compare=False)
 
 
+def is_ahead(one: Observation) -> bool:
+    """Whether a fact is dated after it was received; of when it is nobody knows."""
+    return one.received_at is None or one.at > one.received_at + CLOCKS
+
+
 @dataclass(frozen=True, slots=True)
 class Merge:
     """One patient known under two keys: HL7 v2 ADT^A40, A34 (merge) and A47 (change of identifier). `retired` is no longer issued."""
@@ -123,7 +130,8 @@ class PatientRecord:
 
     ``keys`` are all that the patient was ever known by, merges followed; ``unusable`` are facts dated after they were received.
     ``stamp`` changes with every merge and its undoing. ``told`` is who the patient is, each once, as messages about something else
-    told it: whatever a fact's own `told` says is among it, be the fact in the record or not.
+    told it: whatever a fact's own `told` says is among it, be the fact in the record or not. ``admissions`` is what admissions said, of
+    each key, and when, oldest first.
     """
 
     patient: Patient
@@ -133,3 +141,4 @@ class PatientRecord:
     unusable: tuple[Observation, ...] = ()
     stamp: str = ""
     told: tuple[Patient, ...] = ()
+    admissions: tuple[tuple[datetime, Patient], ...] = ()

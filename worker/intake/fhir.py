@@ -285,7 +285,12 @@ def resource_of(key: str, source: str) -> str:
 
 
 def _refuse_modified(resource: Json) -> None:
-    """R4 §2.4: whoever does not understand an extension that may turn what is said into its opposite must not use what it stands in."""
+    """R4 §2.4: whoever does not understand an extension that may turn what is said into its opposite must not use what it stands in.
+
+    Nor a resource that was made under rules which must be known to understand it (R4 §2.26.3.3).
+    """
+    if resource.get("implicitRules"):
+        raise RecordError(f"{resource['resourceType']}.implicitRules names rules that are not known here.")
     several = [one for value in resource.values() if isinstance(value, list) for one in value if isinstance(one, dict)]
     if any(one.get("modifierExtension") for one in (resource, *several)):
         raise RecordError(f"{resource['resourceType']}.modifierExtension changes what is said in a way that is not understood.")

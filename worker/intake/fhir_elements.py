@@ -66,11 +66,15 @@ class Elements:
     # --- who
 
     def key(self, identifiers: list[Json]) -> PatientKey:
-        """Choose the medical record number (MR), else the patient internal identifier (PI), else the first in use."""
+        """Choose of those in use the medical record number (MR), else the patient internal identifier (PI), else the first.
+
+        One whose period has ended counts only where there is no other.
+        """
         usable = [one for one in identifiers if text_of(one, "value") and one.get("use") != "old"]
         if not usable:
             raise RecordError("Patient.identifier has no value.")
-        chosen = min(usable, key=lambda one: min({"MR": 0, "PI": 1}.get(code, 2) for code in (*self.types(one), "")))
+        kinds = {"MR": 0, "PI": 1}
+        chosen = min(usable, key=lambda one: (self._has_ended(one), min(kinds.get(code, 2) for code in (*self.types(one), ""))))
         system, assigner = text_of(chosen, "system"), text_of(object_of(chosen, "assigner"), "display")
         names = [name for name in (system, assigner) if name] or [""]
         issuer = next((self.issuers[name] for name in names if name in self.issuers), assigner or system)
@@ -78,6 +82,13 @@ class Elements:
             raise RecordError("Patient.identifier has neither a system nor an assigner.")
         patient_id = bounded(text_of(chosen, "value"), MAX_ID, "Patient.identifier.value")
         return PatientKey(bounded(issuer, MAX_KEY, "The system or assigner of Patient.identifier"), patient_id)
+
+    def _has_ended(self, identifier: Json) -> bool:
+        end = text_of(object_of(identifier, "period"), "end")
+        try:
+            return bool(end) and self.moment(end, "Patient.identifier.period.end") < datetime.now(UTC)
+        except RecordError:
+            return False  # 9999-12-31 is no time in every zone, and one that cannot be read is no reason to refuse a patient
 
     def types(self, identifier: Json) -> list[str]:
         """Return the codes of an Identifier's type (HL7 table 0203)."""

@@ -37,6 +37,8 @@ _SEGMENT: Final = re.compile(r"[A-Z][A-Z0-9]{2}")
 _READ: Final = frozenset({"MSH", "EVN", "PID", "MRG", "ORC", "TQ1", "OBR", "IPC", "OBX", "TXA"})
 #: Escape sequence (§2.7.1) → which of the separators it stands for.
 _ESCAPED: Final = {"F": 0, "S": 1, "R": 2, "E": 3, "T": 4}
+#: What is left of a unit behind "10^": an exponent and what it is divided by.
+_POWER: Final = re.compile(r"[0-9]{1,2}/[A-Za-z][A-Za-z0-9]*")
 TIME: Final = re.compile(
     r"([0-9]{4})(?:([0-9]{2})(?:([0-9]{2})(?:([0-9]{2})(?:([0-9]{2})(?:([0-9]{2})(?:\.([0-9]{1,6})[0-9]*)?)?)?)?)?)?([+-][0-9]{4})?"
 )
@@ -192,6 +194,8 @@ class Reader:
         return preferred(Code(value, self.schemes.get(system, system or system_left_out), words) for value, words, system in codings)
 
     def unit(self, text: str) -> str:
-        """Choose of OBX-6 the UCUM unit, else the first."""
+        """Choose of OBX-6 the UCUM unit, else the first; "10^9/L", whose power should have been escaped, is put together again."""
         units = self.codings(text)
-        return next((value for value, _, system in units if system == "UCUM" and value), units[0][0] or units[0][1])
+        base, rest, system = units[0]
+        first = f"10*{rest}" if base == "10" and not system and _POWER.fullmatch(rest) else base or rest
+        return next((value for value, _, system in units if system == "UCUM" and value), first)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Dialect
@@ -44,6 +45,11 @@ def text(name: str, *, default: str = "") -> sa.Column[str]:
 def reference(name: str, target: str, *, nullable: bool = False) -> sa.Column[int]:
     """The row of another table."""
     return sa.Column(name, sa.ForeignKey(target), nullable=nullable)
+
+
+def where(condition: str) -> dict[str, Any]:
+    """What makes an index one of some rows only, in both databases."""
+    return {"sqlite_where": sa.text(condition), "postgresql_where": sa.text(condition)}
 
 
 def is_one_of(column: str, states: tuple[str, ...]) -> str:

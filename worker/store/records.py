@@ -25,15 +25,14 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from worker.domain import Code, Observation, Order, Patient, PatientKey, RecordUpdate
-from worker.store import orders, persons, queue
+from worker.store import orders, persons, queue, resources
 from worker.store.database import listed, rows_of
 from worker.store.orders import priority_of
 from worker.store.persons import Held, is_known, issuers_of, keys_of, lock, mark_changed, merges_of, person_of, stamp_of, unmerge
 from worker.store.schema import AnyRow, demographics, observation
-from worker.store.views import CLOCKS, IN_PASSING, PARTS, WITHDRAWN, person, row_key, standing_from, standing_of, view
+from worker.store.views import IN_PASSING, PARTS, WITHDRAWN, person, row_key, standing_from, standing_of, view
 
 __all__ = [
-    "CLOCKS",
     "IN_PASSING",
     "WITHDRAWN",
     "apply",
@@ -98,9 +97,14 @@ def apply_all(
         if orders.add(conn, rows[one.patient.key], order, said_at=_said_at(order, one, now), said={**said, "source": one.source})
     ]
     facts = _add_facts(conn, [row for one in updates for row in _facts(one, rows[one.patient.key], said, now=now)])
-    changed |= merged | {row["patient_pk"] for row in facts}
     if merged:
         held = Held(rows, persons.chains(conn, rows.values()))
+    versions = resources.versions(updates, rows, facts, now=now)
+    moved = resources.moved(conn, facts, held, versions, now=now)
+    held = Held(rows, held.chains | persons.chains(conn, {pk for pk, _ in moved}))
+    gone = resources.gone(conn, versions | moved)
+    _take_back(conn, gone, by_row=True, now=now, message_id=message_id)
+    changed |= merged | {row["patient_pk"] for row in (*facts, *({"patient_pk": one.patient_pk} for one in gone))}
     keys = held.keys(conn)
     # Studies before jobs, as workers and receivers take them: else the two wait for each other.
     if changed:
@@ -267,14 +271,20 @@ def withdraw(conn: Connection, standing: Callable[[], Sequence[AnyRow]], *, now:
     if not lock(conn, {fact.patient_pk for fact in standing()}):
         return 0  # a patient was erased this very moment
     found = standing()
-    for fact in found:
-        row = {column.name: getattr(fact, column.name) for column in observation.c if column.name != "id"}
-        # A text would be kept for as long again, and who withdraws needs none.
-        row |= {"status": "W", "key": fact.key or row_key(fact), "text": "" if fact.kind == "text" else fact.text, "told": ""}
-        row |= {"said_at": max(now, fact.said_at or fact.received_at), "received_at": now, "message_id": message_id}
-        conn.execute(_INSERT, row)
+    _take_back(conn, found, by_row=False, now=now, message_id=message_id)
     chains = persons.chains(conn, {fact.patient_pk for fact in found})
     named = persons.keys(conn, sorted({pk for chain in chains.values() for pk in chain}))
     mark_changed(conn, named, now=now)
     queue.wake(conn, keys=named, now=now)
     return len(found)
+
+
+def _take_back(conn: Connection, found: Sequence[AnyRow], *, by_row: bool, now: datetime, message_id: int | None) -> None:
+    """Add a row of status W for each fact; `by_row`: nothing else said under its key is meant, be it later or of another patient."""
+    for fact in found:
+        row = {column.name: getattr(fact, column.name) for column in observation.c if column.name != "id"}
+        # A text would be kept for as long again, and who withdraws needs none.
+        row |= {"status": "W", "key": row_key(fact) if by_row else fact.key or row_key(fact)}
+        row |= {"text": "" if fact.kind == "text" else fact.text, "told": ""}
+        row |= {"said_at": max(now, fact.said_at or fact.received_at), "received_at": now, "message_id": message_id}
+        conn.execute(_INSERT, row)

@@ -18,7 +18,7 @@ from typing import Any, Final
 import sqlalchemy as sa
 from sqlalchemy.engine import Row
 
-from worker.store.columns import UtcDateTime, id_column, is_one_of, reference, text
+from worker.store.columns import UtcDateTime, id_column, is_one_of, reference, text, where
 
 #: Must be the head of migrations/; a test compares them.
 REVISION: Final = "0004"
@@ -27,8 +27,10 @@ REVISION: Final = "0004"
 JOB_STATES: Final = ("available", "leased", "completed", "discarded", "cancelled")
 STUDY_STATES: Final = ("receiving", "complete")
 
-#: HL7 table 0085: statuses that take back what was said under the same key; as the index says it, or SQLite does not use it.
+#: HL7 table 0085: statuses that take back what was said under the same key; and facts of a FHIR server, which the source names.
+#: Word for word as the indexes say it, or SQLite does not use them.
 IS_WITHDRAWN: Final = "status IN ('D', 'W', 'X')"
+IS_OF_SERVER: Final = "substr(source, 1, 5) = 'FHIR '"
 
 #: A row of any query, for signatures.
 AnyRow = Row[*tuple[Any, ...]]
@@ -95,8 +97,7 @@ merge = sa.Table(
         "survivor_pk",
         "retired_pk",
         unique=True,
-        sqlite_where=sa.text("undone_at IS NULL"),
-        postgresql_where=sa.text("undone_at IS NULL"),
+        **where("undone_at IS NULL"),
     ),
 )
 
@@ -151,7 +152,9 @@ observation = sa.Table(
     # What a bundle asks for, of its time: a patient may have a hundred thousand facts.
     sa.Index("ix_observation_patient_code", "patient_pk", "code", "at"),
     # A withdrawn panel withdraws its components, whatever their codes are.
-    sa.Index("ix_observation_withdrawn", "patient_pk", sqlite_where=sa.text(IS_WITHDRAWN), postgresql_where=sa.text(IS_WITHDRAWN)),
+    sa.Index("ix_observation_withdrawn", "patient_pk", **where(IS_WITHDRAWN)),
+    # A server's resource that comes with another patient was moved; names in files and HL7 are not unique.
+    sa.Index("ix_observation_of_server", "key", **where(IS_OF_SERVER)),
     sa.Index("ix_observation_message_id", "message_id"),
     # What is past its time is asked for by when it came.
     sa.Index("ix_observation_received_at", "received_at"),
@@ -179,8 +182,7 @@ message = sa.Table(
         "sent_at",
         "sha256",
         unique=True,
-        sqlite_where=sa.text("result <> 'refused'"),
-        postgresql_where=sa.text("result <> 'refused'"),
+        **where("result <> 'refused'"),
     ),
     sa.Index("ix_message_sender", "sender", "received_at"),
     sa.Index("ix_message_received_at", "received_at"),
@@ -213,19 +215,9 @@ study = sa.Table(
     # The record of its patient changed, whatever its state was: reports may have to be made anew.
     sa.Column("record_changed_at", UtcDateTime, nullable=True),
     sa.CheckConstraint(is_one_of("state", STUDY_STATES), name="state"),
-    sa.Index(
-        "ix_study_receiving",
-        "quiet_until",
-        sqlite_where=sa.text("state = 'receiving'"),
-        postgresql_where=sa.text("state = 'receiving'"),
-    ),
+    sa.Index("ix_study_receiving", "quiet_until", **where("state = 'receiving'")),
     sa.Index("ix_study_patient", "issuer", "patient_id"),
-    sa.Index(
-        "ix_study_record_changed",
-        "record_changed_at",
-        sqlite_where=sa.text("record_changed_at IS NOT NULL"),
-        postgresql_where=sa.text("record_changed_at IS NOT NULL"),
-    ),
+    sa.Index("ix_study_record_changed", "record_changed_at", **where("record_changed_at IS NOT NULL")),
 )
 
 series = sa.Table(
@@ -274,8 +266,7 @@ document = sa.Table(
     text("bundle"),
     sa.Column("input_version", sa.Integer, nullable=False),
     text("input_sha256"),
-    # Of the record's part of the input alone: to see whether a change of the record changes anything.
-    # NULL: made before it was kept, cannot be compared.
+    # Of the record's part of the input alone, to see a change of the record. NULL: made before it was kept, cannot be compared.
     sa.Column("record_sha256", sa.Text, nullable=True),
     text("predecessor_uid"),
     text("failure"),
@@ -342,15 +333,9 @@ job = sa.Table(
         "priority",
         "not_before",
         "id",
-        sqlite_where=sa.text("state = 'available'"),
-        postgresql_where=sa.text("state = 'available'"),
+        **where("state = 'available'"),
     ),
-    sa.Index(
-        "ix_job_leased",
-        "lease_expires_at",
-        sqlite_where=sa.text("state = 'leased'"),
-        postgresql_where=sa.text("state = 'leased'"),
-    ),
+    sa.Index("ix_job_leased", "lease_expires_at", **where("state = 'leased'")),
     sa.Index("ix_job_study_id", "study_id"),
 )
 

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Final
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from worker.domain import Code, Observation, Patient, PatientKey, PatientRecord
+from worker.domain import CLOCKS, Code, Observation, Patient, PatientKey, PatientRecord
 from worker.store import persons
 from worker.store.persons import person_of
 from worker.store.schema import IS_WITHDRAWN, AnyRow, demographics, message, observation
@@ -26,8 +26,6 @@ from worker.store.schema import IS_WITHDRAWN, AnyRow, demographics, message, obs
 _RANK: Final = {"F": 1, "C": 2, "D": 2, "W": 2, "X": 2}
 #: Statuses that take back what was said under the same key.
 WITHDRAWN: Final = frozenset("DWX")
-#: How far clocks may differ before a time of after its own message is a wrong one.
-CLOCKS: Final = timedelta(hours=24)
 #: Of demographics.
 PARTS: Final = ("name", "birth_date", "sex")
 #: When it was said who somebody is, by a message about something else: any admission's word comes after it.
@@ -108,13 +106,18 @@ def view(
         unusable=tuple(_observation(fact, keys) for fact in unusable),
         stamp=persons.stamp(chain),
         told=tuple(dict.fromkeys(_said_to_be(line, keys) for line in lines if line.at == IN_PASSING)),
+        admissions=tuple((line.at, _said_to_be(line, keys)) for line in lines if line.at > IN_PASSING),
     )
 
 
 def _standing(facts: Sequence[AnyRow]) -> list[AnyRow]:
     """Of all that was said of one person what stands, withdrawals included."""
     best: dict[object, AnyRow] = {}
+    # Taken back by its row: what else was said under its key, later or of a patient merged since, is not meant.
+    taken = {fact.key for fact in facts if fact.status == "W" and fact.key.startswith("#")}
     for fact in facts:
+        if taken and row_key(fact) in taken:
+            continue
         # Across merged keys too: a result that is corrected after the merge comes under the survivor. And across codes: what was
         # filed under a wrong one is corrected under another, and a document may be cancelled by its number alone.
         name = (fact.source, fact.key or row_key(fact))
@@ -134,7 +137,7 @@ def _standing(facts: Sequence[AnyRow]) -> list[AnyRow]:
 
 
 def row_key(fact: AnyRow) -> str:
-    """The name by which a person withdraws a fact that its source gave none; no source's keys begin so."""
+    """The name by which this very fact is withdrawn, whatever else its source says under the same key; no source's keys begin so."""
     return f"#{fact.id}"
 
 
