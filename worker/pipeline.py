@@ -44,6 +44,8 @@ from worker.selection import takes
 from worker.settling import is_repeated, settle
 from worker.store import documents, studies
 
+__all__ = ["Case", "Line", "Stage", "each", "explain", "gather", "load", "load_images", "process", "report", "settle", "together"]
+
 #: How soon to look again at a study that was opened again by a late image.
 REOPENED_S: Final = 1.0
 
