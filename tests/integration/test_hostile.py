@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from tests.files import Sendable, below, sendable
 from tests.installation import BUNDLES, Installation
 from tests.peers import require_shared
-from tests.scu import EXPLICIT, IMPLICIT, VERIFICATION, Scu, command_set, pdu, pdv
+from tests.scu import IMPLICIT, VERIFICATION, Scu, command_set, pdu, pdv
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -68,7 +68,9 @@ def send(installation: Installation, files: Sequence[Sendable]) -> list[int]:
     statuses = []
     for one in files:
         with Scu(("127.0.0.1", installation.port)) as scu:
-            scu.associate([(one.sop_class_uid, (one.transfer_syntax_uid,)), (VERIFICATION, (IMPLICIT,))], called="WORKER", calling="MODALITY")
+            scu.associate(
+                [(one.sop_class_uid, (one.transfer_syntax_uid,)), (VERIFICATION, (IMPLICIT,))], called="WORKER", calling="MODALITY"
+            )
             result, syntax = scu.contexts[1]
             assert (result, syntax) == (0, one.transfer_syntax_uid)
             assert scu.echo(context_id=3) == 0

@@ -136,4 +136,6 @@ def test_every_real_file_is_an_image_or_has_a_typed_reason(pool: DecoderPool, sh
     keep("every-file", lines)
     causes = Counter((outcome, why) for _, outcome, why in found if why)
     ordered = sorted(causes.items(), key=lambda one: (OUTCOMES.index(one[0][0]), -one[1], one[0][1]))
-    keep("every-cause", ["| outcome | cause | files |", "|---|---|---|", *(f"| {outcome} | {why} | {n} |" for (outcome, why), n in ordered)])
+    keep(
+        "every-cause", ["| outcome | cause | files |", "|---|---|---|", *(f"| {outcome} | {why} | {n} |" for (outcome, why), n in ordered)]
+    )
