@@ -119,7 +119,7 @@ def revalue(data: bytearray, places: Sequence[int], rng: random.Random) -> None:
 MUTATIONS: Final[tuple[Mutation, ...]] = (flip, flip, cut, insert, lengthen, swap, double, revalue, revalue, revalue, revalue, revalue)
 
 
-def places_of(data: bytes) -> list[int]:
+def places_of(data: bytes | bytearray) -> list[int]:
     """Where elements seem to begin: a group that occurs in images, with a likely VR or length behind, up to the codestream's head."""
     pattern = rb"(?=(?:[\x08\x10\x18\x20\x28\x40\x54]\x00..(?:[A-Z]{2}|..\x00\x00)|\xe0\x7f\x10\x00|\xfe\xff[\x00\x0d\xdd]\xe0))"
     end = data.find(b"\xe0\x7f\x10\x00") % 200_000
@@ -222,16 +222,16 @@ def run(seconds: float, *, seed: int = SEED, files: int = sys.maxsize) -> Tally:
     return made
 
 
-def main(minutes: float = 3.0, seed: int = 0) -> int:
+def main(minutes: str = "3", seed: str = "") -> int:
     """Run, print, and return the exit status."""
-    seed = seed or time.time_ns() % 10**9
-    made = run(60 * minutes, seed=seed)
+    first = int(seed or time.time_ns() % 10**9)
+    made = run(60 * float(minutes), seed=first)
     kinds: Counter[str] = Counter()
     for outcome, count in made.outcomes.items():
         kinds[outcome.split(", ")[-1].split(" by ")[0]] += count
     refused = sum(count for outcome, count in made.outcomes.items() if outcome.startswith("header"))
     print(
-        f"{made.outcomes.total()} files in {minutes:g} minutes from seed {seed}: {len(made.escaped)} escaped; {dict(kinds)}; "
+        f"{made.outcomes.total()} files in {minutes} minutes from seed {first}: {len(made.escaped)} escaped; {dict(kinds)}; "
         f"refused by the receiver's reader {refused}; longest {made.longest_s:.2f} s; parent grew {made.grown_bytes / 2**20:.1f} MiB"
     )
     print(*made.escaped, *made.died, sep="\n")
@@ -239,4 +239,4 @@ def main(minutes: float = 3.0, seed: int = 0) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*map(float, sys.argv[1:2]), *map(int, sys.argv[2:3])))
+    sys.exit(main(*sys.argv[1:3]))
