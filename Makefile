@@ -1,7 +1,8 @@
 # The four verbs, the same on a laptop and in CI. Each makes .venv first if there is none.
 PYTHON ?= python3
 BIN := .venv/bin
-.PHONY: demo test check fix bench gate clean
+MINUTES ?= 3
+.PHONY: demo test check fix bench gate fuzz clean
 
 .venv/.installed: pyproject.toml .constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Synoptic needs Python 3.11 or newer; say: make PYTHON=python3.11 ...")'
@@ -33,6 +34,9 @@ bench: .venv/.installed  ## the long measurements, one JSON line each; results a
 
 gate: .venv/.installed  ## every validator, PixelMed too, on all 188 reports of the real cohort: a quarter of an hour
 	JAVA_SAMPLE=188 $(BIN)/python -m pytest -s -o timeout=3000 tests/integration/test_line.py -k cohort
+
+fuzz: .venv/.installed  ## faults put into real files for MINUTES=3, through the receiver's reader and the decoders; the result is quoted in deploy/IMAGES.md
+	$(BIN)/python -m tests.fuzz $(MINUTES)
 
 clean:
 	rm -rf .venv var

@@ -107,6 +107,8 @@ class Scu:
 
     def __init__(self, address: tuple[str, int], *, timeout_s: float = 15.0) -> None:
         self.sock = socket.create_connection(address, timeout=timeout_s)
+        # Else Nagle's wait meets the receiver's delayed ACK: 40 ms for each message of two PDUs.
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.contexts: dict[int, tuple[int, str]] = {}
         self.comment = ""
 

@@ -6,7 +6,6 @@ JPEG 2000, and for HTJ2K the codestreams of tests/golden/htj2k, made by OpenJPH 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -24,12 +23,12 @@ from tests import factories
 from tests.decoders import make_image, read_frames, refused
 from tests.images import ramp
 from tests.peers import dcmtk, require_shared
+from tests.tables import keep
 from worker.errors import PixelError
 from worker.imaging.codecs import CODECS, NOT_OFFERED, why_not_decoded
 from worker.imaging.decoding import DecoderPool
 
 ROOT: Final = Path(__file__).parents[2]
-DOCUMENT: Final = ROOT / "deploy" / "IMAGES.md"
 GOLDEN: Final = ROOT / "tests" / "golden" / "htj2k"
 JPEG_2000, PREFIX = "1.2.840.10008.1.2.4.9", "1.2.840.10008.1.2"
 LOSSY: Final = {f"{PREFIX}.4.{end}" for end in (50, 51, 81, 91, 203)}
@@ -176,16 +175,6 @@ def test_the_table_of_transfer_syntaxes_that_are_refused_has_each_that_the_libra
     refused = [uid for uid in pydicom.uid.AllTransferSyntaxes if uid not in CODECS]
     rows = [f"| {uid.removeprefix(PREFIX)} {uid.name} | {why_not_decoded(uid)} |" for uid in refused]
     keep("refused", ["| Transfer syntax | why |", "|---|---|", *rows])
-
-
-def keep(name: str, made: list[str]) -> None:
-    """Compare one table of the document with what it is now; write it where that is asked for."""
-    text = DOCUMENT.read_text()
-    head, rest = text.split(f"<!-- {name} -->\n")[0], text.split(f"<!-- /{name} -->")[1]
-    wanted = f"{head}<!-- {name} -->\n" + "\n".join(made) + f"\n<!-- /{name} -->{rest}"
-    if os.environ.get("UPDATE_TABLES"):
-        DOCUMENT.write_text(wanted)
-    assert wanted == DOCUMENT.read_text(), "run again with UPDATE_TABLES=1 and read what changed"
 
 
 REAL: Final = (

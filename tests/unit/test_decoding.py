@@ -23,7 +23,7 @@ from pydicom.uid import (
 from tests import factories
 from tests.decoders import read, refused
 from worker import doctor, events, roles
-from worker.errors import DecoderDied, GeometryError, PixelError, StoredFileLost
+from worker.errors import DecoderDied, GeometryError, PixelError, StoredFileLost, WorkerError
 from worker.imaging import child, decoding
 from worker.imaging.codecs import CODECS, NOT_OFFERED, decodable_transfer_syntaxes, unloadable, why_not_decoded
 from worker.imaging.decoding import DecoderPool
@@ -31,6 +31,9 @@ from worker.imaging.decoding import DecoderPool
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.requirement("P1")
+@pytest.mark.requirement("P2")
+@pytest.mark.requirement("P3")
 @pytest.mark.requirement("P18")
 def test_every_hostile_file_has_a_typed_outcome_and_the_parent_does_not_grow(pool: DecoderPool, shared: Path) -> None:
     """357 files of a fuzzing corpus: none crashes, hangs or swells anything, none kills a child."""
@@ -51,6 +54,31 @@ def test_every_hostile_file_has_a_typed_outcome_and_the_parent_does_not_grow(poo
     assert this.memory_info().rss - resident < 50 * 2**20
     assert this.num_fds() == descriptors
     assert set(pool.pids()) == set(before)
+
+
+@pytest.mark.requirement("P1")
+@pytest.mark.requirement("P18")
+def test_where_every_hostile_file_costs_a_child_each_has_a_typed_outcome_and_none_is_left_over(shared: Path) -> None:
+    """No child starts within the limit, so that each is ended and replaced: the parent keeps neither memory, sockets nor zombies."""
+    files = sorted((shared / "data" / "hostile" / "fuzz_corpus_v2").rglob("*.dcm"))
+    this, outcomes, longest = psutil.Process(), Counter[str](), 0.0
+    children = {child.pid for child in this.children()}
+    resident, descriptors = this.memory_info().rss, this.num_fds()
+    with DecoderPool(processes=1, timeout_s=0.0025) as pool:
+        for path in files:
+            started = time.perf_counter()
+            with pytest.raises(WorkerError) as caught:
+                read(pool, path)
+            outcomes[type(caught.value).__name__] += 1
+            longest = max(longest, time.perf_counter() - started)
+    assert outcomes.total() == len(files) > 350
+    # Some files of the corpus are the same bytes: the second time it is the file's fault.
+    assert outcomes.keys() == {"DecoderDied", "PixelError"}
+    assert outcomes["DecoderDied"] > 300
+    assert longest < 5
+    assert this.memory_info().rss - resident < 50 * 2**20
+    assert this.num_fds() == descriptors
+    assert {child.pid for child in this.children()} == children
 
 
 def test_every_codec_loads_and_says_its_version(pool: DecoderPool) -> None:

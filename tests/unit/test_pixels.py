@@ -383,6 +383,18 @@ def test_an_rle_stream_too_short_for_its_image_is_refused(pool: DecoderPool, tmp
     assert re.fullmatch(r"An RLE stream of \d+ bytes cannot hold 128000000 bytes of pixels.", refused(pool, ds, tmp_path))
 
 
+@pytest.mark.requirement("P18")
+def test_an_rle_segment_that_runs_over_is_refused_and_costs_no_child(pool: DecoderPool, tmp_path: Path) -> None:
+    """pylibjpeg-rle panics at it, which in Python is no Exception (found by `make fuzz`)."""
+    ds = factories.make_radiograph(transfer_syntax=RLELossless)
+    segment = bytes([257 - 64, 7]) * (ds.Rows * ds.Columns // 64)  # PS3.5 §G.3.1: a byte, 64 times
+    longer = bytes([257 - 2, 7]) + segment
+    ds.PixelData = encapsulate([struct.pack("<16L", 2, 64, 64 + len(longer), *[0] * 13) + longer + segment])
+    before = pool.pids()
+    assert refused(pool, ds, tmp_path) == "The pixel data cannot be decoded by rle (PanicException)."
+    assert set(pool.pids()) == set(before)
+
+
 @pytest.mark.requirement("P1")
 def test_an_image_larger_than_the_limit_is_refused_from_its_header(pool: DecoderPool, tmp_path: Path) -> None:
     ds = factories.make_radiograph()
@@ -412,6 +424,29 @@ def test_sequences_nested_beyond_reason_are_refused(pool: DecoderPool, tmp_path:
     path.write_bytes(head + opened * depth + closed * depth + pixel_data + tail)
     with pytest.raises(PixelError, match="nested deeper"):
         read(pool, path)
+
+
+@pytest.mark.requirement("P2")
+@pytest.mark.parametrize("depth", [300, 5000])
+@pytest.mark.parametrize(("tag", "sentence"), [(0x00283000, "Modality LUT"), (0x00540016, ""), (0x52009229, "")])
+def test_deep_sequences_of_defined_length_are_stepped_over_or_cost_one_error(
+    pool: DecoderPool, tmp_path: Path, tag: int, sentence: str, depth: int
+) -> None:
+    """A table, a dose, functional groups: what is wanted of them is on the first levels, and no reader goes further down."""
+    value = b""
+    for level in range(depth):
+        item = struct.pack("<HHI", 0xFFFE, 0xE000, len(value)) + value
+        group, element = divmod(tag if level == depth - 1 else 0x0040A730, 0x10000)
+        value = struct.pack("<HH2sHI", group, element, b"SQ", 0, len(item)) + item
+    path, pixel_data = factories.write(factories.make_radiograph(), tmp_path / "one.dcm"), struct.pack("<HH2s", 0x7FE0, 0x0010, b"OW")
+    path.write_bytes(path.read_bytes().replace(pixel_data, value + pixel_data))
+    before = pool.pids()
+    if sentence:
+        with pytest.raises(PixelError, match=sentence):
+            read(pool, path)
+    else:
+        np.testing.assert_array_equal(read(pool, path).pixels, factories.known_stored())
+    assert set(pool.pids()) == set(before)
 
 
 @pytest.mark.requirement("X1")

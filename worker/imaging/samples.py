@@ -117,11 +117,12 @@ def _run_codec(stream: bytes, layout: Layout, transfer_syntax_uid: str, *, preci
             planar_configuration=0,  # that of what comes out, not of what went in
             pixel_keyword="PixelData",
         )
-    except (MemoryError, RecursionError):
+    except (MemoryError, RecursionError, KeyboardInterrupt, SystemExit):
         raise
     except ImportError as exc:
         raise Retry(f"The decoder {codec} is not installed.") from exc
-    except Exception as exc:  # C code fed by strangers raises what it likes, and its text may quote the file
+    # Code of other languages fed by strangers raises what it likes, and its text may quote the file; a panic of Rust is no Exception.
+    except BaseException as exc:
         raise PixelError(f"The pixel data cannot be decoded by {codec} ({type(exc).__name__}).") from exc
     return buffer, int(made.get("planar_configuration", 0))
 
