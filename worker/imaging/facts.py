@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 import pydicom
-from pydicom.datadict import dictionary_description, tag_for_keyword
+from pydicom.datadict import dictionary_description, dictionary_has_tag, dictionary_VR, tag_for_keyword
 from pydicom.dataelem import DataElement
 from pydicom.tag import Tag
 
@@ -43,6 +43,9 @@ _KEYWORDS: Final = (
 OVERLAY_BITS: Final = tuple((group << 16) | 0x0102 for group in range(0x6000, 0x6020, 2))
 TAGS: Final = {keyword: Tag(tag_for_keyword(keyword) or 0) for keyword in _KEYWORDS}
 WANTED: Final = [*TAGS.values(), *(Tag(tag) for tag in OVERLAY_BITS)]
+#: VRs (PS3.5 §6.2) whose values need nothing else of their file, as text needs its character set, and what has one of them by the dictionary.
+PLAIN_VRS: Final = frozenset({"AS", "CS", "DA", "DS", "DT", "FD", "FL", "IS", "SL", "SS", "TM", "UI", "UL", "US"})
+PLAIN_TAGS: Final = frozenset(tag for tag in WANTED if dictionary_has_tag(tag) and dictionary_VR(tag) in PLAIN_VRS)
 
 #: View codes of PS3.16 CID 4010 and 4014, SNOMED CT and its older SRT form → View Position (PS3.3 §C.8.1.1, §C.8.11.7).
 _VIEWS: Final = {
