@@ -4,7 +4,7 @@
 files in the page cache; what is quoted is the median of the rounds and each reader's ratio to ours. Ours has warm
 decoding processes, as in the daemon, checks each file's digest, and proves the geometry; the others do neither.
 
-"volume": float32 (K, J, I) in HU, and the affine. "tensor": the (1, X, Y, Z) that a bundle's network gets, by our transforms and by MONAI's.
+"volume": float32 (K, J, I) in HU, and the affine. "tensor": the (1, X, Y, Z) that a bundle's network gets, by our transforms or MONAI's.
 "bare decoder": the codestreams, already in memory and apart, through the codec and nothing else, in as many processes as cores.
 MONAI Deploy's loader (`monai-deploy-app-sdk`) is not installed and not compared.
 """
@@ -21,9 +21,9 @@ import statistics
 import subprocess
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -33,22 +33,24 @@ import pydicom
 import torch
 from numpy.typing import NDArray
 from pydicom.encaps import generate_frames
-from pydicom.pixels.decoders.base import get_decoder
+from pydicom.pixels.decoders.base import DecodeRunner
+from pydicom.pixels.decoders.gdcm import _decode_frame
 from pydicom.uid import ExplicitVRLittleEndian, JPEG2000Lossless, JPEGLosslessSV1
 
 from models.image_spec import ImageSpec
 from models.transforms import volume_tensor
 from tests import factories
-from worker.domain import Series
+from worker.domain import Series, Volume
 from worker.imaging import volume
 from worker.imaging.decoding import DecoderPool
 
-SYNTAXES: Final = {"uncompressed": ExplicitVRLittleEndian, "JPEG 2000 lossless": JPEG2000Lossless, "JPEG lossless (.70)": JPEGLosslessSV1}
+SYNTAXES: Final = {"uncompressed": ExplicitVRLittleEndian, "JPEG lossless (.70)": JPEGLosslessSV1, "JPEG 2000 lossless": JPEG2000Lossless}
 SPEC: Final = ImageSpec("image", "volume", ("CT",), (128, 128, 96), spacing_mm=(2.5, 2.5, 3.0), window_hu=(-1000, 400))
 SPACING_MM: Final = (1.0, 0.7, 0.7)
-#: What a reader made, and what has to live as long as it.
+#: What a reader made, and the object that it lies in.
 Made = tuple[NDArray[np.float32], object]
 Read = Callable[[Series, Path], Made]
+Then = Callable[[Any], Any]
 
 
 def phantom(slices: int, *, size: int = 512) -> NDArray[np.float32]:
@@ -95,12 +97,12 @@ def checked(affine: NDArray[np.float64], array: NDArray[np.float32], owner: obje
 def by_monai(series: Series, folder: Path, reader: Any) -> Made:
     """Load with LoadImage and PydicomReader, as its documentation does."""
     image = reader(folder)
-    return checked(image.affine.numpy(), image.numpy())
+    return checked(image.affine.numpy(), image.numpy(), image)
 
 
 def by_simpleitk(series: Series, folder: Path) -> Made:
     """Load with ImageSeriesReader, the rescale in float32; the names ordered by GDCM."""
-    import SimpleITK as sitk
+    import SimpleITK as sitk  # noqa: N813  its usual name
 
     reader = sitk.ImageSeriesReader()
     reader.SetFileNames(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder)))
@@ -126,50 +128,38 @@ def by_us(series: Series, folder: Path, pool: DecoderPool) -> Made:
     """Load as the daemon does."""
     made = volume.load(series, kind="volume", pool=pool)
     assert made.affine is not None
-    return checked(made.affine, made.array)
+    return checked(made.affine, made.array, made)
 
 
-def our_tensor(series: Series, folder: Path, pool: DecoderPool) -> Made:
-    """Load and transform as the daemon does."""
-    made = volume.load(series, kind="volume", pool=pool)
+def our_tensor(made: Volume) -> torch.Tensor:
+    """Transform as the daemon does."""
     assert made.affine is not None
-    return volume_tensor(made.array, made.affine, SPEC).numpy(), None
+    return volume_tensor(made.array, made.affine, SPEC)
 
 
-def monai_tensor(series: Series, folder: Path, compose: Any) -> Made:
-    """Load and transform with MONAI's transforms alone."""
-    return compose(folder).as_tensor().contiguous().numpy(), None
+def monai_tensor() -> Then:
+    """Return the same steps with MONAI's transforms alone."""
+    from monai.transforms import Compose, EnsureChannelFirst, Orientation, Resize, ResizeWithPadOrCrop, ScaleIntensityRange
+
+    view = [round(n * mm / by) for n, mm, by in zip(SPEC.size, SPEC.spacing_mm, SPACING_MM[::-1], strict=True)]
+    steps: Then = Compose(
+        [
+            EnsureChannelFirst(channel_dim="no_channel"),
+            Orientation("RAS", labels=None),
+            ScaleIntensityRange(*SPEC.window_hu, 0.0, 1.0, clip=True),
+            ResizeWithPadOrCrop(view),
+            Resize(SPEC.size, mode="area"),
+        ]
+    )
+    return steps
 
 
 def readers(pool: DecoderPool) -> dict[str, Read]:
     """Return ours and each peer that is here, with a line for each that is not."""
-    from monai.transforms import (
-        Compose,
-        EnsureChannelFirst,
-        LoadImage,
-        Orientation,
-        Resize,
-        ResizeWithPadOrCrop,
-        ScaleIntensityRange,
-    )
+    from monai.transforms import LoadImage
 
     load = LoadImage(reader="PydicomReader", image_only=True, dtype=np.float32)
-    low, high = SPEC.window_hu
-    view = [round(n * mm / by) for n, mm, by in zip(SPEC.size, SPEC.spacing_mm, SPACING_MM[::-1], strict=True)]
-    compose = Compose([
-        load,
-        EnsureChannelFirst(channel_dim="no_channel"),
-        Orientation("RAS", labels=None),
-        ScaleIntensityRange(low, high, 0.0, 1.0, clip=True),
-        ResizeWithPadOrCrop(view),
-        Resize(SPEC.size, mode="area"),
-    ])
-    found: dict[str, Read] = {
-        "ours": partial(by_us, pool=pool),
-        "MONAI": partial(by_monai, reader=load),
-        "ours, tensor": partial(our_tensor, pool=pool),
-        "MONAI, tensor": partial(monai_tensor, compose=compose),
-    }
+    found: dict[str, Read] = {"ours": partial(by_us, pool=pool), "MONAI": partial(by_monai, reader=load)}
     if importlib.util.find_spec("SimpleITK"):
         found["SimpleITK"] = by_simpleitk
     else:
@@ -190,12 +180,7 @@ def decode_bare(streams: Sequence[bytes], syntax: str) -> float:
         for stream in streams:
             openjpeg.decode(stream, j2k_format=0, reshape=False)
         return time.perf_counter() - start
-    from pydicom.pixels.decoders.gdcm import _decode_frame
-
-    runner = get_decoder(pydicom.uid.UID(syntax))
-    from pydicom.pixels.decoders.base import DecodeRunner
-
-    run = DecodeRunner(runner.UID)
+    run = DecodeRunner(pydicom.uid.UID(syntax))
     run.set_options(
         rows=512, columns=512, samples_per_pixel=1, bits_allocated=16, bits_stored=16, pixel_representation=1,
         photometric_interpretation="MONOCHROME2", number_of_frames=1, pixel_keyword="PixelData",
@@ -239,21 +224,24 @@ def main() -> None:
 
 
 def one_syntax(series: Series, folder: Path, ways: dict[str, Read], *, name: str, rounds: int, processes: int) -> None:
-    """Let every reader read once, compare what they made, and measure them in turns."""
-    sums: dict[str, float] = {}
-    for way, read in ways.items():
-        array, owner = read(series, folder)
-        sums[way] = float(array.sum(dtype=np.float64))
-        del array, owner
-    volumes = {way: total for way, total in sums.items() if "tensor" not in way}
-    assert len(set(volumes.values())) <= 1, volumes  # every reader made the same voxels
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    """Measure the readers in turns, and compare what they made."""
+    seconds: dict[str, list[float]] = defaultdict(list)
     decoder: list[float] = []
+    then: dict[str, Then] = {"ours": our_tensor, "MONAI": monai_tensor()}
     for _ in range(rounds):
+        sums: dict[str, float] = {}
         for way, read in ways.items():
             start = time.perf_counter()
-            read(series, folder)
+            array, owner = read(series, folder)
             seconds[way].append(time.perf_counter() - start)
+            sums[way] = float(array.sum(dtype=np.float64))
+            if way in then:
+                start = time.perf_counter()
+                then[way](owner)
+                seconds[f"{way}, tensor"].append(seconds[way][-1] + time.perf_counter() - start)
+            del array, owner
+        say(round={way: round(times[-1], 3) for way, times in seconds.items()}, of=name)
+        assert len(set(sums.values())) <= 1, sums  # every reader made the same voxels
         if SYNTAXES[name] != ExplicitVRLittleEndian:
             decoder.append(bare(series, processes))
     medians = {way: statistics.median(times) for way, times in seconds.items()}

@@ -150,16 +150,16 @@ def _parse(data: bytes) -> tuple[Elements, str]:
 
 def _element(dataset: Dataset, tag: BaseTag) -> DataElement:
     raw = dataset.get_item(tag)
-    if isinstance(raw, RawDataElement) and raw.value is not None and len(raw.value) <= _SHORT:
-        if raw.VR in PLAIN_VRS or (raw.VR is None and tag in PLAIN_TAGS):
-            return _converted(tag, raw.VR, raw.value)
-    return dataset[tag]
+    if not isinstance(raw, RawDataElement) or raw.value is None or len(raw.value) > _SHORT:
+        return dataset[tag]
+    is_plain = raw.VR in PLAIN_VRS or (raw.VR is None and int(tag) in PLAIN_TAGS)
+    return _converted(int(tag), raw.VR, raw.value) if is_plain else dataset[tag]
 
 
 @lru_cache(maxsize=1024)
-def _converted(tag: BaseTag, vr: str | None, value: bytes) -> DataElement:
+def _converted(tag: int, vr: str | None, value: bytes) -> DataElement:
     """Convert what depends on nothing else in its file; the slices of a series say most of it alike, and it is half the time of a file."""
-    return convert_raw_data_element(RawDataElement(tag, vr, len(value), value, 0, vr is None, True))
+    return convert_raw_data_element(RawDataElement(BaseTag(tag), vr, len(value), value, 0, vr is None, True))
 
 
 def _padding(elements: Elements, layout: Layout) -> tuple[int, int] | None:

@@ -51,9 +51,7 @@ def values(slices: Sequence[Frame], *, unit: str = "") -> NDArray[np.float32]:
     return array
 
 
-def _rescaled(
-    array: NDArray[np.float32], slices: Sequence[Frame], unit: str, k: int
-) -> tuple[NDArray[np.bool_] | None, tuple[float, ...]]:
+def _rescaled(array: NDArray[np.float32], slices: Sequence[Frame], unit: str, k: int) -> tuple[NDArray[np.bool_] | None, tuple[float, ...]]:
     """Rescale slice `k` into `array`, and return its padding and the ends of its real values, none if all is padding."""
     one = slices[k]
     slope, intercept = _rescale(one, unit)
