@@ -28,9 +28,11 @@ fix: .venv/.installed  ## format and mend what can be mended by itself
 	$(BIN)/ruff format .
 
 bench: .venv/.installed  ## the long measurements, one JSON line each; results are quoted in deploy/README.md
+	$(BIN)/python -m pip install --quiet --constraint .constraints.txt --editable '.[dev,bench]'
 	$(BIN)/python -m tests.bench.line
 	$(BIN)/python -m tests.bench.receive
 	$(BIN)/python -m tests.bench.records
+	$(BIN)/python -m tests.bench.load
 
 gate: .venv/.installed  ## every validator, PixelMed too, on all 188 reports of the real cohort: a quarter of an hour
 	JAVA_SAMPLE=188 $(BIN)/python -m pytest -s -o timeout=3000 tests/integration/test_line.py -k cohort

@@ -12,13 +12,15 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 import pydicom
-from pydicom.datadict import dictionary_description, tag_for_keyword
+from pydicom.datadict import dictionary_description, dictionary_has_tag, dictionary_VR, tag_for_keyword
 from pydicom.dataelem import DataElement
 from pydicom.tag import Tag
 
 from worker.errors import GeometryError, PixelError
 
 _MAX_TEXT: Final = 64
+_ONE: Final = (str, bytes)
+_SEVERAL: Final = (list, pydicom.multival.MultiValue, pydicom.sequence.Sequence)
 
 _KEYWORDS: Final = (
     "SOPInstanceUID", "SOPClassUID", "SeriesInstanceUID", "Modality", "ImageType", "InstanceNumber", "FrameOfReferenceUID",
@@ -41,8 +43,12 @@ _KEYWORDS: Final = (
 )  # fmt: skip
 # Overlay Bit Position of each overlay group (PS3.3 §C.9.2): which of the unused high bits older files put an overlay into.
 OVERLAY_BITS: Final = tuple((group << 16) | 0x0102 for group in range(0x6000, 0x6020, 2))
-TAGS: Final = {keyword: Tag(tag_for_keyword(keyword) or 0) for keyword in _KEYWORDS}
-WANTED: Final = [*TAGS.values(), *(Tag(tag) for tag in OVERLAY_BITS)]
+# Plain numbers: a dict compares pydicom's tags in Python, hundreds of times a file.
+TAGS: Final = {keyword: tag_for_keyword(keyword) or 0 for keyword in _KEYWORDS}
+WANTED: Final = [Tag(tag) for tag in (*TAGS.values(), *OVERLAY_BITS)]
+#: VRs (PS3.5 §6.2) whose values need nothing else of their file, as text needs its character set; and what has one by the dictionary.
+PLAIN_VRS: Final = frozenset({"AS", "CS", "DA", "DS", "DT", "FD", "FL", "IS", "SL", "SS", "TM", "UI", "UL", "US"})
+PLAIN_TAGS: Final = frozenset(int(tag) for tag in WANTED if dictionary_has_tag(tag) and dictionary_VR(tag) in PLAIN_VRS)
 
 #: View codes of PS3.16 CID 4010 and 4014, SNOMED CT and its older SRT form → View Position (PS3.3 §C.8.1.1, §C.8.11.7).
 _VIEWS: Final = {
@@ -136,17 +142,19 @@ def _region_spacing(elements: Elements) -> list[float] | None:
 
 
 def _named(keyword: str) -> str:
-    tag = TAGS[keyword]
+    tag = Tag(TAGS[keyword])
     return f"{dictionary_description(tag)} ({tag.group:04X},{tag.element:04X})"
 
 
 def values_of(elements: Elements, keyword: str) -> Sequence[Any]:
     """Return the values of an element; none if it is absent or empty."""
     element = elements.get(TAGS[keyword])
-    if element is None or element.value in (None, "", b"", []):
+    if element is None or element.value is None:
         return ()
     value = element.value
-    return tuple(value) if isinstance(value, list | pydicom.multival.MultiValue | pydicom.sequence.Sequence) else (value,)
+    if isinstance(value, _ONE):  # asked first: whether it is one of pydicom's collections takes longer to find out
+        return () if value in ("", b"") else (value,)
+    return tuple(value) if isinstance(value, _SEVERAL) else (value,)
 
 
 def text_of(elements: Elements, keyword: str) -> str:
