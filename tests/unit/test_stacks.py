@@ -175,12 +175,17 @@ def test_many_stacks_are_counted_and_some_are_named(pool: DecoderPool, tmp_path:
 
 
 @pytest.mark.requirement("P8")
-def test_when_no_stack_forms_a_volume_the_largest_says_why(pool: DecoderPool, tmp_path: Path) -> None:
-    gap = stack(1, 6, EchoTime=20)
+@pytest.mark.parametrize("choose", ["first", "last", "largest"])
+def test_no_other_phase_stands_in_for_the_wanted_one_that_lacks_a_slice(pool: DecoderPool, tmp_path: Path, choose: str) -> None:
+    """A bundle that wants the native phase must not be given the arterial one, because a slice of the native one was lost."""
+    gap, whole = (
+        stack(1, 8, TemporalPositionIdentifier=1 + (choose == "last")),
+        stack(2, 6, TemporalPositionIdentifier=2 - (choose == "last")),
+    )
     del gap[2]
-    series = factories.spool(factories.in_one_series(gap, stack(2, 3, EchoTime=80)[:2]), tmp_path)
-    with pytest.raises(GeometryError, match=r"There is a gap of 5.00 mm .* It is the largest of 2 stacks: echo time 20 ms \(5 slices\)"):
-        volume.load(series, kind="volume", pool=pool, stack="first")
+    series = factories.spool(factories.in_one_series(*((whole, gap) if choose == "last" else (gap, whole))), tmp_path)
+    with pytest.raises(GeometryError, match=rf"There is a gap of 5.00 mm .* It is the {choose} of 2 stacks: .*time point 1"):
+        volume.load(series, kind="volume", pool=pool, stack=choose)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
