@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydicom.dataset import Dataset, FileDataset
-from pydicom.uid import JPEG2000Lossless, RLELossless
+from pydicom.uid import EnhancedMRImageStorage, JPEG2000Lossless, RLELossless
 
 from tests import factories
 from worker.domain import Series, Volume
@@ -133,6 +133,15 @@ def _drop(name: str) -> Callable[[FileDataset], None]:
     return change
 
 
+def _drop_from_one_frame(ds: FileDataset) -> None:
+    """Let one frame of an MR say no rescale, while the others do."""
+    ds.Modality = "MR"
+    ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = EnhancedMRImageStorage
+    rescale = ds.SharedFunctionalGroupsSequence[0].pop("PixelValueTransformationSequence").value
+    for item in ds.PerFrameFunctionalGroupsSequence[1:]:
+        item.PixelValueTransformationSequence = rescale
+
+
 def _at_the_top(ds: FileDataset) -> None:
     """Say geometry and rescale where a classic header has them, and not in the groups: they mean nothing there."""
     ds.ImagePositionPatient, ds.ImageOrientationPatient, ds.PixelSpacing = [0, 0, 0], [1, 0, 0, 0, 1, 0], [1, 1]
@@ -148,6 +157,7 @@ def _at_the_top(ds: FileDataset) -> None:
         (_drop("PlaneOrientationSequence"), "is absent from a slice"),
         (_drop("PixelMeasuresSequence"), "is absent from a slice"),
         (_drop("PixelValueTransformationSequence"), "no rescale to Hounsfield units"),
+        (_drop_from_one_frame, "1 of 5 slices have no rescale, and the others do."),
         (_at_the_top, "is absent from a slice"),
         (
             lambda ds: ds.PerFrameFunctionalGroupsSequence.pop(),

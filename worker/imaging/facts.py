@@ -75,7 +75,8 @@ def facts_of(elements: Elements, transfer_syntax_uid: str) -> dict[str, Any]:
         "has_modality_lut": TAGS["ModalityLUTSequence"] in elements,
         "rescale_slope": number_of(elements, "RescaleSlope"),
         "rescale_intercept": number_of(elements, "RescaleIntercept"),
-        "rescale_type": text_of(elements, "RescaleType"),
+        # PS3.3 §C.8.9.1: in PET, Units are what the rescale gives.
+        "rescale_type": text_of(elements, "RescaleType") or text_of(elements, "Units"),
         "position": numbers_of(elements, "ImagePositionPatient", 3),
         "orientation": numbers_of(elements, "ImageOrientationPatient", 6),
         "slice_location": _first_number(elements, "SliceLocation"),

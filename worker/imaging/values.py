@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from worker.errors import PixelError
 from worker.imaging.frame import Frame
 
+#: Of one injection and one scan there is one factor.
+_SAME_FACTOR: Final = 1 + 1e-6
 _FLOAT32_MAX: Final = float(np.finfo(np.float32).max)
 #: Values of these modalities are physical, whatever their display: PS3.3 §C.8.2.1 (HU), §C.8.9.1 (Units).
 _HAVE_UNITS: Final = frozenset({"CT", "PT"})
@@ -30,15 +32,16 @@ def values(slices: Sequence[Frame], *, unit: str = "") -> NDArray[np.float32]:
     Raises
     ------
     PixelError
-        The rescale is incomplete, zero, overflows or is not in the unit; every pixel is padding.
+        The rescale is incomplete, zero, overflows, is not in the unit or not in that of the other slices; every pixel is padding.
     """
+    rescales = [_rescale(one, unit) for one in slices]
+    _check_alike(slices, unit)
     array = np.empty((len(slices), *slices[0].pixels.shape), np.float32)
     # Rescaled in float64, rounded once; one buffer, for new pages cost more than the arithmetic.
     exact = np.empty(array.shape[1:], np.float64)
     pads: list[tuple[int, NDArray[np.bool_]]] = []
     ends: list[float] = []
-    for k, one in enumerate(slices):
-        slope, intercept = _rescale(one, unit)
+    for k, (one, (slope, intercept)) in enumerate(zip(slices, rescales, strict=True)):
         pad = _padding(one)
         real = one.pixels if pad is None else one.pixels[~pad]
         if pad is not None:
@@ -55,6 +58,19 @@ def values(slices: Sequence[Frame], *, unit: str = "") -> NDArray[np.float32]:
     for k, pad in pads:
         array[k][pad] = min(ends)
     return array
+
+
+def _check_alike(slices: Sequence[Frame], unit: str) -> None:
+    """Refuse slices whose values are not of one kind: without its rescale, one slice would be brighter or darker than its neighbors."""
+    without = sum(one.rescale_slope is None and not one.has_modality_lut for one in slices)
+    if 0 < without < len(slices):
+        raise PixelError(f"{without} of {len(slices)} slices have no rescale, and the others do.")
+    kinds = {one.rescale_type or ("HU" if one.modality == "CT" else "") for one in slices}
+    if len(kinds) > 1:
+        raise PixelError(f"The slices are in {len(kinds)} different units: Rescale Type (0028,1054) or Units (0054,1001) differs.")
+    factors = [one.suv_factor for one in slices if one.suv_factor is not None]
+    if unit == "SUVbw" and factors and max(factors) > min(factors) * _SAME_FACTOR:
+        raise PixelError("The slices have different standardized uptake values for one activity: weight, dose or times differ.")
 
 
 def _padding(one: Frame) -> NDArray[np.bool_] | None:
