@@ -290,6 +290,28 @@ def test_padding_of_a_film_is_as_dark_as_its_darkest_pixel(pool: DecoderPool, tm
     assert np.unique(array[:, :5]).tolist() == np.unique(array[:, -5:]).tolist() == [expected[:, 5:-5].min()]
 
 
+@pytest.mark.requirement("P10")
+def test_padding_between_the_values_of_real_pixels_is_refused_for_it_would_be_holes_in_water(pool: DecoderPool, tmp_path: Path) -> None:
+    """A signed CT whose Pixel Padding Value is 0, which with an intercept of 0 is water."""
+    hu = factories.known_hu(3)
+    hu[:, 20, 20] = 0
+    datasets = factories.make_ct(hu=hu, is_signed=True)
+    for k, ds in enumerate(datasets):
+        factories.set_pixels(ds, hu[k].astype(np.int16), bits_stored=16)
+        ds.RescaleIntercept, ds.PixelPaddingValue = 0, 0
+    assert "Padding from 0 to 0 lies between the values of real pixels" in refused(PixelError, pool, datasets, tmp_path)
+
+
+@pytest.mark.requirement("P10")
+@pytest.mark.parametrize(("photometric", "shape"), [("MONOCHROME2", "INVERSE"), ("MONOCHROME1", "IDENTITY")])
+def test_a_film_that_says_bright_is_dense_and_that_it_is_not_is_refused(
+    pool: DecoderPool, tmp_path: Path, photometric: str, shape: str
+) -> None:
+    ds = factories.make_radiograph(photometric=photometric)
+    ds.PresentationLUTShape = shape
+    assert "contradicts Photometric Interpretation" in refused(PixelError, pool, [ds], tmp_path)
+
+
 def test_a_film_of_padding_only_is_refused(pool: DecoderPool, tmp_path: Path) -> None:
     ds = factories.make_radiograph(stored=np.full((8, 8), 7, np.uint16))
     ds.PixelPaddingValue = 7

@@ -16,8 +16,9 @@ class Frame:
     ``position`` and ``orientation`` are LPS, mm; ``pixel_spacing``, ``imager_spacing`` and ``region_spacing`` (of the one
     ultrasound region) are (between rows, between columns), mm; ``magnification`` is that of the object on the detector.
     ``padding`` is the closed range of stored values that are no image (PS3.3 §C.7.5.1.1.2); ``window`` holds (center, width).
-    ``rescale_type`` names what the rescale gives (Units of a PET image), or with ``has_modality_lut`` the table, which then has been applied. ``suv_factor`` turns rescaled
-    values into SUV by body weight, g/ml; where it is None, ``suv_reason`` says why in a sentence.
+    ``rescale_type`` names what the rescale gives (Units of a PET image), or with ``has_modality_lut`` the table, which then has been
+    applied. ``suv_factor`` turns rescaled values into SUV by body weight, g/ml; where it is None, ``suv_reason`` says why in a
+    sentence.
     ``number`` counts the frames of its instance from 1. None means that the attribute is absent or empty.
 
     What tells one stack of a series from another: ``image_type`` (Frame Type of an enhanced object), ``echo_time`` ms,

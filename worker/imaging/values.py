@@ -32,7 +32,8 @@ def values(slices: Sequence[Frame], *, unit: str = "") -> NDArray[np.float32]:
     Raises
     ------
     PixelError
-        The rescale is incomplete, zero, overflows, is not in the unit or not in that of the other slices; every pixel is padding.
+        The rescale is incomplete, zero, overflows, is not in the unit or not in that of the other slices; every pixel is padding,
+        or padding lies between the values of real pixels.
     """
     rescales = [_rescale(one, unit) for one in slices]
     _check_alike(slices, unit)
@@ -47,6 +48,8 @@ def values(slices: Sequence[Frame], *, unit: str = "") -> NDArray[np.float32]:
         if pad is not None:
             pads.append((k, pad))
         if real.size:
+            if pad is not None:
+                _check_outside(one, real)
             # Linear, so the ends of the stored values are the ends of the rescaled ones.
             ends += [slope * int(real.min()) + intercept, slope * int(real.max()) + intercept]
             if not max(abs(ends[-1]), abs(ends[-2])) <= _FLOAT32_MAX:
@@ -80,6 +83,16 @@ def _padding(one: Frame) -> NDArray[np.bool_] | None:
     return pad if pad.any() else None
 
 
+def _check_outside(one: Frame, real: NDArray[np.integer]) -> None:
+    """Refuse padding with real values on both sides: it cannot be told from anatomy, whose pixels would become holes."""
+    first, last = one.padding or (0, 0)
+    if int(real.min()) < first and last < int(real.max()):
+        raise PixelError(
+            f"Padding from {first} to {last} lies between the values of real pixels, {int(real.min())} to {int(real.max())}: "
+            "what is padding and what is image cannot be told."
+        )
+
+
 def _rescale(one: Frame, unit: str) -> tuple[float, float]:
     """Return slope and intercept (PS3.3 §C.11.1), inverting for MONOCHROME1, when they are as the unit we promise needs them."""
     if (one.rescale_slope is None) != (one.rescale_intercept is None):
@@ -106,7 +119,7 @@ def _rescale(one: Frame, unit: str) -> tuple[float, float]:
 
 def _is_inverted(one: Frame) -> bool:
     """Tell whether small values are meant to be bright (PS3.3 §C.7.6.3.1.2)."""
-    if one.photometric == "MONOCHROME2" and one.presentation_lut_shape == "INVERSE":
-        # PS3.3 §C.8.11.3.1.2 pairs INVERSE with MONOCHROME1: this says bright is dense, and that it is not.
+    if (one.photometric, one.presentation_lut_shape) in {("MONOCHROME2", "INVERSE"), ("MONOCHROME1", "IDENTITY")}:
+        # PS3.3 §C.8.11.3.1.2 pairs INVERSE with MONOCHROME1: this says bright is dense, and that it is not. Viewers differ.
         raise PixelError("Presentation LUT Shape (2050,0020) contradicts Photometric Interpretation (0028,0004).")
     return one.photometric == "MONOCHROME1" and one.modality not in _HAVE_UNITS
