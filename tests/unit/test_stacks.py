@@ -32,6 +32,11 @@ def stack(
     return datasets
 
 
+def ct(seed: int, **said: object) -> Datasets:
+    """Make one stack of a CT."""
+    return stack(seed, 5, "CT", ("ORIGINAL", "PRIMARY", "AXIAL"), **said)
+
+
 def timed(seed: int, second: int) -> Datasets:
     """Make one stack whose slices were acquired one after the other, from `second` on."""
     datasets = stack(seed)
@@ -77,6 +82,8 @@ PAIRS: dict[str, tuple[Callable[[], tuple[Datasets, Datasets]], str, str]] = {
         "diffusion direction 2",
         "diffusion direction 1",
     ),
+    "energies": (lambda: (ct(1, KVP=80, AcquisitionNumber=1), ct(2, KVP=140, AcquisitionNumber=1)), "80 kV", "140 kV"),
+    "kernels": (lambda: (ct(1, ConvolutionKernel=["B70f", "3"]), ct(2, ConvolutionKernel=["B30f", "3"])), "kernel 2", "kernel 1"),
     "sizes": (lambda: (stack(1), factories.make_ct(slices=5, rows=44, seed=2)), "40 x 48 pixels", "44 x 48 pixels"),
     "orientations": (
         lambda: (stack(1), factories.make_ct(slices=5, seed=2, orientation=(0, 1, 0, 0, 0, -1))),
@@ -114,6 +121,30 @@ def test_phases_half_a_gap_apart_are_no_volume_of_thin_slices(pool: DecoderPool,
     with pytest.raises(GeometryError, match=r"The header tells several stacks apart\. The series has 2 stacks: time point 1 \(5 slices\)"):
         volume.load(series, kind="volume", pool=pool)
     np.testing.assert_array_equal(volume.load(series, kind="volume", pool=pool, stack="last").array, factories.known_hu(5, seed=2))
+
+
+@pytest.mark.requirement("P8")
+@pytest.mark.parametrize(("keyword", "values"), [("KVP", (80, 140)), ("ConvolutionKernel", ("SOFT", "LUNG"))])
+@pytest.mark.parametrize("is_enhanced", [False, True], ids=["classic", "enhanced"])
+def test_slices_of_two_energies_or_kernels_that_interleave_are_no_volume(
+    pool: DecoderPool, tmp_path: Path, keyword: str, values: tuple[object, object], is_enhanced: bool
+) -> None:
+    datasets = factories.make_ct(slices=8)
+    for k, ds in enumerate(datasets):
+        setattr(ds, keyword, values[k % 2])
+    files = [factories.make_enhanced(datasets)] if is_enhanced else datasets
+    with pytest.raises(GeometryError, match=r"differs between slices: 2 different ones\. The series has 2 stacks"):
+        volume.load(factories.spool(files, tmp_path), kind="volume", pool=pool)
+
+
+@pytest.mark.requirement("P8")
+def test_slices_of_a_time_point_that_was_broken_off_do_not_extend_the_one_before(pool: DecoderPool, tmp_path: Path) -> None:
+    datasets = stack(1, 8)
+    for k, ds in enumerate(datasets):
+        ds.TemporalPositionIdentifier = 1 if k < 6 else 2
+    series = factories.spool(datasets, tmp_path)
+    with pytest.raises(GeometryError, match=r"2 stacks: time point 1 \(6 slices\), time point 2 \(2 slices\)"):
+        volume.load(series, kind="volume", pool=pool)
 
 
 @pytest.mark.requirement("P8")

@@ -29,7 +29,7 @@ _KEYWORDS: Final = (
     "SliceLocation", "ViewCodeSequence", "ImageLaterality", "Laterality", "EstimatedRadiographicMagnificationFactor",
     "SequenceOfUltrasoundRegions", "EchoTime", "EchoNumbers", "DiffusionBValue", "DiffusionGradientOrientation",
     "ContrastBolusAgent", "StackID", "TemporalPositionIdentifier", "NominalPercentageOfCardiacPhase", "TriggerTime",
-    "AcquisitionNumber", "AcquisitionDateTime",
+    "AcquisitionNumber", "AcquisitionDateTime", "KVP", "ConvolutionKernel",
     "ModalityLUTSequence", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "PixelData",
     # How pixels are laid out and coloured (layout.py, samples.py, color.py).
     "PlanarConfiguration", "ExtendedOffsetTable", "ExtendedOffsetTableLengths", "FloatPixelData", "DoubleFloatPixelData",
@@ -65,7 +65,7 @@ def facts_of(elements: Elements, transfer_syntax_uid: str) -> dict[str, Any]:
         "series_instance_uid": text_of(elements, "SeriesInstanceUID"),
         "transfer_syntax_uid": transfer_syntax_uid,
         "modality": text_of(elements, "Modality"),
-        "image_type": [str(part)[:_MAX_TEXT] for part in values_of(elements, "ImageType")[:16]],
+        "image_type": [str(part).strip().upper()[:_MAX_TEXT] for part in values_of(elements, "ImageType")[:16]],
         "instance_number": integer_of(elements, "InstanceNumber") if values_of(elements, "InstanceNumber") else None,
         "photometric": text_of(elements, "PhotometricInterpretation"),
         "presentation_lut_shape": text_of(elements, "PresentationLUTShape"),
@@ -98,6 +98,8 @@ def _stack_facts(elements: Elements) -> dict[str, Any]:
     """What tells one stack from another. Not checked here: what is malformed is as good as absent, and tells nothing apart."""
     direction = _floats(values_of(elements, "DiffusionGradientOrientation"))
     return {
+        "kilovolts": _first_number(elements, "KVP"),
+        "kernel": [str(part).strip().upper()[:_MAX_TEXT] for part in values_of(elements, "ConvolutionKernel")[:8]],
         "echo_time": _first_number(elements, "EchoTime"),
         "echo_number": _first_number(elements, "EchoNumbers"),
         "b_value": _first_number(elements, "DiffusionBValue"),

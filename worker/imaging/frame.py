@@ -21,9 +21,10 @@ class Frame:
     sentence.
     ``number`` counts the frames of its instance from 1. None means that the attribute is absent or empty.
 
-    What tells one stack of a series from another: ``image_type`` (Frame Type of an enhanced object), ``echo_time`` ms,
-    ``echo_number``, ``b_value`` s/mm², ``diffusion_direction``, ``has_contrast``, ``stack_id``, ``temporal_position``,
-    ``cardiac_phase`` %, ``trigger_time`` ms, ``acquisition_number`` and ``acquired_at`` (digits of a DICOM date and time).
+    What tells one stack of a series from another: ``image_type`` (Frame Type of an enhanced object), ``kilovolts`` of the tube,
+    ``kernel`` of the reconstruction, ``echo_time`` ms, ``echo_number``, ``b_value`` s/mm², ``diffusion_direction``,
+    ``has_contrast``, ``stack_id``, ``temporal_position``, ``cardiac_phase`` %, ``trigger_time`` ms, ``acquisition_number`` and
+    ``acquired_at`` (digits of a DICOM date and time).
     """
 
     sop_instance_uid: str
@@ -59,6 +60,8 @@ class Frame:
     view_position: str
     laterality: str
     presentation_intent: str
+    kilovolts: float | None
+    kernel: tuple[str, ...]
     echo_time: float | None
     echo_number: float | None
     b_value: float | None

@@ -34,6 +34,7 @@ _GROUPS: Final = _tags(
     "PixelMeasuresSequence", "PlanePositionSequence", "PlaneOrientationSequence", "PixelValueTransformationSequence",
     "FrameVOILUTSequence", "FrameContentSequence", "FrameAnatomySequence", "CTImageFrameTypeSequence", "MRImageFrameTypeSequence",
     "PETFrameTypeSequence", "XRay3DFrameTypeSequence", "MREchoSequence", "MRDiffusionSequence", "DiffusionGradientDirectionSequence",
+    "CTReconstructionSequence", "CTXRayDetailsSequence",
     "CardiacSynchronizationSequence", "ContrastBolusUsageSequence",
     "UnassignedSharedConvertedAttributesSequence", "UnassignedPerFrameConvertedAttributesSequence",
 )  # fmt: skip
@@ -59,7 +60,7 @@ _MAY_SAY: Final = (
     _IN_GROUPS_ONLY
     | frozenset(_CLASSIC_NAMES.values())
     | _tags("WindowCenter", "WindowWidth", "DiffusionBValue", "DiffusionGradientOrientation", "StackID")
-    | _tags("NominalPercentageOfCardiacPhase", "EchoNumbers", "AcquisitionDate", "AcquisitionTime")
+    | _tags("NominalPercentageOfCardiacPhase", "EchoNumbers", "KVP", "ConvolutionKernel", "AcquisitionDate", "AcquisitionTime")
 )
 #: Deepest nesting of groups: diffusion, and its direction.
 _DEPTH: Final = 2
