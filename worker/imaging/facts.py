@@ -16,6 +16,7 @@ from pydicom.datadict import dictionary_description, tag_for_keyword
 from pydicom.dataelem import DataElement
 from pydicom.tag import Tag
 
+from worker.domain.images import VIEW_OF_CODE
 from worker.errors import GeometryError, PixelError
 
 _MAX_TEXT: Final = 64
@@ -25,7 +26,8 @@ _KEYWORDS: Final = (
     "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "ImagerPixelSpacing", "PixelAspectRatio",
     "SamplesPerPixel", "PhotometricInterpretation", "PresentationLUTShape", "NumberOfFrames", "Rows", "Columns",
     "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelPaddingValue", "PixelPaddingRangeLimit",
-    "RescaleSlope", "RescaleIntercept", "RescaleType", "WindowCenter", "WindowWidth", "ViewPosition", "PresentationIntentType",
+    "RescaleSlope", "RescaleIntercept", "RescaleType", "WindowCenter", "WindowWidth", "ViewPosition", "PatientOrientation",
+    "PresentationIntentType",
     "SliceLocation", "ViewCodeSequence", "ImageLaterality", "Laterality", "EstimatedRadiographicMagnificationFactor",
     "SequenceOfUltrasoundRegions", "EchoTime", "EchoNumbers", "DiffusionBValue", "DiffusionGradientOrientation",
     "ContrastBolusAgent", "StackID", "TemporalPositionIdentifier", "NominalPercentageOfCardiacPhase", "TriggerTime",
@@ -44,12 +46,6 @@ OVERLAY_BITS: Final = tuple((group << 16) | 0x0102 for group in range(0x6000, 0x
 TAGS: Final = {keyword: Tag(tag_for_keyword(keyword) or 0) for keyword in _KEYWORDS}
 WANTED: Final = [*TAGS.values(), *(Tag(tag) for tag in OVERLAY_BITS)]
 
-#: View codes of PS3.16 CID 4010 and 4014, SNOMED CT and its older SRT form → View Position (PS3.3 §C.8.1.1, §C.8.11.7).
-_VIEWS: Final = {
-    "399348003": "AP", "R-10206": "AP", "272479007": "PA", "R-40888": "PA", "399173006": "LL", "R-10236": "LL", "399198007": "RL",
-    "399162004": "CC", "R-10242": "CC", "399368009": "MLO", "R-10226": "MLO", "399260004": "ML", "R-10224": "ML",
-    "399352003": "LM", "R-10228": "LM",
-}  # fmt: skip
 # PS3.3 §C.8.5.5.1.15 and .1.1: centimeters; §C.8.5.5.1.1: 2D (tissue or flow).
 _CENTIMETERS, _TWO_D = 3, 1
 
@@ -88,6 +84,7 @@ def facts_of(elements: Elements, transfer_syntax_uid: str) -> dict[str, Any]:
         "frame_of_reference_uid": text_of(elements, "FrameOfReferenceUID"),
         "window": _window(elements),
         "view_position": text_of(elements, "ViewPosition").upper() or _coded_view(elements),
+        "patient_orientation": [str(part).strip().upper()[:16] for part in values_of(elements, "PatientOrientation")[:2]],
         # PS3.3 §C.8.11.1.1.6 before §C.7.3.1: that of the image before that of its series.
         "laterality": (text_of(elements, "ImageLaterality") or text_of(elements, "Laterality")).upper(),
         "presentation_intent": text_of(elements, "PresentationIntentType"),
@@ -123,7 +120,7 @@ def _acquired_at(elements: Elements) -> str:
 
 def _coded_view(elements: Elements) -> str:
     codes = [str(item.get("CodeValue", "")) for item in values_of(elements, "ViewCodeSequence")]
-    return _VIEWS.get(codes[0], "") if len(codes) == 1 else ""
+    return VIEW_OF_CODE.get(codes[0], "") if len(codes) == 1 else ""
 
 
 def _region_spacing(elements: Elements) -> list[float] | None:

@@ -19,6 +19,7 @@ class Frame:
     ``rescale_type`` names what the rescale gives (Units of a PET image), or with ``has_modality_lut`` the table, which then has been
     applied. ``suv_factor`` turns rescaled values into SUV by body weight, g/ml; where it is None, ``suv_reason`` says why in a
     sentence.
+    ``patient_orientation`` says whereto the rows and the columns run, in letters (PS3.3 §C.7.6.1.1.1).
     ``number`` counts the frames of its instance from 1. None means that the attribute is absent or empty.
 
     What tells one stack of a series from another: ``image_type`` (Frame Type of an enhanced object), ``kilovolts`` of the tube,
@@ -58,6 +59,7 @@ class Frame:
     padding: tuple[int, int] | None
     window: tuple[tuple[float, float], ...]
     view_position: str
+    patient_orientation: tuple[str, ...]
     laterality: str
     presentation_intent: str
     kilovolts: float | None
