@@ -138,6 +138,25 @@ def test_slices_of_two_energies_or_kernels_that_interleave_are_no_volume(
 
 
 @pytest.mark.requirement("P8")
+@pytest.mark.parametrize(
+    ("modality", "acquisitions", "is_two"),
+    [("CT", (1, 2, 1, 2, 1, 2, 1, 2), True), ("CT", (1, 1, 1, 1, 2, 2, 2, 2), False), ("MR", (1, 2, 1, 2, 1, 2, 1, 2), False)],
+)
+def test_two_scans_of_one_range_are_no_ct_while_ranges_in_turn_are_and_an_mr_in_two_passes_is_one(
+    pool: DecoderPool, tmp_path: Path, modality: str, acquisitions: tuple[int, ...], is_two: bool
+) -> None:
+    datasets = stack(1, 8, modality)
+    for ds, number in zip(datasets, acquisitions, strict=True):
+        ds.AcquisitionNumber = number
+    series = factories.spool(datasets, tmp_path)
+    if is_two:
+        with pytest.raises(GeometryError, match=r"2 stacks: acquisition 1 \(4 slices\), acquisition 2 \(4 slices\)"):
+            volume.load(series, kind="volume", pool=pool)
+    else:
+        np.testing.assert_array_equal(volume.load(series, kind="volume", pool=pool).array, factories.known_hu(8, seed=1))
+
+
+@pytest.mark.requirement("P8")
 def test_slices_of_a_time_point_that_was_broken_off_do_not_extend_the_one_before(pool: DecoderPool, tmp_path: Path) -> None:
     datasets = stack(1, 8)
     for k, ds in enumerate(datasets):

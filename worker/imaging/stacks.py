@@ -111,6 +111,7 @@ _NEVER_MIXED: Final = (
         lambda v, _n: "with contrast agent" if v[0] else "without contrast agent",
     ),
 )
+_ACQUISITION: Final = _Mark("Acquisition Number", lambda one: _number(one.acquisition_number), _with_unit("acquisition"))
 _AT: Final = _Mark("Acquisition Time", lambda one: (one.acquired_at,), _numbered("acquisition"))
 _TRIGGER: Final = _Mark("Trigger Time", lambda one: _number(one.trigger_time), _numbered("cardiac phase"))
 #: What may explain that positions repeat, and means nothing where they do not: each slice has its own acquisition time.
@@ -120,7 +121,7 @@ _EXPLAINS: Final = (
     _Mark("Cardiac Phase", lambda one: _number(one.cardiac_phase), _with_unit("cardiac phase", " %")),
     _TRIGGER,
     _Mark("Diffusion Direction", lambda one: one.diffusion_direction or (), _numbered("diffusion direction")),
-    _Mark("Acquisition Number", lambda one: _number(one.acquisition_number), _with_unit("acquisition")),
+    _ACQUISITION,
     _AT,
 )
 #: Of these, what is said of stacks alone.
@@ -252,12 +253,18 @@ def _told_apart(frames: list[Frame]) -> list[tuple[list[str], list[Frame]]]:
     """Take apart frames none of which repeats a position, when the header says outright that they are of several stacks.
 
     Two phases half a gap apart would else pass for one volume of thin slices. A value that each slice has for itself says nothing,
-    and neither do acquisition numbers: one volume of MR is often acquired in two passes, odd slices and even.
+    and acquisition numbers only in CT: one volume of MR is often acquired in two passes, odd slices and even.
     """
     for mark in _SAYS:
         classes, named = _classes(mark, frames)
         if len(named) > 1 and max(Counter(classes).values()) >= MIN_SLICES:
             return _grouped(frames, [(n,) for n in classes], {(n,): [named[n]] for n in classes})
+    classes, named = _classes(_ACQUISITION, frames)
+    # A CT scans one range after the other: acquisitions whose slices alternate are two scans of one range.
+    if frames[0].modality == "CT" and min(Counter(classes).values()) >= MIN_SLICES:
+        along = [n for _, n in sorted(zip(_places(frames), classes, strict=True))]
+        if sum(a != b for a, b in pairwise(along)) >= len(named):
+            return _grouped(frames, [(n,) for n in classes], {(n,): [named[n]] for n in set(classes)})
     return [([], frames)]
 
 
