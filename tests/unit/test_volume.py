@@ -226,6 +226,7 @@ def test_an_empty_series_is_refused(pool: DecoderPool) -> None:
         ("RescaleIntercept", None, "Only one of Rescale Slope"),
         ("RescaleType", "US", "no rescale to Hounsfield units"),
         ("ModalityLUTSequence", [], "both a Modality LUT Sequence"),
+        ("RescaleSlope", -1, "Rescale Slope (0028,1053) is -1."),
         ("PresentationLUTShape", "INVERSE", "contradicts Photometric Interpretation"),
     ],
 )

@@ -105,8 +105,8 @@ def _rescale(one: Frame, unit: str) -> tuple[float, float]:
         raise PixelError(f"{which} has no rescale to Hounsfield units: Rescale Slope (0028,1053) is absent or Rescale Type not HU.")
     slope = 1.0 if one.rescale_slope is None else one.rescale_slope
     intercept = one.rescale_intercept or 0.0
-    if slope == 0:
-        raise PixelError("Rescale Slope (0028,1053) is 0.")
+    if slope == 0 or (slope < 0 and is_ct):  # no CT counts downwards: air would be bone
+        raise PixelError(f"Rescale Slope (0028,1053) is {slope:g}.")
     if unit == "SUVbw":
         if one.suv_factor is None:
             raise PixelError(f"There is no standardized uptake value: {one.suv_reason}")
