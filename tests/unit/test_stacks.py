@@ -157,6 +157,29 @@ def test_two_scans_of_one_range_are_no_ct_while_ranges_in_turn_are_and_an_mr_in_
 
 
 @pytest.mark.requirement("P8")
+@pytest.mark.parametrize(
+    ("keyword", "values"),
+    [("EchoNumbers", (1, 2)), ("PhotometricInterpretation", ("MONOCHROME1", "MONOCHROME2")), ("Modality", ("MR", "NM"))],
+)
+def test_slices_that_alternate_in_what_one_volume_never_mixes_are_refused(
+    pool: DecoderPool, tmp_path: Path, keyword: str, values: tuple[object, object]
+) -> None:
+    datasets = stack(1, 8)
+    for k, ds in enumerate(datasets):
+        setattr(ds, keyword, values[k % 2])
+    with pytest.raises(GeometryError, match=r"differs between slices: 2 different ones\."):
+        volume.load(factories.spool(datasets, tmp_path), kind="volume", pool=pool)
+
+
+@pytest.mark.requirement("P8")
+def test_the_first_stack_is_that_acquired_first_whatever_the_instance_numbers_say(pool: DecoderPool, tmp_path: Path) -> None:
+    late, early = stack(1, AcquisitionTime="104000", EchoTime=10), stack(2, AcquisitionTime="103000", EchoTime=20)
+    series = factories.spool(factories.in_one_series(late, early), tmp_path)
+    found = volume.load(series, kind="volume", pool=pool, stack="first")
+    np.testing.assert_array_equal(found.array, factories.known_hu(5, seed=2))
+
+
+@pytest.mark.requirement("P8")
 def test_slices_of_a_time_point_that_was_broken_off_do_not_extend_the_one_before(pool: DecoderPool, tmp_path: Path) -> None:
     datasets = stack(1, 8)
     for k, ds in enumerate(datasets):
