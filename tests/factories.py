@@ -183,6 +183,7 @@ _PER_FRAME = (
     "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness", "SliceLocation", "RescaleSlope",
     "RescaleIntercept", "RescaleType", "WindowCenter", "WindowWidth", "EchoTime", "DiffusionBValue", "AcquisitionNumber",
     "AcquisitionDate", "AcquisitionTime", "TemporalPositionIdentifier", "TriggerTime", "GantryDetectorTilt",
+    "KVP", "ConvolutionKernel",
 )  # fmt: skip
 
 
@@ -203,6 +204,10 @@ def _groups(ds: Dataset) -> dict[str, Dataset]:
     }
     if "EchoTime" in ds:
         groups["MREchoSequence"] = _item(EffectiveEchoTime=float(ds.EchoTime))
+    if "ConvolutionKernel" in ds:
+        groups["CTReconstructionSequence"] = _item(ConvolutionKernel=ds.ConvolutionKernel)
+    if "KVP" in ds and ds.Modality == "CT":
+        groups["CTXRayDetailsSequence"] = _item(KVP=ds.KVP)
     if "DiffusionBValue" in ds:
         groups["MRDiffusionSequence"] = _item(DiffusionBValue=float(ds.DiffusionBValue))
     return groups

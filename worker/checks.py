@@ -34,6 +34,9 @@ LEAST_SHARE: Final = 0.004
 #: Voxels looked at for statistics; of more, an even sample. A percentile of a million is good to 0.1 %.
 SAMPLED: Final = 2**20
 
+#: The axis of LPS that runs along the normal of each plane, to within 30 degrees.
+_NORMALS: Final = {"sagittal": 0, "coronal": 1, "axial": 2}
+_PLANE: Final = math.cos(math.radians(30))
 _SEX: Final = {"F": "female", "M": "male", "O": "other"}
 _WORDS: Final = {"p1": "first percentile", "p50": "median", "p99": "99th percentile", "mean": "mean", "sd": "standard deviation"}
 
@@ -71,7 +74,7 @@ def image(volume: Volume, spec: ImageSpec) -> None:
     PixelError
         A pixel is infinite or undefined.
     Implausible
-        Spacing or statistics are not within what the bundle says, or a CT holds no air or no tissue.
+        Spacing, orientation or statistics are not what the bundle says, or a CT holds no air or no tissue.
     """
     array = volume.array
     # A sum is finite unless an element is not, but for an overflow; looking at each takes a second array of the same size.
@@ -80,6 +83,7 @@ def image(volume: Volume, spec: ImageSpec) -> None:
     if is_suspect and (count := int((~np.isfinite(array)).sum())):
         raise PixelError(f"{count} pixels of the series are not finite numbers.")
     _check_spacing(volume, spec)
+    _check_orientation(volume, spec)
     if spec.intensity:
         _check_statistics(array, spec.intensity, "The pixels'")
     elif spec.kind == "volume" and (spec.unit == "HU" or volume.modality == "CT"):
@@ -100,6 +104,16 @@ def _check_spacing(volume: Volume, spec: ImageSpec) -> None:
         wrong = [mm for mm in lengths if limits and mm and not limits[0] * 0.999 <= mm <= limits[1] * 1.001]
         if wrong:
             raise Implausible(f"The {what} are {wrong[0]:.4g} mm apart, and the bundle takes {limits[0]:g} to {limits[1]:g} mm.")
+
+
+def _check_orientation(volume: Volume, spec: ImageSpec) -> None:
+    """Judge the plane by what was read: an enhanced object says it of each frame, where the choice of a series cannot see it."""
+    if not spec.orientation or volume.affine is None:
+        return
+    row, column = (volume.affine[:3, n] / np.linalg.norm(volume.affine[:3, n]) for n in (0, 1))
+    normal = np.abs(np.cross(row, column))  # LPS
+    if normal[_NORMALS[spec.orientation]] < _PLANE:
+        raise Implausible(f"The slices are not {spec.orientation}, and the bundle takes no others.")
 
 
 def _check_hu(array: NDArray[np.float32]) -> None:

@@ -146,6 +146,30 @@ def test_spacing_is_judged_by_what_was_read_whatever_the_header_claimed() -> Non
         checks.image(volume(hu, spacing_mm=(1.0, 0.7, 1.2)), rule)
 
 
+@pytest.mark.requirement("P9")
+@pytest.mark.parametrize(
+    ("plane", "along"),
+    [
+        ("axial", [[1, 0, 0], [0, 1, 0], [0, 0, 1]]),
+        ("coronal", [[1, 0, 0], [0, 0, -1], [0, 1, 0]]),
+        ("sagittal", [[0, 1, 0], [0, 0, -1], [-1, 0, 0]]),
+        ("", [[1, 0, 0], [0, 0.7071, 0.7071], [0, -0.7071, 0.7071]]),
+    ],
+)
+def test_the_plane_is_judged_by_what_was_read_for_an_enhanced_object_does_not_say_it_at_the_top(
+    plane: str, along: list[list[float]]
+) -> None:
+    """Columns of the affine: the directions of i, j and k; that of "" lies between the planes."""
+    found = replace(volume(known_hu(8)), affine=np.block([[np.array(along).T * [0.7, 0.7, 3.0], np.zeros((3, 1))], [0, 0, 0, 1]]))
+    for wanted in ("axial", "coronal", "sagittal"):
+        rule = replace(VOLUME, orientation=wanted)
+        if wanted == plane:
+            checks.image(found, rule)
+        else:
+            with pytest.raises(Implausible, match=f"The slices are not {wanted}, and the bundle takes no others"):
+                checks.image(found, rule)
+
+
 def test_statistics_of_a_large_volume_are_those_of_a_sample_of_every_column() -> None:
     array = np.zeros((40, 256, 256), np.float32)
     array[:, :, ::2] = 1.0

@@ -317,6 +317,7 @@ def test_a_codestream_whose_colours_are_not_the_header_s_is_refused(pool: Decode
     [
         ({"PhotometricInterpretation": "YBR_RCT"}, "YBR_RCT belongs to JPEG 2000"),
         ({"PhotometricInterpretation": "YBR_FULL_422", "Columns": 47}, "Columns is 47"),
+        ({"PhotometricInterpretation": "YBR_FULL_422", "PlanarConfiguration": 1}, "has no plane of its own"),
         ({"PlanarConfiguration": 2}, "Planar Configuration 2"),
         ({"PixelRepresentation": 1}, "(signed) are not read"),
     ],

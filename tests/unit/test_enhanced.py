@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydicom.dataset import Dataset, FileDataset
-from pydicom.uid import JPEG2000Lossless, RLELossless
+from pydicom.uid import EnhancedMRImageStorage, JPEG2000Lossless, RLELossless
 
 from tests import factories
 from worker.domain import Series, Volume
@@ -110,6 +110,20 @@ def test_frames_say_which_slice_of_the_object_they_are(pool: DecoderPool, tmp_pa
 
 
 @pytest.mark.requirement("P15")
+def test_what_a_converter_had_no_group_for_never_stands_in_for_a_group(pool: DecoderPool, tmp_path: Path) -> None:
+    """Left-over attributes that contradict the rescale and the position of the groups, in the shared item and in each frame."""
+    ds = factories.make_enhanced(factories.make_ct(slices=5))
+    for number, item in enumerate((ds.SharedFunctionalGroupsSequence[0], *ds.PerFrameFunctionalGroupsSequence)):
+        left = Dataset()
+        left.RescaleSlope, left.RescaleIntercept, left.ImagePositionPatient, left.PixelSpacing = 5 + number, 7, [9, 9, number], [3, 3]
+        where = "PerFrame" if number else "Shared"
+        setattr(item, f"Unassigned{where}ConvertedAttributesSequence", [left])
+    one = volume.load(factories.spool([ds], tmp_path), kind="volume", pool=pool)
+    np.testing.assert_array_equal(one.array, factories.known_hu(5))
+    np.testing.assert_allclose(one.affine, factories.known_affine(), atol=1e-6)
+
+
+@pytest.mark.requirement("P15")
 def test_time_points_and_b_values_of_one_object_are_stacks(pool: DecoderPool, tmp_path: Path) -> None:
     parts = []
     for seed, (b_value, at) in enumerate(((0, 1), (1000, 1), (1000, 2))):
@@ -133,6 +147,15 @@ def _drop(name: str) -> Callable[[FileDataset], None]:
     return change
 
 
+def _drop_from_one_frame(ds: FileDataset) -> None:
+    """Let one frame of an MR say no rescale, while the others do."""
+    ds.Modality = "MR"
+    ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = EnhancedMRImageStorage
+    rescale = ds.SharedFunctionalGroupsSequence[0].pop("PixelValueTransformationSequence").value
+    for item in ds.PerFrameFunctionalGroupsSequence[1:]:
+        item.PixelValueTransformationSequence = rescale
+
+
 def _at_the_top(ds: FileDataset) -> None:
     """Say geometry and rescale where a classic header has them, and not in the groups: they mean nothing there."""
     ds.ImagePositionPatient, ds.ImageOrientationPatient, ds.PixelSpacing = [0, 0, 0], [1, 0, 0, 0, 1, 0], [1, 1]
@@ -148,6 +171,7 @@ def _at_the_top(ds: FileDataset) -> None:
         (_drop("PlaneOrientationSequence"), "is absent from a slice"),
         (_drop("PixelMeasuresSequence"), "is absent from a slice"),
         (_drop("PixelValueTransformationSequence"), "no rescale to Hounsfield units"),
+        (_drop_from_one_frame, "1 of 5 slices have no rescale, and the others do."),
         (_at_the_top, "is absent from a slice"),
         (
             lambda ds: ds.PerFrameFunctionalGroupsSequence.pop(),

@@ -328,6 +328,14 @@ def coded(value: str) -> Dataset:
     return ds
 
 
+@pytest.mark.parametrize(
+    ("code", "view"), [("R-10236", "LL"), ("399173006", "LL"), ("399198007", "RL"), ("R-40888", "PA"), ("R-10214", "PA"), ("9", "")]
+)
+def test_a_view_told_by_code_alone_is_known_when_a_series_is_chosen(code: str, view: str) -> None:
+    """A lateral film not known as one would be chosen before the frontal one, and then refused."""
+    assert header_of(slice_of(ViewCodeSequence=[coded(code)]), is_implicit=False).view == view
+
+
 @pytest.mark.parametrize("is_implicit", [False, True])
 @pytest.mark.parametrize("is_undefined", [False, True])
 def test_what_an_image_says_of_itself_is_read_in_both_encodings(is_implicit: bool, is_undefined: bool) -> None:

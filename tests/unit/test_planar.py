@@ -171,6 +171,24 @@ def test_a_mammogram_has_a_view_and_a_side(pool: DecoderPool, tmp_path: Path, co
 
 
 @pytest.mark.requirement("P13")
+@pytest.mark.parametrize("orientation", [["R", "F"], ["L", "H"], ["F", "R"], ["R", "H"]])
+def test_a_frontal_film_that_says_it_is_mirrored_or_turned_is_refused(pool: DecoderPool, tmp_path: Path, orientation: list[str]) -> None:
+    ds = factories.make_radiograph()
+    ds.PatientOrientation = orientation
+    with pytest.raises(GeometryError, match="it is stored mirrored or turned"):
+        volume.load(factories.spool([ds], tmp_path), kind="radiograph", pool=pool)
+
+
+@pytest.mark.parametrize(
+    ("orientation", "view", "side"), [(["L", "F"], "PA", "U"), ("", "PA", "U"), (["R", "H"], "PA", "L"), (["P", "F"], "LL", "U")]
+)
+def test_a_film_that_may_lie_as_it_says_is_read(pool: DecoderPool, tmp_path: Path, orientation: object, view: str, side: str) -> None:
+    ds = factories.make_radiograph()
+    ds.PatientOrientation, ds.ViewPosition, ds.ImageLaterality = orientation, view, side
+    assert volume.load(factories.spool([ds], tmp_path), kind="radiograph", pool=pool).view == view
+
+
+@pytest.mark.requirement("P13")
 def test_of_both_sides_none_is_guessed(pool: DecoderPool, tmp_path: Path) -> None:
     films = [breast("R", number=1), breast("L", number=2), breast("L", "399162004", number=3)]
     series = factories.spool(films, tmp_path)

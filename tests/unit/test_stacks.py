@@ -32,6 +32,11 @@ def stack(
     return datasets
 
 
+def ct(seed: int, **said: object) -> Datasets:
+    """Make one stack of a CT."""
+    return stack(seed, 5, "CT", ("ORIGINAL", "PRIMARY", "AXIAL"), **said)
+
+
 def timed(seed: int, second: int) -> Datasets:
     """Make one stack whose slices were acquired one after the other, from `second` on."""
     datasets = stack(seed)
@@ -77,6 +82,8 @@ PAIRS: dict[str, tuple[Callable[[], tuple[Datasets, Datasets]], str, str]] = {
         "diffusion direction 2",
         "diffusion direction 1",
     ),
+    "energies": (lambda: (ct(1, KVP=80, AcquisitionNumber=1), ct(2, KVP=140, AcquisitionNumber=1)), "80 kV", "140 kV"),
+    "kernels": (lambda: (ct(1, ConvolutionKernel=["B70f", "3"]), ct(2, ConvolutionKernel=["B30f", "3"])), "kernel 2", "kernel 1"),
     "sizes": (lambda: (stack(1), factories.make_ct(slices=5, rows=44, seed=2)), "40 x 48 pixels", "44 x 48 pixels"),
     "orientations": (
         lambda: (stack(1), factories.make_ct(slices=5, seed=2, orientation=(0, 1, 0, 0, 0, -1))),
@@ -114,6 +121,72 @@ def test_phases_half_a_gap_apart_are_no_volume_of_thin_slices(pool: DecoderPool,
     with pytest.raises(GeometryError, match=r"The header tells several stacks apart\. The series has 2 stacks: time point 1 \(5 slices\)"):
         volume.load(series, kind="volume", pool=pool)
     np.testing.assert_array_equal(volume.load(series, kind="volume", pool=pool, stack="last").array, factories.known_hu(5, seed=2))
+
+
+@pytest.mark.requirement("P8")
+@pytest.mark.parametrize(("keyword", "values"), [("KVP", (80, 140)), ("ConvolutionKernel", ("SOFT", "LUNG"))])
+@pytest.mark.parametrize("is_enhanced", [False, True], ids=["classic", "enhanced"])
+def test_slices_of_two_energies_or_kernels_that_interleave_are_no_volume(
+    pool: DecoderPool, tmp_path: Path, keyword: str, values: tuple[object, object], is_enhanced: bool
+) -> None:
+    datasets = factories.make_ct(slices=8)
+    for k, ds in enumerate(datasets):
+        setattr(ds, keyword, values[k % 2])
+    files = [factories.make_enhanced(datasets)] if is_enhanced else datasets
+    with pytest.raises(GeometryError, match=r"differs between slices: 2 different ones\. The series has 2 stacks"):
+        volume.load(factories.spool(files, tmp_path), kind="volume", pool=pool)
+
+
+@pytest.mark.requirement("P8")
+@pytest.mark.parametrize(
+    ("modality", "acquisitions", "is_two"),
+    [("CT", (1, 2, 1, 2, 1, 2, 1, 2), True), ("CT", (1, 1, 1, 1, 2, 2, 2, 2), False), ("MR", (1, 2, 1, 2, 1, 2, 1, 2), False)],
+)
+def test_two_scans_of_one_range_are_no_ct_while_ranges_in_turn_are_and_an_mr_in_two_passes_is_one(
+    pool: DecoderPool, tmp_path: Path, modality: str, acquisitions: tuple[int, ...], is_two: bool
+) -> None:
+    datasets = stack(1, 8, modality)
+    for ds, number in zip(datasets, acquisitions, strict=True):
+        ds.AcquisitionNumber = number
+    series = factories.spool(datasets, tmp_path)
+    if is_two:
+        with pytest.raises(GeometryError, match=r"2 stacks: acquisition 1 \(4 slices\), acquisition 2 \(4 slices\)"):
+            volume.load(series, kind="volume", pool=pool)
+    else:
+        np.testing.assert_array_equal(volume.load(series, kind="volume", pool=pool).array, factories.known_hu(8, seed=1))
+
+
+@pytest.mark.requirement("P8")
+@pytest.mark.parametrize(
+    ("keyword", "values"),
+    [("EchoNumbers", (1, 2)), ("PhotometricInterpretation", ("MONOCHROME1", "MONOCHROME2")), ("Modality", ("MR", "NM"))],
+)
+def test_slices_that_alternate_in_what_one_volume_never_mixes_are_refused(
+    pool: DecoderPool, tmp_path: Path, keyword: str, values: tuple[object, object]
+) -> None:
+    datasets = stack(1, 8)
+    for k, ds in enumerate(datasets):
+        setattr(ds, keyword, values[k % 2])
+    with pytest.raises(GeometryError, match=r"differs between slices: 2 different ones\."):
+        volume.load(factories.spool(datasets, tmp_path), kind="volume", pool=pool)
+
+
+@pytest.mark.requirement("P8")
+def test_the_first_stack_is_that_acquired_first_whatever_the_instance_numbers_say(pool: DecoderPool, tmp_path: Path) -> None:
+    late, early = stack(1, AcquisitionTime="104000", EchoTime=10), stack(2, AcquisitionTime="103000", EchoTime=20)
+    series = factories.spool(factories.in_one_series(late, early), tmp_path)
+    found = volume.load(series, kind="volume", pool=pool, stack="first")
+    np.testing.assert_array_equal(found.array, factories.known_hu(5, seed=2))
+
+
+@pytest.mark.requirement("P8")
+def test_slices_of_a_time_point_that_was_broken_off_do_not_extend_the_one_before(pool: DecoderPool, tmp_path: Path) -> None:
+    datasets = stack(1, 8)
+    for k, ds in enumerate(datasets):
+        ds.TemporalPositionIdentifier = 1 if k < 6 else 2
+    series = factories.spool(datasets, tmp_path)
+    with pytest.raises(GeometryError, match=r"2 stacks: time point 1 \(6 slices\), time point 2 \(2 slices\)"):
+        volume.load(series, kind="volume", pool=pool)
 
 
 @pytest.mark.requirement("P8")
@@ -175,12 +248,17 @@ def test_many_stacks_are_counted_and_some_are_named(pool: DecoderPool, tmp_path:
 
 
 @pytest.mark.requirement("P8")
-def test_when_no_stack_forms_a_volume_the_largest_says_why(pool: DecoderPool, tmp_path: Path) -> None:
-    gap = stack(1, 6, EchoTime=20)
+@pytest.mark.parametrize("choose", ["first", "last", "largest"])
+def test_no_other_phase_stands_in_for_the_wanted_one_that_lacks_a_slice(pool: DecoderPool, tmp_path: Path, choose: str) -> None:
+    """A bundle that wants the native phase must not be given the arterial one, because a slice of the native one was lost."""
+    gap, whole = (
+        stack(1, 8, TemporalPositionIdentifier=1 + (choose == "last")),
+        stack(2, 6, TemporalPositionIdentifier=2 - (choose == "last")),
+    )
     del gap[2]
-    series = factories.spool(factories.in_one_series(gap, stack(2, 3, EchoTime=80)[:2]), tmp_path)
-    with pytest.raises(GeometryError, match=r"There is a gap of 5.00 mm .* It is the largest of 2 stacks: echo time 20 ms \(5 slices\)"):
-        volume.load(series, kind="volume", pool=pool, stack="first")
+    series = factories.spool(factories.in_one_series(*((whole, gap) if choose == "last" else (gap, whole))), tmp_path)
+    with pytest.raises(GeometryError, match=rf"There is a gap of 5.00 mm .* It is the {choose} of 2 stacks: .*time point 1"):
+        volume.load(series, kind="volume", pool=pool, stack=choose)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")

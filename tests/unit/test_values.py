@@ -155,6 +155,28 @@ def test_uptake_is_activity_by_weight_over_the_dose_that_is_left_with_each_slice
     np.testing.assert_allclose(valued(pool, slices, tmp_path, unit="SUVbw"), np.array(wanted) * factor(), rtol=1e-6)
 
 
+@pytest.mark.requirement("P10")
+@pytest.mark.parametrize(
+    ("keyword", "value", "unit", "sentence"),
+    [
+        ("RescaleSlope", None, "", "1 of 3 slices have no rescale, and the others do."),
+        ("Units", "GML", "", "The slices are in 2 different units"),
+        ("Units", "GML", "SUVbw", "The slices are in 2 different units"),
+        ("PatientWeight", 37.0, "SUVbw", "weight, dose or times differ"),
+    ],
+)
+def test_a_slice_of_another_scale_than_its_neighbors_is_refused(
+    pool: DecoderPool, tmp_path: Path, keyword: str, value: object, unit: Unit, sentence: str
+) -> None:
+    slices = [make_pet(slope=2.0, number=number) for number in (1, 2, 3)]
+    if value is None:
+        del slices[1].RescaleSlope, slices[1].RescaleIntercept
+    else:
+        setattr(slices[1], keyword, value)
+    with pytest.raises(PixelError, match=sentence):
+        valued(pool, slices, tmp_path, unit=unit)
+
+
 def test_a_volume_is_in_the_unit_asked_for(pool: DecoderPool, tmp_path: Path) -> None:
     series = factories.spool([make_pet(slope=slope, number=number) for number, slope in ((1, 2.0), (2, 0.5), (3, 4.0))], tmp_path)
     plain, uptake = (volume.load(series, kind="volume", pool=pool, unit=unit).array for unit in ("", "SUVbw"))

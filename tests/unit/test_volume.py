@@ -100,10 +100,12 @@ def test_padding_takes_the_least_real_value_of_the_volume(pool: DecoderPool, tmp
 
 
 @pytest.mark.requirement("P9")
-def test_a_localizer_in_the_series_is_left_out(pool: DecoderPool, tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:Invalid value for VR CS")
+@pytest.mark.parametrize("written", ["LOCALIZER", "localizer", " LOCALIZER "])
+def test_a_localizer_in_the_series_is_left_out(pool: DecoderPool, tmp_path: Path, written: str) -> None:
     datasets = factories.make_ct(slices=5)
     scout = factories.make_ct(slices=6, orientation=(0, 1, 0, 0, 0, -1))[5]
-    scout.ImageType = ["ORIGINAL", "PRIMARY", "LOCALIZER"]
+    scout.ImageType = ["ORIGINAL", "PRIMARY", written]
     one = load(pool, [scout, *datasets], tmp_path)
     np.testing.assert_array_equal(one.array, factories.known_hu(5))
     assert scout.SOPInstanceUID not in one.sop_instance_uids
@@ -224,6 +226,7 @@ def test_an_empty_series_is_refused(pool: DecoderPool) -> None:
         ("RescaleIntercept", None, "Only one of Rescale Slope"),
         ("RescaleType", "US", "no rescale to Hounsfield units"),
         ("ModalityLUTSequence", [], "both a Modality LUT Sequence"),
+        ("RescaleSlope", -1, "Rescale Slope (0028,1053) is -1."),
         ("PresentationLUTShape", "INVERSE", "contradicts Photometric Interpretation"),
     ],
 )
@@ -288,6 +291,28 @@ def test_padding_of_a_film_is_as_dark_as_its_darkest_pixel(pool: DecoderPool, tm
     expected = stored if photometric == "MONOCHROME2" else 4095 - stored.astype(int)
     np.testing.assert_array_equal(array[:, 5:-5], expected[:, 5:-5])
     assert np.unique(array[:, :5]).tolist() == np.unique(array[:, -5:]).tolist() == [expected[:, 5:-5].min()]
+
+
+@pytest.mark.requirement("P10")
+def test_padding_between_the_values_of_real_pixels_is_refused_for_it_would_be_holes_in_water(pool: DecoderPool, tmp_path: Path) -> None:
+    """A signed CT whose Pixel Padding Value is 0, which with an intercept of 0 is water."""
+    hu = factories.known_hu(3)
+    hu[:, 20, 20] = 0
+    datasets = factories.make_ct(hu=hu, is_signed=True)
+    for k, ds in enumerate(datasets):
+        factories.set_pixels(ds, hu[k].astype(np.int16), bits_stored=16)
+        ds.RescaleIntercept, ds.PixelPaddingValue = 0, 0
+    assert "Padding from 0 to 0 lies between the values of real pixels" in refused(PixelError, pool, datasets, tmp_path)
+
+
+@pytest.mark.requirement("P10")
+@pytest.mark.parametrize(("photometric", "shape"), [("MONOCHROME2", "INVERSE"), ("MONOCHROME1", "IDENTITY")])
+def test_a_film_that_says_bright_is_dense_and_that_it_is_not_is_refused(
+    pool: DecoderPool, tmp_path: Path, photometric: str, shape: str
+) -> None:
+    ds = factories.make_radiograph(photometric=photometric)
+    ds.PresentationLUTShape = shape
+    assert "contradicts Photometric Interpretation" in refused(PixelError, pool, [ds], tmp_path)
 
 
 def test_a_film_of_padding_only_is_refused(pool: DecoderPool, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,14 @@ from worker.domain.record import Patient
 
 #: The plane an image lies in, to within 30 degrees; "" is oblique or not known.
 Orientation = Literal["", "axial", "coronal", "sagittal"]
+
+#: View codes of PS3.16 CID 4010 and 4014, SNOMED CT and SNOMED RT → View Position (PS3.3 §C.8.1.1, §C.8.11.7). One table for those who
+#: choose a series and those who read it: a lateral film that only one of them knew would be chosen, and then refused.
+VIEW_OF_CODE: Final = {
+    "399348003": "AP", "R-10206": "AP", "272479007": "PA", "R-40888": "PA", "R-10214": "PA", "399173006": "LL", "R-10236": "LL",
+    "399198007": "RL", "R-10232": "RL", "399162004": "CC", "R-10242": "CC", "399368009": "MLO", "R-10226": "MLO",
+    "399260004": "ML", "R-10224": "ML", "399352003": "LM", "R-10228": "LM",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

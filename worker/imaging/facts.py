@@ -16,6 +16,7 @@ from pydicom.datadict import dictionary_description, dictionary_has_tag, diction
 from pydicom.dataelem import DataElement
 from pydicom.tag import Tag
 
+from worker.domain.images import VIEW_OF_CODE
 from worker.errors import GeometryError, PixelError
 
 _MAX_TEXT: Final = 64
@@ -27,11 +28,12 @@ _KEYWORDS: Final = (
     "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "ImagerPixelSpacing", "PixelAspectRatio",
     "SamplesPerPixel", "PhotometricInterpretation", "PresentationLUTShape", "NumberOfFrames", "Rows", "Columns",
     "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelPaddingValue", "PixelPaddingRangeLimit",
-    "RescaleSlope", "RescaleIntercept", "RescaleType", "WindowCenter", "WindowWidth", "ViewPosition", "PresentationIntentType",
+    "RescaleSlope", "RescaleIntercept", "RescaleType", "WindowCenter", "WindowWidth", "ViewPosition", "PatientOrientation",
+    "PresentationIntentType",
     "SliceLocation", "ViewCodeSequence", "ImageLaterality", "Laterality", "EstimatedRadiographicMagnificationFactor",
     "SequenceOfUltrasoundRegions", "EchoTime", "EchoNumbers", "DiffusionBValue", "DiffusionGradientOrientation",
     "ContrastBolusAgent", "StackID", "TemporalPositionIdentifier", "NominalPercentageOfCardiacPhase", "TriggerTime",
-    "AcquisitionNumber", "AcquisitionDateTime",
+    "AcquisitionNumber", "AcquisitionDateTime", "KVP", "ConvolutionKernel",
     "ModalityLUTSequence", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "PixelData",
     # How pixels are laid out and coloured (layout.py, samples.py, color.py).
     "PlanarConfiguration", "ExtendedOffsetTable", "ExtendedOffsetTableLengths", "FloatPixelData", "DoubleFloatPixelData",
@@ -50,12 +52,6 @@ WANTED: Final = [Tag(tag) for tag in (*TAGS.values(), *OVERLAY_BITS)]
 PLAIN_VRS: Final = frozenset({"AS", "CS", "DA", "DS", "DT", "FD", "FL", "IS", "SL", "SS", "TM", "UI", "UL", "US"})
 PLAIN_TAGS: Final = frozenset(int(tag) for tag in WANTED if dictionary_has_tag(tag) and dictionary_VR(tag) in PLAIN_VRS)
 
-#: View codes of PS3.16 CID 4010 and 4014, SNOMED CT and its older SRT form → View Position (PS3.3 §C.8.1.1, §C.8.11.7).
-_VIEWS: Final = {
-    "399348003": "AP", "R-10206": "AP", "272479007": "PA", "R-40888": "PA", "399173006": "LL", "R-10236": "LL", "399198007": "RL",
-    "399162004": "CC", "R-10242": "CC", "399368009": "MLO", "R-10226": "MLO", "399260004": "ML", "R-10224": "ML",
-    "399352003": "LM", "R-10228": "LM",
-}  # fmt: skip
 # PS3.3 §C.8.5.5.1.15 and .1.1: centimeters; §C.8.5.5.1.1: 2D (tissue or flow).
 _CENTIMETERS, _TWO_D = 3, 1
 
@@ -71,7 +67,7 @@ def facts_of(elements: Elements, transfer_syntax_uid: str) -> dict[str, Any]:
         "series_instance_uid": text_of(elements, "SeriesInstanceUID"),
         "transfer_syntax_uid": transfer_syntax_uid,
         "modality": text_of(elements, "Modality"),
-        "image_type": [str(part)[:_MAX_TEXT] for part in values_of(elements, "ImageType")[:16]],
+        "image_type": [str(part).strip().upper()[:_MAX_TEXT] for part in values_of(elements, "ImageType")[:16]],
         "instance_number": integer_of(elements, "InstanceNumber") if values_of(elements, "InstanceNumber") else None,
         "photometric": text_of(elements, "PhotometricInterpretation"),
         "presentation_lut_shape": text_of(elements, "PresentationLUTShape"),
@@ -81,7 +77,8 @@ def facts_of(elements: Elements, transfer_syntax_uid: str) -> dict[str, Any]:
         "has_modality_lut": TAGS["ModalityLUTSequence"] in elements,
         "rescale_slope": number_of(elements, "RescaleSlope"),
         "rescale_intercept": number_of(elements, "RescaleIntercept"),
-        "rescale_type": text_of(elements, "RescaleType"),
+        # PS3.3 §C.8.9.1: in PET, Units are what the rescale gives.
+        "rescale_type": text_of(elements, "RescaleType") or text_of(elements, "Units"),
         "position": numbers_of(elements, "ImagePositionPatient", 3),
         "orientation": numbers_of(elements, "ImageOrientationPatient", 6),
         "slice_location": _first_number(elements, "SliceLocation"),
@@ -93,6 +90,7 @@ def facts_of(elements: Elements, transfer_syntax_uid: str) -> dict[str, Any]:
         "frame_of_reference_uid": text_of(elements, "FrameOfReferenceUID"),
         "window": _window(elements),
         "view_position": text_of(elements, "ViewPosition").upper() or _coded_view(elements),
+        "patient_orientation": [str(part).strip().upper()[:16] for part in values_of(elements, "PatientOrientation")[:2]],
         # PS3.3 §C.8.11.1.1.6 before §C.7.3.1: that of the image before that of its series.
         "laterality": (text_of(elements, "ImageLaterality") or text_of(elements, "Laterality")).upper(),
         "presentation_intent": text_of(elements, "PresentationIntentType"),
@@ -103,6 +101,8 @@ def _stack_facts(elements: Elements) -> dict[str, Any]:
     """What tells one stack from another. Not checked here: what is malformed is as good as absent, and tells nothing apart."""
     direction = _floats(values_of(elements, "DiffusionGradientOrientation"))
     return {
+        "kilovolts": _first_number(elements, "KVP"),
+        "kernel": [str(part).strip().upper()[:_MAX_TEXT] for part in values_of(elements, "ConvolutionKernel")[:8]],
         "echo_time": _first_number(elements, "EchoTime"),
         "echo_number": _first_number(elements, "EchoNumbers"),
         "b_value": _first_number(elements, "DiffusionBValue"),
@@ -126,7 +126,7 @@ def _acquired_at(elements: Elements) -> str:
 
 def _coded_view(elements: Elements) -> str:
     codes = [str(item.get("CodeValue", "")) for item in values_of(elements, "ViewCodeSequence")]
-    return _VIEWS.get(codes[0], "") if len(codes) == 1 else ""
+    return VIEW_OF_CODE.get(codes[0], "") if len(codes) == 1 else ""
 
 
 def _region_spacing(elements: Elements) -> list[float] | None:

@@ -16,13 +16,16 @@ class Frame:
     ``position`` and ``orientation`` are LPS, mm; ``pixel_spacing``, ``imager_spacing`` and ``region_spacing`` (of the one
     ultrasound region) are (between rows, between columns), mm; ``magnification`` is that of the object on the detector.
     ``padding`` is the closed range of stored values that are no image (PS3.3 §C.7.5.1.1.2); ``window`` holds (center, width).
-    With ``has_modality_lut`` the table has been applied, and ``rescale_type`` names what it gives. ``suv_factor`` turns rescaled
-    values into SUV by body weight, g/ml; where it is None, ``suv_reason`` says why in a sentence.
+    ``rescale_type`` names what the rescale gives (Units of a PET image), or with ``has_modality_lut`` the table, which then has been
+    applied. ``suv_factor`` turns rescaled values into SUV by body weight, g/ml; where it is None, ``suv_reason`` says why in a
+    sentence.
+    ``patient_orientation`` says whereto the rows and the columns run, in letters (PS3.3 §C.7.6.1.1.1).
     ``number`` counts the frames of its instance from 1. None means that the attribute is absent or empty.
 
-    What tells one stack of a series from another: ``image_type`` (Frame Type of an enhanced object), ``echo_time`` ms,
-    ``echo_number``, ``b_value`` s/mm², ``diffusion_direction``, ``has_contrast``, ``stack_id``, ``temporal_position``,
-    ``cardiac_phase`` %, ``trigger_time`` ms, ``acquisition_number`` and ``acquired_at`` (digits of a DICOM date and time).
+    What tells one stack of a series from another: ``image_type`` (Frame Type of an enhanced object), ``kilovolts`` of the tube,
+    ``kernel`` of the reconstruction, ``echo_time`` ms, ``echo_number``, ``b_value`` s/mm², ``diffusion_direction``,
+    ``has_contrast``, ``stack_id``, ``temporal_position``, ``cardiac_phase`` %, ``trigger_time`` ms, ``acquisition_number`` and
+    ``acquired_at`` (digits of a DICOM date and time).
     """
 
     sop_instance_uid: str
@@ -56,8 +59,11 @@ class Frame:
     padding: tuple[int, int] | None
     window: tuple[tuple[float, float], ...]
     view_position: str
+    patient_orientation: tuple[str, ...]
     laterality: str
     presentation_intent: str
+    kilovolts: float | None
+    kernel: tuple[str, ...]
     echo_time: float | None
     echo_number: float | None
     b_value: float | None

@@ -34,9 +34,11 @@ _GROUPS: Final = _tags(
     "PixelMeasuresSequence", "PlanePositionSequence", "PlaneOrientationSequence", "PixelValueTransformationSequence",
     "FrameVOILUTSequence", "FrameContentSequence", "FrameAnatomySequence", "CTImageFrameTypeSequence", "MRImageFrameTypeSequence",
     "PETFrameTypeSequence", "XRay3DFrameTypeSequence", "MREchoSequence", "MRDiffusionSequence", "DiffusionGradientDirectionSequence",
+    "CTReconstructionSequence", "CTXRayDetailsSequence",
     "CardiacSynchronizationSequence", "ContrastBolusUsageSequence",
-    "UnassignedSharedConvertedAttributesSequence", "UnassignedPerFrameConvertedAttributesSequence",
 )  # fmt: skip
+#: What a converter had no group for (PS3.3 §C.7.6.16.2.25): never geometry or rescale, which have theirs.
+_LEFT_OVER: Final = _tags("UnassignedSharedConvertedAttributesSequence", "UnassignedPerFrameConvertedAttributesSequence")
 #: What an enhanced object calls otherwise than a classic one.
 _CLASSIC_NAMES: Final = {
     tag_for_keyword(enhanced): TAGS[classic]
@@ -59,7 +61,7 @@ _MAY_SAY: Final = (
     _IN_GROUPS_ONLY
     | frozenset(_CLASSIC_NAMES.values())
     | _tags("WindowCenter", "WindowWidth", "DiffusionBValue", "DiffusionGradientOrientation", "StackID")
-    | _tags("NominalPercentageOfCardiacPhase", "EchoNumbers", "AcquisitionDate", "AcquisitionTime")
+    | _tags("NominalPercentageOfCardiacPhase", "EchoNumbers", "KVP", "ConvolutionKernel", "AcquisitionDate", "AcquisitionTime")
 )
 #: Deepest nesting of groups: diffusion, and its direction.
 _DEPTH: Final = 2
@@ -94,21 +96,23 @@ def facts_of_frames(elements: Elements, transfer_syntax_uid: str, *, count: int)
 
 
 def _said(groups: Dataset) -> Elements:
-    """Flatten the groups of one item, under the names of a classic header."""
+    """Flatten the groups of one item, under the names of a classic header; what is left over says less than a group does."""
     said: Elements = {}
-    for item in _items(groups, _DEPTH):
-        for tag in item.keys() & (_MAY_SAY | _CLASSIC_NAMES.keys()):
-            element = item[tag]
-            # An agent that was not administered is no contrast.
-            if element.keyword != "ContrastBolusAgentAdministered" or element.value == "YES":
-                said[_CLASSIC_NAMES.get(tag, tag)] = element
+    may_say = _MAY_SAY | _CLASSIC_NAMES.keys()
+    for sequences, tags in ((_LEFT_OVER, may_say - _IN_GROUPS_ONLY), (_GROUPS, may_say)):
+        for item in _items(groups, sequences, _DEPTH):
+            for tag in item.keys() & tags:
+                element = item[tag]
+                # An agent that was not administered is no contrast.
+                if element.keyword != "ContrastBolusAgentAdministered" or element.value == "YES":
+                    said[_CLASSIC_NAMES.get(tag, tag)] = element
     return said
 
 
-def _items(groups: Dataset, depth: int) -> Iterator[Dataset]:
-    for tag in groups.keys() & _GROUPS:
+def _items(groups: Dataset, sequences: frozenset[int], depth: int) -> Iterator[Dataset]:
+    for tag in sorted(groups.keys() & sequences):
         group = groups[tag].value
         if isinstance(group, Sequence) and len(group) == 1:
             yield group[0]
             if depth > 1:
-                yield from _items(group[0], depth - 1)
+                yield from _items(group[0], _GROUPS, depth - 1)

@@ -35,7 +35,7 @@ def radiograph(frames: Sequence[Frame], views: Collection[str], laterality: str,
     PixelError
         The image has several frames.
     GeometryError
-        Its pixels are not square, or its spacing cannot be.
+        Its pixels are not square, its spacing cannot be, or it is stored mirrored or turned.
     """
     # PS3.3 §C.8.11.1.1.1: raw data FOR PROCESSING are not what a person, or a network, was taught to read.
     fitting = [
@@ -56,12 +56,27 @@ def radiograph(frames: Sequence[Frame], views: Collection[str], laterality: str,
     chosen = min(fitting, key=lambda one: (-one.pixels.size, one.sop_instance_uid, one.number))
     if (count := sum(one.sop_instance_uid == chosen.sop_instance_uid for one in fitting)) > 1:
         raise PixelError(f"A radiograph has one frame; this object has {count}.")
+    _check_upright(chosen)
     spacing, source = spacing_of(chosen)
     if spacing is not None and max(spacing) > _SQUARE * min(spacing):
         raise GeometryError(f"The pixels are not square: {spacing[0]:g} x {spacing[1]:g} mm.")
     if chosen.aspect_ratio is not None and chosen.aspect_ratio[0] != chosen.aspect_ratio[1]:
         raise GeometryError(f"The pixels are not square: Pixel Aspect Ratio is {chosen.aspect_ratio[0]:g} to {chosen.aspect_ratio[1]:g}.")
     return _made([chosen], spacing, source, "", values)
+
+
+def _check_upright(one: Frame) -> None:
+    """Refuse a frontal film that says it is mirrored or turned: its heart would be on the other side.
+
+    Frontal films of the trunk are stored as they are read, with the patient's left on the right of the image. Films of one limb have a
+    side, and their rows run to where their hand or foot lay; what is said of lateral films is often wrong.
+    """
+    said = tuple(letters[:1] for letters in one.patient_orientation)
+    if one.view_position in {"AP", "PA"} and one.laterality not in {"L", "R"} and len(said) == 2 and all(said) and said != ("L", "F"):
+        raise GeometryError(
+            "Patient Orientation (0020,0020) says that the rows of a frontal film do not run to the patient's left, or its columns not "
+            "to the feet: it is stored mirrored or turned."
+        )
 
 
 def clip(frames: Sequence[Frame], choose: Choice, values: Values) -> Volume:

@@ -40,6 +40,8 @@ def native(value: bytes, layout: Layout) -> NDArray[Any]:
         )
     if layout.photometric in _JPEG_2000_ONLY:
         raise PixelError(f"Photometric Interpretation {layout.photometric} belongs to JPEG 2000; the pixels are native.")
+    if layout.photometric in SUBSAMPLED and layout.planar:
+        raise PixelError(f"{layout.photometric} in Planar Configuration 1: shared chrominance has no plane of its own.")
     if layout.bits_allocated == 1:
         bits = np.frombuffer(value, np.uint8)
         return np.unpackbits(bits, count=layout.frames * layout.rows * layout.columns, bitorder="little").reshape(shape)

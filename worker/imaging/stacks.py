@@ -2,7 +2,8 @@
 
 ::
 
-    frames ─▶ apart by what one volume never mixes: plane, size, spacing, frame of reference, image type, contrast, echo, b-value
+    frames ─▶ apart by what one volume never mixes: plane, size, spacing, frame of reference, image type, contrast, kilovolts, kernel, echo,
+             b-value
            ─▶ where positions still repeat: apart by what explains it, in exactly as many stacks as a position has frames
            ─▶ else together, and geometry.py refuses them: slices stand where another does
 
@@ -31,8 +32,8 @@ Value = tuple[float, ...] | tuple[str, ...]
 #: Two orientations are one when no cosine differs by more; two pixel spacings when they differ by no more than this part.
 ORIENTATION_TOLERANCE: Final = 1e-4
 SPACING_TOLERANCE: Final = 1e-4
-# Vendors write the echo time and the b-value that came about, a little off the one that was asked for.
-_ECHO_TOLERANCE, _B_VALUE_TOLERANCE = 0.01, 0.02
+# Vendors write the echo time, the b-value and the voltage that came about, a little off the one that was asked for.
+_ECHO_TOLERANCE, _B_VALUE_TOLERANCE, _KV_TOLERANCE = 0.01, 0.02, 0.01
 #: Words for value 3 and on of Image Type (PS3.3 §C.8.3.1.1.1, §C.8.13.1.1.1.3, §C.8.16.1) and vendors' for the same.
 _IMAGE_TYPES: Final = {
     "M": "magnitude", "MAGNITUDE": "magnitude", "P": "phase", "PHASE": "phase", "R": "real", "REAL": "real", "I": "imaginary",
@@ -98,6 +99,9 @@ _NEVER_MIXED: Final = (
     _Mark("Image Type value 2", lambda one: one.image_type[1:2], lambda v, _n: "secondary" if "SECONDARY" in v else "primary"),
     _Mark("Image Type from value 3 on", lambda one: one.image_type[2:], _image_type),
     _Mark("Photometric Interpretation", lambda one: (one.photometric,), _numbered("photometric interpretation")),
+    # Dual-energy CT, and thin slices of two reconstructions: the same place has other values in each.
+    _Mark("KVP", lambda one: _number(one.kilovolts), lambda v, _n: f"{v[0]:g} kV" if v else "no KVP", relative=_KV_TOLERANCE),
+    _Mark("Convolution Kernel", lambda one: one.kernel, _numbered("kernel")),
     _Mark("Echo Time", lambda one: _number(one.echo_time), _with_unit("echo time", " ms"), relative=_ECHO_TOLERANCE),
     _Mark("Echo Numbers", lambda one: _number(one.echo_number), _with_unit("echo")),
     _Mark("b-value", lambda one: _number(one.b_value), _with_unit("b-value"), relative=_B_VALUE_TOLERANCE),
@@ -107,6 +111,7 @@ _NEVER_MIXED: Final = (
         lambda v, _n: "with contrast agent" if v[0] else "without contrast agent",
     ),
 )
+_ACQUISITION: Final = _Mark("Acquisition Number", lambda one: _number(one.acquisition_number), _with_unit("acquisition"))
 _AT: Final = _Mark("Acquisition Time", lambda one: (one.acquired_at,), _numbered("acquisition"))
 _TRIGGER: Final = _Mark("Trigger Time", lambda one: _number(one.trigger_time), _numbered("cardiac phase"))
 #: What may explain that positions repeat, and means nothing where they do not: each slice has its own acquisition time.
@@ -116,7 +121,7 @@ _EXPLAINS: Final = (
     _Mark("Cardiac Phase", lambda one: _number(one.cardiac_phase), _with_unit("cardiac phase", " %")),
     _TRIGGER,
     _Mark("Diffusion Direction", lambda one: one.diffusion_direction or (), _numbered("diffusion direction")),
-    _Mark("Acquisition Number", lambda one: _number(one.acquisition_number), _with_unit("acquisition")),
+    _ACQUISITION,
     _AT,
 )
 #: Of these, what is said of stacks alone.
@@ -248,12 +253,18 @@ def _told_apart(frames: list[Frame]) -> list[tuple[list[str], list[Frame]]]:
     """Take apart frames none of which repeats a position, when the header says outright that they are of several stacks.
 
     Two phases half a gap apart would else pass for one volume of thin slices. A value that each slice has for itself says nothing,
-    and neither do acquisition numbers: one volume of MR is often acquired in two passes, odd slices and even.
+    and acquisition numbers only in CT: one volume of MR is often acquired in two passes, odd slices and even.
     """
     for mark in _SAYS:
         classes, named = _classes(mark, frames)
-        if len(named) > 1 and min(Counter(classes).values()) >= MIN_SLICES:
+        if len(named) > 1 and max(Counter(classes).values()) >= MIN_SLICES:
             return _grouped(frames, [(n,) for n in classes], {(n,): [named[n]] for n in classes})
+    classes, named = _classes(_ACQUISITION, frames)
+    # A CT scans one range after the other: acquisitions whose slices alternate are two scans of one range.
+    if frames[0].modality == "CT" and min(Counter(classes).values()) >= MIN_SLICES:
+        along = [n for _, n in sorted(zip(_places(frames), classes, strict=True))]
+        if sum(a != b for a, b in pairwise(along)) >= len(named):
+            return _grouped(frames, [(n,) for n in classes], {(n,): [named[n]] for n in set(classes)})
     return [([], frames)]
 
 

@@ -85,7 +85,8 @@ def load(
         a grid whose third axis is the normal, the least value outside.
     stack
         "only": refuse a series of several stacks, naming them. "first" or "last" in the order of `stacks.split` (by time of
-        acquisition), or "largest" (then the first): of the stacks that form a volume, or of the clips.
+        acquisition), or "largest" (then the first): of the stacks of three slices or more, or of the clips. If that one forms no
+        volume, it is refused: the next phase does not stand in for the one that is wanted.
     color
         "refuse" images with colors, or reduce them to their "luminance" (PS3.3 §C.7.6.3.1.2).
     unit
@@ -169,17 +170,10 @@ def _check_is_slice(one: Frame) -> None:
 
 
 def _chosen(stacks: Sequence[Stack], choose: Choice, *, max_gap_mm: float, gantry_tilt: GantryTilt) -> tuple[str, Grid]:
-    """Take the wanted one of the stacks that form a volume; if none does, say why the largest does not."""
-    found: list[tuple[str, Grid]] = []
-    refused: list[tuple[int, GeometryError]] = []
-    for one in stacks:
-        try:
-            found.append((one.label, regular(one.frames, max_gap_mm=max_gap_mm, gantry_tilt=gantry_tilt)))
-        except GeometryError as exc:
-            refused.append((len(one.frames), exc))
-    if not found:
-        _, largest = max(refused, key=lambda one: one[0])
-        raise GeometryError(f"{largest} It is the largest of {listed(stacks)}." if len(stacks) > 1 else str(largest)) from largest
-    if choose == "largest":
-        return max(found, key=lambda one: len(one[1].frames))
-    return found[-1 if choose == "last" else 0]
+    """Take the wanted one of the stacks, stray slices aside; if that forms no volume, no other stands in for it: another phase is none."""
+    large = [one for one in stacks if len(one.frames) >= MIN_SLICES] or stacks
+    wanted = max(large, key=lambda one: len(one.frames)) if choose == "largest" else large[-1 if choose == "last" else 0]
+    try:
+        return wanted.label, regular(wanted.frames, max_gap_mm=max_gap_mm, gantry_tilt=gantry_tilt)
+    except GeometryError as exc:
+        raise GeometryError(f"{exc} It is the {choose} of {listed(stacks)}." if len(stacks) > 1 else str(exc)) from exc

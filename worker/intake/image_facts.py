@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from worker.domain import ImageFacts, Orientation
+from worker.domain.images import VIEW_OF_CODE
 from worker.intake.facts import number
 
 _IMAGE_TYPE, _INTENT, _REGION = 0x00080008, 0x00080068, 0x00082218
@@ -35,11 +36,6 @@ _AGE_STRING: Final = re.compile(r"([0-9]{3})([DWMY])")
 _A_YEAR: Final = {"D": 365.25, "W": 365.25 / 7, "M": 12.0, "Y": 1.0}
 #: What is written where there was no agent; the attribute should be empty or absent then (PS3.3 §C.7.6.4).
 _NO_AGENT: Final = frozenset({"", "NO", "NONE", "N", "0", "-", "WITHOUT", "NO CONTRAST", "W/O", "OHNE", "UNKNOWN"})
-# PS3.16 CID 4014 (mammography) and 4010, in SNOMED RT and SNOMED CT.
-_VIEW_OF_CODE: Final = {
-    "R-10242": "CC", "399162004": "CC", "R-10226": "MLO", "399368009": "MLO", "R-10224": "ML", "399260004": "ML",
-    "R-10228": "LM", "399352003": "LM", "R-10206": "AP", "399348003": "AP", "R-10214": "PA", "272479007": "PA",
-}  # fmt: skip
 
 #: How far the two directions of an image may be from unit length and a right angle, and its normal from an axis of the patient.
 _COSINE_TOLERANCE: Final = 0.01
@@ -74,7 +70,7 @@ def view_of(values: Mapping[int, bytes], *, is_implicit: bool) -> str:
     view = _text(values.get(_VIEW, b""))
     if view:
         return view if _CODE_STRING.fullmatch(view) else ""
-    return _VIEW_OF_CODE.get(first_code(values.get(_VIEWS, b""), is_implicit=is_implicit), "")
+    return VIEW_OF_CODE.get(first_code(values.get(_VIEWS, b""), is_implicit=is_implicit), "")
 
 
 def first_code(items: bytes, *, is_implicit: bool) -> str:
