@@ -181,10 +181,11 @@ def decode_bare(streams: Sequence[bytes], syntax: str) -> float:
             openjpeg.decode(stream, j2k_format=0, reshape=False)
         return time.perf_counter() - start
     run = DecodeRunner(pydicom.uid.UID(syntax))
-    run.set_options(
-        rows=512, columns=512, samples_per_pixel=1, bits_allocated=16, bits_stored=16, pixel_representation=1,
-        photometric_interpretation="MONOCHROME2", number_of_frames=1, pixel_keyword="PixelData",
-    )  # fmt: skip
+    options: dict[str, Any] = {
+        "rows": 512, "columns": 512, "samples_per_pixel": 1, "bits_allocated": 16, "bits_stored": 16, "pixel_representation": 1,
+        "photometric_interpretation": "MONOCHROME2", "number_of_frames": 1, "pixel_keyword": "PixelData",
+    }  # fmt: skip
+    run.set_options(**options)
     start = time.perf_counter()
     for stream in streams:
         _decode_frame(stream, run)

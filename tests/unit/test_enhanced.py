@@ -120,6 +120,7 @@ def test_what_a_converter_had_no_group_for_never_stands_in_for_a_group(pool: Dec
         setattr(item, f"Unassigned{where}ConvertedAttributesSequence", [left])
     one = volume.load(factories.spool([ds], tmp_path), kind="volume", pool=pool)
     np.testing.assert_array_equal(one.array, factories.known_hu(5))
+    assert one.affine is not None
     np.testing.assert_allclose(one.affine, factories.known_affine(), atol=1e-6)
 
 

@@ -149,7 +149,7 @@ def _parse(data: bytes) -> tuple[Elements, str]:
 
 
 def _element(dataset: Dataset, tag: BaseTag) -> DataElement:
-    raw = dataset.get_item(tag)
+    raw: object = dataset.get_item(tag)
     if not isinstance(raw, RawDataElement) or raw.value is None or len(raw.value) > _SHORT:
         return dataset[tag]
     is_plain = raw.VR in PLAIN_VRS or (raw.VR is None and int(tag) in PLAIN_TAGS)

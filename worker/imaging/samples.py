@@ -34,14 +34,14 @@ _JPEG_2000_ONLY: Final = frozenset({"YBR_ICT", "YBR_RCT"})
 def native(value: bytes, layout: Layout) -> NDArray[Any]:
     """Return native pixels (frames, rows, columns), one sample each, without a copy where there is one (PS3.5 §8.1.1)."""
     shape, size = (layout.frames, layout.rows, layout.columns), layout.native_bytes
-    if len(value) != size:
-        raise PixelError(
-            f"Pixel Data (7FE0,0010) has {len(value)} bytes where Number of Frames, Rows, Columns and Bits Allocated need {size}."
-        )
     if layout.photometric in _JPEG_2000_ONLY:
         raise PixelError(f"Photometric Interpretation {layout.photometric} belongs to JPEG 2000; the pixels are native.")
     if layout.photometric in SUBSAMPLED and layout.planar:
         raise PixelError(f"{layout.photometric} in Planar Configuration 1: shared chrominance has no plane of its own.")
+    if len(value) != size:
+        raise PixelError(
+            f"Pixel Data (7FE0,0010) has {len(value)} bytes where Number of Frames, Rows, Columns and Bits Allocated need {size}."
+        )
     if layout.bits_allocated == 1:
         bits = np.frombuffer(value, np.uint8)
         return np.unpackbits(bits, count=layout.frames * layout.rows * layout.columns, bitorder="little").reshape(shape)
