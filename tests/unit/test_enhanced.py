@@ -101,6 +101,19 @@ def test_any_order_of_frames_over_any_number_of_objects_gives_the_same_volume(
         volume.load(series, kind="volume", pool=pool)
 
 
+@pytest.mark.requirement("P8")
+def test_an_object_split_into_instances_is_a_volume_when_all_are_there(pool: DecoderPool, tmp_path: Path) -> None:
+    """The first two of three look like a whole scan: nothing but their own word tells that the rest is missing."""
+    datasets = factories.make_ct(slices=9)
+    parts = [factories.make_enhanced(datasets[at : at + 3]) for at in (0, 3, 6)]
+    for number, ds in enumerate(parts, start=1):
+        ds.ConcatenationUID, ds.InConcatenationNumber, ds.InConcatenationTotalNumber = "2.25.77", number, 3
+    whole = volume.load(factories.spool(parts, tmp_path / "whole"), kind="volume", pool=pool)
+    np.testing.assert_array_equal(whole.array, factories.known_hu(9))
+    with pytest.raises(GeometryError, match="2 of the 3 instances"):
+        volume.load(factories.spool(parts[:2], tmp_path / "part"), kind="volume", pool=pool)
+
+
 @pytest.mark.requirement("P15")
 def test_frames_say_which_slice_of_the_object_they_are(pool: DecoderPool, tmp_path: Path) -> None:
     datasets = factories.make_ct(slices=4)

@@ -28,12 +28,12 @@ _KEYWORDS: Final = (
     "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "ImagerPixelSpacing", "PixelAspectRatio",
     "SamplesPerPixel", "PhotometricInterpretation", "PresentationLUTShape", "NumberOfFrames", "Rows", "Columns",
     "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelPaddingValue", "PixelPaddingRangeLimit",
-    "RescaleSlope", "RescaleIntercept", "RescaleType", "WindowCenter", "WindowWidth", "ViewPosition", "PatientOrientation",
+    "RescaleSlope", "RescaleIntercept", "RescaleType", "ViewPosition", "PatientOrientation",
     "PresentationIntentType",
     "SliceLocation", "ViewCodeSequence", "ImageLaterality", "Laterality", "EstimatedRadiographicMagnificationFactor",
     "SequenceOfUltrasoundRegions", "EchoTime", "EchoNumbers", "DiffusionBValue", "DiffusionGradientOrientation",
     "ContrastBolusAgent", "StackID", "TemporalPositionIdentifier", "NominalPercentageOfCardiacPhase", "TriggerTime",
-    "AcquisitionNumber", "AcquisitionDateTime", "KVP", "ConvolutionKernel",
+    "AcquisitionNumber", "AcquisitionDateTime", "KVP", "ConvolutionKernel", "ConcatenationUID", "InConcatenationTotalNumber",
     "ModalityLUTSequence", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "PixelData",
     # How pixels are laid out and coloured (layout.py, samples.py, color.py).
     "PlanarConfiguration", "ExtendedOffsetTable", "ExtendedOffsetTableLengths", "FloatPixelData", "DoubleFloatPixelData",
@@ -88,7 +88,6 @@ def facts_of(elements: Elements, transfer_syntax_uid: str) -> dict[str, Any]:
         "magnification": number_of(elements, "EstimatedRadiographicMagnificationFactor"),
         "aspect_ratio": numbers_of(elements, "PixelAspectRatio", 2),
         "frame_of_reference_uid": text_of(elements, "FrameOfReferenceUID"),
-        "window": _window(elements),
         "view_position": text_of(elements, "ViewPosition").upper() or _coded_view(elements),
         "patient_orientation": [str(part).strip().upper()[:16] for part in values_of(elements, "PatientOrientation")[:2]],
         # PS3.3 §C.8.11.1.1.6 before §C.7.3.1: that of the image before that of its series.
@@ -114,13 +113,15 @@ def _stack_facts(elements: Elements) -> dict[str, Any]:
         "trigger_time": _first_number(elements, "TriggerTime"),
         "acquisition_number": _first_number(elements, "AcquisitionNumber"),
         "acquired_at": _acquired_at(elements),
+        "concatenation_uid": text_of(elements, "ConcatenationUID"),
+        "concatenated": integer_of(elements, "InConcatenationTotalNumber", default=0),
     }
 
 
 def _acquired_at(elements: Elements) -> str:
     """Return Acquisition DateTime, or date and time, as digits that sort by time; '' if they are none."""
     said = [str(next(iter(values_of(elements, keyword)), "")) for keyword in ("AcquisitionDateTime", "AcquisitionDate", "AcquisitionTime")]
-    at = said[0] or (said[1] + said[2] if said[1] and said[2] else "")
+    at = re.sub(r"[+-]\d{4}$", "", said[0]) or (said[1] + said[2] if said[1] and said[2] else "")
     return at if re.fullmatch(r"\d{8,14}(\.\d{1,6})?", at) else ""
 
 
@@ -208,11 +209,6 @@ def numbers_of(elements: Elements, keyword: str, count: int) -> list[float] | No
     if len(numbers) != count:
         raise GeometryError(f"{_named(keyword)} does not hold {count} finite numbers.")
     return numbers
-
-
-def _window(elements: Elements) -> list[tuple[float, float]]:
-    centers, widths = _floats(values_of(elements, "WindowCenter")), _floats(values_of(elements, "WindowWidth"))
-    return list(zip(centers, widths, strict=True)) if len(centers) == len(widths) else []
 
 
 def _floats(values: Sequence[Any]) -> list[float]:

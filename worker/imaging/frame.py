@@ -15,7 +15,7 @@ class Frame:
     ``pixels`` (rows, columns) are stored values as PS3.5 §8.1.1 reads them: ``bits_stored`` wide, sign-extended, before rescale.
     ``position`` and ``orientation`` are LPS, mm; ``pixel_spacing``, ``imager_spacing`` and ``region_spacing`` (of the one
     ultrasound region) are (between rows, between columns), mm; ``magnification`` is that of the object on the detector.
-    ``padding`` is the closed range of stored values that are no image (PS3.3 §C.7.5.1.1.2); ``window`` holds (center, width).
+    ``padding`` is the closed range of stored values that are no image (PS3.3 §C.7.5.1.1.2).
     ``rescale_type`` names what the rescale gives (Units of a PET image), or with ``has_modality_lut`` the table, which then has been
     applied. ``suv_factor`` turns rescaled values into SUV by body weight, g/ml; where it is None, ``suv_reason`` says why in a
     sentence.
@@ -25,7 +25,9 @@ class Frame:
     What tells one stack of a series from another: ``image_type`` (Frame Type of an enhanced object), ``kilovolts`` of the tube,
     ``kernel`` of the reconstruction, ``echo_time`` ms, ``echo_number``, ``b_value`` s/mm², ``diffusion_direction``,
     ``has_contrast``, ``stack_id``, ``temporal_position``, ``cardiac_phase`` %, ``trigger_time`` ms, ``acquisition_number`` and
-    ``acquired_at`` (digits of a DICOM date and time).
+    ``acquired_at`` (digits of a DICOM date and time, in the clock of the site).
+
+    ``concatenated``: into how many instances the object that ``concatenation_uid`` names was split (PS3.3 §C.7.6.16.1); 0: not told.
     """
 
     sop_instance_uid: str
@@ -57,7 +59,6 @@ class Frame:
     aspect_ratio: tuple[float, ...] | None
     frame_of_reference_uid: str
     padding: tuple[int, int] | None
-    window: tuple[tuple[float, float], ...]
     view_position: str
     patient_orientation: tuple[str, ...]
     laterality: str
@@ -75,4 +76,6 @@ class Frame:
     trigger_time: float | None
     acquisition_number: float | None
     acquired_at: str
+    concatenation_uid: str
+    concatenated: int
     pixels: NDArray[np.integer]

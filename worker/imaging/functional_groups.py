@@ -60,7 +60,7 @@ _IN_GROUPS_ONLY: Final = _tags(
 _MAY_SAY: Final = (
     _IN_GROUPS_ONLY
     | frozenset(_CLASSIC_NAMES.values())
-    | _tags("WindowCenter", "WindowWidth", "DiffusionBValue", "DiffusionGradientOrientation", "StackID")
+    | _tags("DiffusionBValue", "DiffusionGradientOrientation", "StackID")
     | _tags("NominalPercentageOfCardiacPhase", "EchoNumbers", "KVP", "ConvolutionKernel", "AcquisitionDate", "AcquisitionTime")
 )
 #: Deepest nesting of groups: diffusion, and its direction.

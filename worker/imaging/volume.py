@@ -133,7 +133,16 @@ def _read(series: Series, pool: DecoderPool, *, color: str) -> list[Frame]:
             raise PixelError("A stored file holds another instance than its row says.")
         if first.is_enhanced and first.sop_class_uid not in _PICTURES:
             raise GeometryError("The frames of this SOP class, which has functional groups, are no images of the patient.")
+    _check_whole([first for first, *_ in read])
     return [one for frames in read for one in frames]
+
+
+def _check_whole(instances: Sequence[Frame]) -> None:
+    """Refuse an object that was split into several instances, of which some are not there; given is one frame of each instance."""
+    for uid in {one.concatenation_uid for one in instances} - {""}:
+        parts = [one for one in instances if one.concatenation_uid == uid]
+        if len(parts) < (total := max(one.concatenated for one in parts)):
+            raise GeometryError(f"The series has {len(parts)} of the {total} instances into which one object was split.")
 
 
 def _volume(frames: Sequence[Frame], *, max_gap_mm: float, gantry_tilt: GantryTilt, choose: Choice, unit: Unit) -> Volume:
