@@ -176,6 +176,8 @@ class Destination:
     port: int
     own_ae_title: str = ""
     read_back: bool = True
+    commitment: bool = False
+    commitment_wait_s: float = 600.0
     timeout_s: float = 30.0
 
 
@@ -303,9 +305,26 @@ def _check(config: Config) -> None:
         raise ConfigError("destinations: two have the same name.")
     if config.receive.processes < 1 or config.run.processes < 1:
         raise ConfigError("receive.processes and run.processes are at least 1.")
+    _check_commitment(config)
     _check_records(config)
     _check_numbers(config)
     parse_zone(config.site.timezone)
+
+
+def _check_commitment(config: Config) -> None:
+    """The archive opens an association to our receiver, to whom we called ourselves, as one of the senders."""
+    titles = {sender.ae_title for sender in config.senders}
+    for peer in config.destinations:
+        if not peer.commitment:
+            continue
+        if peer.commitment_wait_s <= 0:
+            raise ConfigError(f"destinations {peer.name}: commitment_wait_s is more than 0.")
+        if not titles & {peer.ae_title, "*"}:
+            raise ConfigError(
+                f"destinations {peer.name}: commitment needs {peer.ae_title!r} in [[senders]], for the PACS reports by calling us."
+            )
+        if peer.own_ae_title not in ("", config.receive.ae_title):
+            raise ConfigError(f"destinations {peer.name}: with commitment own_ae_title must be [receive] ae_title, which the PACS calls.")
 
 
 def _check_records(config: Config) -> None:

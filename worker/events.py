@@ -30,6 +30,10 @@ NAMES: Final = frozenset(
         "job.cancelled",
         "job.rescued",
         "job.fenced",  # a late owner's verdict was turned away
+        "commitment.given",  # an archive promised to keep a document
+        "commitment.denied",  # it did not, and the document is sent again
+        "commitment.missing",  # no report in time; a query found the document, or was not answered
+        "commitment.turned_away",  # a report that changed nothing: a stranger's, of an unknown transaction, not to be read
         "report.outdated",  # the record changed after it
         "record.expired",  # retention
         "explanation.failed",  # the findings are reported all the same

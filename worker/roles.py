@@ -26,10 +26,10 @@ import psutil
 
 from worker import events
 from worker.config import Config, Destination
-from worker.domain import Header, Job, Received
+from worker.domain import CommitmentReport, Header, Job, Received
 from worker.errors import BundleError, DecoderDied
 from worker.record_feeds import clock, identified
-from worker.store import queue, studies
+from worker.store import commitments, queue, studies
 from worker.store.database import Connection, DatabaseUnavailable, Store
 from worker.store.group import GroupCommit
 from worker.store.spool import Spool, Stored
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 #: Seconds that transfers under way have to finish after SIGTERM.
 RECEIVE_GRACE_S: Final = 10.0
+#: So often it is looked for archives that did not say in time whether they commit.
+LOOK_S: Final = 1.0
 
 
 def owner() -> str:
@@ -118,7 +120,7 @@ def add_instance(conn: Connection, config: Config, header: Header, stored: Store
 
 
 def receive(config: Config, store: Store, listener: socket.socket, stop: threading.Event) -> None:
-    """Serve C-ECHO and C-STORE on a listening socket until told to stop; transfers under way are finished."""
+    """Serve C-ECHO, C-STORE and reports on storage commitment on a listening socket until told to stop; what is under way is finished."""
     from worker.imaging.codecs import decodable_transfer_syntaxes
     from worker.intake.negotiation import Policy
     from worker.intake.scp import Limits, StorageScp
@@ -130,6 +132,7 @@ def receive(config: Config, store: Store, listener: socket.socket, stop: threadi
         calling={sender.ae_title: sender.addresses for sender in config.senders},
         max_pdu=settings.max_pdu_bytes,
         accepts_unknown=settings.accept_unknown_sop_classes,
+        takes_commitments=any(destination.commitment for destination in config.destinations),
         transfer_syntaxes=decodable_transfer_syntaxes(_loadable_codecs()),
     )
     limits = Limits(
@@ -144,18 +147,39 @@ def receive(config: Config, store: Store, listener: socket.socket, stop: threadi
         header, stored, sender = item
         return add_instance(conn, config, header, stored, calling_ae=sender.calling_ae, address=sender.address)
 
+    def report(said: CommitmentReport, archive: Sender) -> str:
+        return take_report(config, store, said, archive)
+
     commit = GroupCommit(store.begin, add, order=lambda item: item[0].study_instance_uid)
 
     def sink(header: Header, stored: Stored, sender: Sender) -> Received:
         return commit((header, stored, sender))
 
     scp = StorageScp(
-        listener, policy=policy, spool=spool, sink=sink, limits=limits, ssl_context=server_context(config.receive, section="receive")
+        listener,
+        policy=policy,
+        spool=spool,
+        sink=sink,
+        limits=limits,
+        ssl_context=server_context(config.receive, section="receive"),
+        reports=report,
     )
     scp.start()
     started("receive", port=scp.address[1])
     stop.wait()
     scp.stop(RECEIVE_GRACE_S)
+
+
+def take_report(config: Config, store: Store, said: CommitmentReport, archive: Sender) -> str:
+    """Take in what an archive says of storage commitment; returns why it changes nothing, or ''."""
+    asked = [peer.name for peer in config.destinations if peer.commitment and peer.ae_title == archive.calling_ae]
+    with store.begin() as conn:
+        changes = commitments.report(conn, said, destinations=asked, now=clock())
+    if changes is None:
+        return "The transaction was not asked of this AE title"
+    for change in changes:
+        commitments.say(change)
+    return ""
 
 
 def _loadable_codecs() -> Mapping[str, str] | None:
@@ -300,14 +324,21 @@ def peer_of(destination: Destination, *, own_ae_title: str) -> Peer:
 
 def deliver(config: Config, store: Store, stop: threading.Event) -> None:
     """One thread a destination, so that one PACS that is down or slow holds up no other."""
+    from worker.deliver import commitment
     from worker.deliver.send import deliver as send
 
     settings = config.deliver
 
     def serve(destination: Destination) -> None:
         peer = peer_of(destination, own_ae_title=config.receive.ae_title)
+        wait_s = destination.commitment_wait_s if destination.commitment else None
+        looked_at = 0.0
 
         def take() -> list[Job]:
+            nonlocal looked_at
+            if wait_s is not None and time.monotonic() - looked_at > LOOK_S:
+                commitment.look(store=store, peer=peer, clock=clock)
+                looked_at = time.monotonic()
             with store.begin() as conn:
                 return queue.lease(
                     conn,
@@ -325,7 +356,7 @@ def deliver(config: Config, store: Store, stop: threading.Event) -> None:
             poll_s=settings.poll_s,
             lease_s=settings.lease_s,
             take=take,
-            do=lambda jobs: send(jobs, store=store, peer=peer, clock=clock),
+            do=lambda jobs: send(jobs, store=store, peer=peer, clock=clock, commitment_wait_s=wait_s),
         )
 
     threads = [threading.Thread(target=serve, args=(peer,), name=f"deliver-{peer.name}") for peer in config.destinations]

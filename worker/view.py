@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from pydicom import dcmread
 from rich.console import Console
@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from worker.report import tree
-from worker.store import documents, history, queue, studies
+from worker.store import commitments, documents, history, queue, studies
 from worker.store.database import Store
 from worker.store.schema import AnyRow
 
@@ -23,6 +23,7 @@ def show(out: Console, store: Store, study_id: int, *, with_report: bool) -> Non
         entries = history.of_study(conn, study_id)
         jobs = queue.of_study(conn, study_id)
         reports = documents.of_study(conn, study_id)
+        promised = {one.id: commitments.of_document(conn, one.id) for one, _ in reports}
     out.print(
         f"study {study_id}  {study.study_instance_uid}  version {study.version}  {sum(len(s.instances) for s in study.series)} images"
     )
@@ -32,17 +33,37 @@ def show(out: Console, store: Store, study_id: int, *, with_report: bool) -> Non
         facts = "  ".join(f"{name}={value}" for name, value in entry.facts.items() if value not in ("", {}, None))
         out.print(f"{entry.at:%Y-%m-%d %H:%M:%S.%f}"[:-3] + f"Z  {entry.name:22s} {escape(facts)}", soft_wrap=True)
     if jobs:
-        table = Table("job", "kind", "bundle or destination", "version", "state", "attempt", "reason")
-        for job in jobs:
-            row = (job.id, job.kind, job.destination or job.bundle, job.input_version, job.state, job.attempt, escape(job.reason))
-            table.add_row(*(str(cell) for cell in row))
-        out.print(table)
+        out.print(_jobs(jobs))
     for document, findings in reports:
         out.print(f"report {document.sop_instance_uid}  version {document.input_version}  {escape(document.failure)}", soft_wrap=True)
+        for asked in promised[document.id]:
+            out.print(f"  {asked.destination}: {_promise(asked)}", soft_wrap=True, markup=False)
         for one in findings:
             _print_finding(out, one)
     if with_report and reports:
         print_report(out, bytes(reports[-1][0].data))
+
+
+def _jobs(jobs: Sequence[AnyRow]) -> Table:
+    table = Table("job", "kind", "bundle or destination", "version", "state", "attempt", "reason")
+    for job in jobs:
+        row = (job.id, job.kind, job.destination or job.bundle, job.input_version, job.state, job.attempt, escape(job.reason))
+        table.add_row(*(str(cell) for cell in row))
+    return table
+
+
+def _promise(asked: AnyRow) -> str:
+    if asked.answered_at is None:
+        return f"asked to commit at {asked.asked_at:%Y-%m-%d %H:%M:%S}Z, no answer yet"
+    at = f"{asked.answered_at:%Y-%m-%d %H:%M:%S}Z"
+    match asked.state:
+        case "committed":
+            return f"committed by the PACS at {at}"
+        case "found":
+            return f"found by a query at {at}, not committed: {asked.reason}"
+        case "unproven":
+            return f"neither committed nor found, for queries are not answered ({at}): {asked.reason}"
+    return f"not kept, as was said or found at {at}: {asked.reason}"
 
 
 def _print_finding(out: Console, one: AnyRow) -> None:

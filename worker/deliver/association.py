@@ -188,6 +188,20 @@ class Association:
             except Exception as error:  # pydicom raises whatever hostile bytes make it raise
                 raise self._lost("answered a query with something that cannot be decoded") from error
 
+    def action(self, sop_class_uid: str, sop_instance_uid: str, action_type: int, *, data: bytes, context_id: int) -> Response:
+        """N-ACTION (PS3.7 §10.1.4); `data` is the Action Information, encoded for the context."""
+        deadline = time.monotonic() + self._peer.timeout_s
+        self._send(
+            context_id,
+            wire.N_ACTION,
+            deadline,
+            sop_class_uid=sop_class_uid,
+            sop_instance_uid=sop_instance_uid,
+            data=data,
+            action_type=action_type,
+        )
+        return self._response(wire.N_ACTION, deadline)[0]
+
     def release(self) -> None:
         """Say goodbye (PS3.8 §7.2). Nothing that goes wrong here changes an answer already given."""
         if self._sock is None:
@@ -227,10 +241,17 @@ class Association:
         sop_class_uid: str,
         sop_instance_uid: str = "",
         data: bytes | memoryview = b"",
+        action_type: int = 0,
     ) -> None:
         """Send one request; a small one, command and data, leaves in one packet."""
         self._message_id = self._message_id % 0xFFFF + 1
-        command = wire.command_set(field, sop_class_uid=sop_class_uid, message_id=self._message_id, sop_instance_uid=sop_instance_uid)
+        command = wire.command_set(
+            field,
+            sop_class_uid=sop_class_uid,
+            message_id=self._message_id,
+            sop_instance_uid=sop_instance_uid,
+            action_type=action_type,
+        )
         ready = bytearray()
         for pdu in wire.data_pdus(context_id, command, data, max_fragment=self._max_fragment):
             ready += pdu

@@ -15,7 +15,7 @@ found, other patient      PatientConflict: a person must look
 no association            PeerUnavailable, permanent rejections too: somebody will mend the AE title
 ========================  =============================================================================
 
-Not here: STOW-RS, storage commitment, jobs (send.py).
+Not here: STOW-RS, storage commitment (commitment.py), jobs (send.py).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from worker.deliver.wire import EncodedObject, Response, open_file
 from worker.domain import Document
 from worker.errors import NotReadBack, PatientConflict, PeerRefused, PeerUnavailable, WorkerError
 
-__all__ = ["NO_RESPONSE", "Outcome", "Peer", "count_instances", "echo", "find_instance", "send"]
+__all__ = ["NO_RESPONSE", "Outcome", "Peer", "count_instances", "echo", "find_document", "find_instance", "send"]
 
 #: Stands in `Outcome.status` where the peer gave none; no DICOM status has this value.
 NO_RESPONSE: Final = 0xFFFF
@@ -159,7 +159,15 @@ def find_instance(peer: Peer, *, study_instance_uid: str, series_instance_uid: s
     PeerUnavailable
         No association, or no answer in time.
     """
-    keys = _instance_keys(study_instance_uid, series_instance_uid, sop_instance_uid)
+    return _find(peer, _instance_keys(study_instance_uid, series_instance_uid, sop_instance_uid))
+
+
+def find_document(peer: Peer, document: Document) -> bool | None:
+    """Ask whether the peer has a document of ours; as `find_instance`."""
+    return _find(peer, _open(document).keys)
+
+
+def _find(peer: Peer, keys: Mapping[str, str]) -> bool | None:
     answers = _query(peer, keys)
     return None if answers is None else any(_is_same(answer, keys) for answer in answers)
 

@@ -32,7 +32,7 @@ ABORT_PDU: Final = bytes((ABORT, 0, 0, 0, 0, 4, 0, 0, 0, 0))
 #: Length of an A-ASSOCIATE PDU's fixed part, PS3.8 Table 9-17.
 _ASSOCIATE_FIXED: Final = 74
 # PS3.7 Table E.1-1: command fields and the value that says "no data set".
-C_STORE, C_FIND, C_ECHO = 0x0001, 0x0020, 0x0030
+C_STORE, C_FIND, C_ECHO, N_ACTION = 0x0001, 0x0020, 0x0030, 0x0130
 _NO_DATA_SET: Final = 0x0101
 
 
@@ -152,15 +152,19 @@ def fragments(pdu: bytes) -> list[tuple[int, bytes]]:
     return found
 
 
-def command_set(field: int, *, sop_class_uid: str, message_id: int, sop_instance_uid: str = "") -> bytes:
-    """Encode a request's command set: Implicit VR Little Endian, ascending (PS3.7 §6.3, §9.3)."""
+def command_set(field: int, *, sop_class_uid: str, message_id: int, sop_instance_uid: str = "", action_type: int = 0) -> bytes:
+    """Encode a request's command set: Implicit VR Little Endian, ascending (PS3.7 §6.3, §9.3, §10.3)."""
     has_data_set = field != C_ECHO
-    body = _element(0x0002, _uid(sop_class_uid)) + _element(0x0100, _short(field)) + _element(0x0110, _short(message_id))
-    if has_data_set:
+    # N-ACTION names what it requests, the others what they affect.
+    class_element, instance_element = (0x0003, 0x1001) if field == N_ACTION else (0x0002, 0x1000)
+    body = _element(class_element, _uid(sop_class_uid)) + _element(0x0100, _short(field)) + _element(0x0110, _short(message_id))
+    if has_data_set and field != N_ACTION:
         body += _element(0x0700, _short(0))  # Priority: medium
     body += _element(0x0800, _short(1 if has_data_set else _NO_DATA_SET))
     if sop_instance_uid:
-        body += _element(0x1000, _uid(sop_instance_uid))
+        body += _element(instance_element, _uid(sop_instance_uid))
+    if field == N_ACTION:
+        body += _element(0x1008, _short(action_type))
     return _element(0x0000, struct.pack("<I", len(body))) + body
 
 

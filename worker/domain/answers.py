@@ -116,3 +116,12 @@ class Document:
     kind: str
     data: bytes
     predecessor_uid: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CommitmentReport:
+    """What an archive says of the instances of one transaction (PS3.4 §J.3.3): those it keeps, and why not the others."""
+
+    transaction_uid: str
+    committed: frozenset[str]
+    failed: Mapping[str, int]

@@ -1,9 +1,10 @@
-"""An open association: messages in, C-ECHO and C-STORE answered, until it is released or cut.
+"""An open association: messages in, C-ECHO, C-STORE and N-EVENT-REPORT answered, until it is released or cut.
 
 ::
 
     P-DATA-TF ─▶ PDV ─┬─ command set ─▶ what to do
                       └─ data set ────▶ spool file, as it comes ─▶ fsync, rename ─▶ header ─▶ sink ─▶ status
+                                  └───▶ of a report on storage commitment: memory, bounded ─▶ reports ─▶ status
 
 Fragments go from the socket's buffer straight into the file and its digest; nothing is decoded
 but the header, and nothing is kept in memory. The status is sent last of all. One thread, one
@@ -17,22 +18,24 @@ from __future__ import annotations
 import struct
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Final
 
 from worker import events
-from worker.domain import Header, Received
+from worker.domain import CommitmentReport, Header, Received
 from worker.errors import Reject, Retry
-from worker.intake import dimse, wire
+from worker.intake import commitment, dimse, wire
 from worker.intake.dimse import Command
 from worker.intake.header import InstanceRefused, is_uid, read_header
-from worker.intake.negotiation import VERIFICATION, Accepted, Context, Peer, pdu
+from worker.intake.negotiation import STORAGE_COMMITMENT, VERIFICATION, Accepted, Context, Peer, pdu
 from worker.intake.wire import ProtocolError, Wire
 from worker.store.spool import Incoming, Spool, Stored
 
 #: Records a durable file. Raises worker.errors.Retry if it cannot now; then the sender is asked to come again.
 Sink = Callable[[Header, Stored, Peer], Received]
+#: Takes in what an archive says of storage commitment; returns why it changes nothing, or ''. Raises Retry if it cannot now.
+Reports = Callable[[CommitmentReport, Peer], str]
 
 #: Ours, and longer than what any PDV header adds.
 _PDU_SLACK: Final = 1024
@@ -61,12 +64,14 @@ class _Message:
     command: Command
     incoming: Incoming | None = None
     refusal: InstanceRefused | None = None
+    #: The data set of an N-EVENT-REPORT; one that becomes too long is cut off, and refused.
+    report: bytearray = field(default_factory=bytearray)
 
 
 class DataPhase:
     """The life of one accepted association."""
 
-    def __init__(self, line: Wire, accepted: Accepted, *, max_pdu: int, spool: Spool, sink: Sink) -> None:
+    def __init__(self, line: Wire, accepted: Accepted, *, max_pdu: int, spool: Spool, sink: Sink, reports: Reports | None = None) -> None:
         self.tally = Tally()
         self._wire = line
         self._peer = accepted.peer
@@ -75,6 +80,7 @@ class DataPhase:
         self._max_pdu = max_pdu
         self._spool = spool
         self._sink = sink
+        self._reports = reports
         self._command = bytearray()
         self._command_context = 0
         self._message: _Message | None = None
@@ -158,6 +164,8 @@ class DataPhase:
             size -= len(piece)
             if message.incoming is not None:
                 self._write(message, message.incoming, piece)
+            elif message.command.field == dimse.N_EVENT_REPORT_RQ and len(message.report) <= commitment.MAX_BYTES:
+                message.report += piece
         if is_last:
             self._message = None
             self._answer(message)
@@ -165,12 +173,14 @@ class DataPhase:
     # --- PS3.7 §9: DIMSE-C ------------------------------------------------------------------------
 
     def _answer(self, message: _Message) -> None:
-        """Do what a complete message asks for. Further services, such as N-EVENT-REPORT, find their place here."""
+        """Do what a complete message asks for."""
         command, comment = message.command, ""
         if command.field == dimse.C_STORE_RQ:
             status, comment = self._store(message)
         elif command.field == dimse.C_ECHO_RQ and self._contexts[message.context_id].sop_class_uid == VERIFICATION:
             status = dimse.SUCCESS
+        elif command.field == dimse.N_EVENT_REPORT_RQ and self._contexts[message.context_id].sop_class_uid == STORAGE_COMMITMENT:
+            status, comment = self._take_report(message, bytes(message.report))
         elif command.field == dimse.C_CANCEL_RQ or command.field & dimse.RESPONSE:
             return  # neither has an answer
         else:
@@ -183,8 +193,8 @@ class DataPhase:
         if not (is_uid(command.sop_class_uid) and is_uid(command.sop_instance_uid)):
             message.refusal = InstanceRefused(dimse.INVALID_INSTANCE, "Affected SOP Class or Instance UID is not a UID")
             message.command = Command(command.field, command.message_id, command.has_data_set, "", "")
-        elif context.sop_class_uid == VERIFICATION:
-            message.refusal = InstanceRefused(dimse.CLASS_NOT_SUPPORTED, "The context is for verification only")
+        elif context.sop_class_uid in (VERIFICATION, STORAGE_COMMITMENT):
+            message.refusal = InstanceRefused(dimse.CLASS_NOT_SUPPORTED, "The context is not for storage")
         elif command.sop_class_uid != context.sop_class_uid:
             message.refusal = InstanceRefused(DOES_NOT_MATCH, "The SOP class is not that of the context")
         elif not command.has_data_set:
@@ -256,6 +266,33 @@ class DataPhase:
         facts |= {"calling_ae": self._peer.calling_ae, "status": f"0x{refusal.status:04X}", "reason": refusal.comment}
         events.emit("instance.refused", **facts)
         return refusal.status, refusal.comment
+
+    # --- PS3.7 §10.1.1: N-EVENT-REPORT ------------------------------------------------------------
+
+    def _take_report(self, message: _Message, data: bytes) -> tuple[int, str]:
+        """Return the status of an archive's report on storage commitment."""
+        status, reason = self._report(message, data)
+        if status != dimse.SUCCESS:
+            facts = {"calling_ae": self._peer.calling_ae, "address": self._peer.address}
+            events.emit("commitment.turned_away", status=f"0x{status:04X}", reason=reason, **facts)
+        return status, reason
+
+    def _report(self, message: _Message, data: bytes) -> tuple[int, str]:
+        command = message.command
+        if command.sop_class_uid != STORAGE_COMMITMENT or command.sop_instance_uid != commitment.WELL_KNOWN_INSTANCE:
+            return dimse.NO_SUCH_INSTANCE, "The report is not of the Storage Commitment instance"
+        if command.event_type not in commitment.EVENT_TYPES or self._reports is None:
+            return dimse.NO_SUCH_EVENT, "The event type is none of Storage Commitment"
+        if len(data) > commitment.MAX_BYTES:
+            return dimse.RESOURCE_LIMITATION, f"The event information is longer than {commitment.MAX_BYTES} bytes"
+        try:
+            said = commitment.read_report(data, self._contexts[message.context_id].transfer_syntax_uid)
+            reason = self._reports(said, self._peer)
+        except ValueError as error:
+            return dimse.INVALID_ARGUMENT, str(error)
+        except Retry:
+            return dimse.RESOURCE_LIMITATION, "The database is not available: report again later"
+        return (dimse.INVALID_ARGUMENT, reason) if reason else (dimse.SUCCESS, "")
 
     def _send(self, context_id: int, command_set: bytes) -> None:
         limit = max(self._peer_max_pdu - 6, 16) if self._peer_max_pdu else len(command_set)

@@ -15,12 +15,14 @@ RESPONSE: Final = 0x8000
 
 # PS3.7 Annex C: statuses of every service.
 SUCCESS, INVALID_INSTANCE, CLASS_NOT_SUPPORTED, PROCESSING_FAILURE, UNRECOGNIZED_OPERATION = 0x0000, 0x0117, 0x0122, 0x0110, 0x0211
+# Of N-EVENT-REPORT, PS3.7 §10.1.1.1.8.
+NO_SUCH_INSTANCE, NO_SUCH_EVENT, INVALID_ARGUMENT, RESOURCE_LIMITATION = 0x0112, 0x0113, 0x0115, 0x0213
 
 #: PS3.7 §9.3: the value of Command Data Set Type that says none follows.
 NO_DATA_SET: Final = 0x0101
 
 _CLASS, _FIELD, _MESSAGE_ID, _RESPONDED, _DATA_SET = 0x0002, 0x0100, 0x0110, 0x0120, 0x0800
-_STATUS, _COMMENT, _INSTANCE = 0x0900, 0x0902, 0x1000
+_STATUS, _COMMENT, _INSTANCE, _EVENT_TYPE = 0x0900, 0x0902, 0x1000, 0x1002
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,7 @@ class Command:
     has_data_set: bool
     sop_class_uid: str
     sop_instance_uid: str
+    event_type: int = 0
 
 
 def decode(data: bytes) -> Command:
@@ -54,6 +57,7 @@ def decode(data: bytes) -> Command:
         has_data_set=_number(values, _DATA_SET) != NO_DATA_SET,
         sop_class_uid=_text(values, _CLASS),
         sop_instance_uid=_text(values, _INSTANCE),
+        event_type=_number(values, _EVENT_TYPE) if _EVENT_TYPE in values else 0,
     )
 
 

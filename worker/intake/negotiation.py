@@ -20,6 +20,7 @@ from worker.intake.wire import ASSOCIATE_AC, ASSOCIATE_RJ, ProtocolError
 from worker.store.spool import IMPLEMENTATION_CLASS_UID
 
 VERIFICATION: Final = "1.2.840.10008.1.1"
+STORAGE_COMMITMENT: Final = "1.2.840.10008.1.20.1"
 _APPLICATION_CONTEXT: Final = "1.2.840.10008.3.1.1.1"  # PS3.7 Annex A.2.1
 _IMPLEMENTATION_VERSION: Final = "SYNOPTIC"
 
@@ -56,6 +57,9 @@ TRANSFER_SYNTAXES: Final = (
     "1.2.840.10008.1.2.4.203",  # High-Throughput JPEG 2000
     "1.2.840.10008.1.2.5",  # RLE Lossless
 )
+
+#: Data sets that are no images come in one of these.
+_NATIVE: Final = frozenset(TRANSFER_SYNTAXES[:2])
 
 #: 128 contexts of 14 transfer syntaxes fill 64 KB; nothing honest comes near.
 MAX_REQUEST_BYTES: Final = 256 * 1024
@@ -117,6 +121,8 @@ class Policy:
         and an empty mapping lets nobody in.
     accepts_unknown
         Also take SOP classes that are in no table: private ones, and those younger than pydicom.
+    takes_commitments
+        Accept Storage Commitment from a caller that proposes itself as its SCP: an archive that reports on what we sent it.
     """
 
     def __init__(
@@ -126,6 +132,7 @@ class Policy:
         calling: Mapping[str, Sequence[str]],
         max_pdu: int,
         accepts_unknown: bool = False,
+        takes_commitments: bool = False,
         transfer_syntaxes: Collection[str] = TRANSFER_SYNTAXES,
     ) -> None:
         self.ae_title = ae_title
@@ -134,6 +141,7 @@ class Policy:
             title: [ipaddress.ip_network(network, strict=False) for network in networks] for title, networks in calling.items()
         }
         self._accepts_unknown = accepts_unknown
+        self._takes_commitments = takes_commitments
         self._transfer_syntaxes = frozenset(transfer_syntaxes)
 
     def negotiate(self, body: bytes, address: str, *, is_full: bool) -> Accepted | Rejected:
@@ -155,22 +163,28 @@ class Policy:
             return _rejected(peer, UNKNOWN_CALLING, "calling AE title not recognized from this address")
         if is_full:
             return _rejected(peer, LOCAL_LIMIT, "local limit exceeded")
-        contexts = {number: self._choose(sop_class_uid, syntaxes) for number, sop_class_uid, syntaxes in request.contexts}
+        contexts = {number: self._choose(request, sop_class_uid, syntaxes) for number, sop_class_uid, syntaxes in request.contexts}
         items = b"".join(_context_item(number, result) for number, result in contexts.items())
         user = _item(0x51, struct.pack(">L", self.max_pdu)) + _item(0x52, IMPLEMENTATION_CLASS_UID.encode())
+        if any(isinstance(one, Context) and one.sop_class_uid == STORAGE_COMMITMENT for one in contexts.values()):
+            # PS3.7 §D.3.3.4: the caller is SCP of this class, and nothing else.
+            user += _item(0x54, struct.pack(">H", len(STORAGE_COMMITMENT)) + STORAGE_COMMITMENT.encode() + bytes((0, 1)))
         user += _item(0x55, _IMPLEMENTATION_VERSION.encode())
         # PS3.8 Table 9-17: the peer's own title fields come back as they were.
         reply = struct.pack(">HH", 1, 0) + request.titles + _item(0x10, _APPLICATION_CONTEXT.encode()) + items + _item(0x50, user)
         accepted = {number: result for number, result in contexts.items() if isinstance(result, Context)}
         return Accepted(peer, accepted, request.max_length, pdu(ASSOCIATE_AC, reply))
 
-    def _choose(self, sop_class_uid: str, syntaxes: Sequence[str]) -> Context | int:
+    def _choose(self, request: _Request, sop_class_uid: str, syntaxes: Sequence[str]) -> Context | int:
         """Return the context agreed, or the reason for none."""
-        if not self._takes(sop_class_uid):
+        is_commitment = sop_class_uid == STORAGE_COMMITMENT
+        # One that proposes no role would be asking us to commit, which we do not.
+        takes = self._takes_commitments and STORAGE_COMMITMENT in request.scp_of if is_commitment else self._takes(sop_class_uid)
+        if not takes:
             return _NO_ABSTRACT_SYNTAX
         for syntax in syntaxes:
             # The proposer's order is its preference, and spares it a conversion.
-            if syntax in self._transfer_syntaxes:
+            if syntax in (_NATIVE if is_commitment else self._transfer_syntaxes):
                 return Context(sop_class_uid, syntax)
         return _NO_TRANSFER_SYNTAX
 
@@ -197,6 +211,8 @@ class _Request:
         self.calling_ae = _title(self.titles[16:32])
         self.application_context = ""
         self.max_length = 0
+        #: The classes of which the caller would be SCP (PS3.7 §D.3.3.4).
+        self.scp_of: set[str] = set()
         self.contexts: list[tuple[int, str, list[str]]] = []
         for kind, value in _items(body, 68):
             if kind == 0x10:
@@ -207,6 +223,8 @@ class _Request:
                 for sub_kind, sub_value in _items(value, 0):
                     if sub_kind == 0x51:
                         self.max_length = struct.unpack(">L", sub_value)[0]
+                    elif sub_kind == 0x54 and sub_value[-1:] == b"\1":
+                        self.scp_of.add(_uid(sub_value[2:-2]))
 
     def _add_context(self, value: bytes) -> None:
         number, abstract, syntaxes = value[0], "", []

@@ -6,7 +6,7 @@ What a C-STORE is answered (PS3.4 Table B.2-1, PS3.7 Annex C); each comes with a
 0x0000   file and row are durable; also an identical duplicate, and other bytes under a
          known UID (quarantined: the first stays as it is, a person is told)
 0x0117   Affected SOP Class or Instance UID is not a UID
-0x0122   C-STORE on a verification context
+0x0122   C-STORE on a context of verification or storage commitment
 0x0211   any other DIMSE operation
 0xA700   spool nearly full, disk full or failing, database away: send again later
 0xA900   SOP class or instance of the data set is not that of the request
@@ -20,8 +20,12 @@ What a C-STORE is answered (PS3.4 Table B.2-1, PS3.7 Annex C); each comes with a
 0xC211   a bug of ours; the next instance is served
 =======  ============================================================================
 
+And an archive's N-EVENT-REPORT on storage commitment (PS3.7 §10.1.1.1.8), where the association agreed that it is SCP of that class:
+0x0000 taken, repeated ones too; 0x0112 another SOP instance; 0x0113 another event type; 0x0115 cannot be read, or the transaction is
+unknown or another archive's; 0x0213 too long, or the database is away: report again later.
+
 Several processes may share one listening socket (`listen`): an idle one accepts first. Emits
-``association.rejected``, ``association.closed`` and ``instance.refused``.
+``association.rejected``, ``association.closed``, ``instance.refused`` and ``commitment.turned_away``.
 """
 
 from __future__ import annotations
@@ -37,7 +41,7 @@ from typing import Final
 
 from worker import events
 from worker.intake import wire
-from worker.intake.dataphase import DataPhase, Sink
+from worker.intake.dataphase import DataPhase, Reports, Sink
 from worker.intake.negotiation import MAX_REQUEST_BYTES, Accepted, Policy, pdu
 from worker.intake.wire import Closed, ProtocolError, Stalled, Stopping, Wire
 from worker.store.spool import Spool
@@ -104,6 +108,8 @@ class StorageScp:
         From `listen`, perhaps inherited from a parent process. Closed by `stop`, here only.
     ssl_context
         Server context; then nothing but TLS is spoken. The handshake runs in the connection's own thread.
+    reports
+        Takes what archives say of storage commitment; goes with the policy's `takes_commitments`.
     """
 
     def __init__(
@@ -115,11 +121,13 @@ class StorageScp:
         sink: Sink,
         limits: Limits | None = None,
         ssl_context: ssl.SSLContext | None = None,
+        reports: Reports | None = None,
     ) -> None:
         self._listener = listener
         self._policy = policy
         self._spool = spool
         self._sink = sink
+        self._reports = reports
         self._limits = limits or Limits()
         self._ssl_context = ssl_context
         self._load = _Load()
@@ -270,7 +278,7 @@ class StorageScp:
     def _associate(self, line: Wire, accepted: Accepted) -> None:
         """Serve one association to its end, whatever that is, and say so in one line."""
         line.idle_s, line.pdu_s = self._limits.idle_s, self._limits.pdu_s
-        phase = DataPhase(line, accepted, max_pdu=self._policy.max_pdu, spool=self._spool, sink=self._sink)
+        phase = DataPhase(line, accepted, max_pdu=self._policy.max_pdu, spool=self._spool, sink=self._sink, reports=self._reports)
         began, facts = time.monotonic(), {}
         try:
             end = phase.run()

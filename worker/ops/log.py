@@ -32,6 +32,9 @@ WARNINGS: Final = frozenset(
         "role.restarted",
         "explanation.failed",
         "feed.silent",
+        "commitment.denied",
+        "commitment.missing",
+        "commitment.turned_away",
     }
 )
 ERRORS: Final = frozenset({"job.discarded", "sweep.failed"})

@@ -29,6 +29,7 @@ from worker.store import history, persons, records
 from worker.store.database import Store
 from worker.store.schema import (
     AnyRow,
+    commitment,
     demographics,
     document,
     event,
@@ -222,6 +223,7 @@ def _erase_studies(conn: Connection, ids: Sequence[int]) -> tuple[dict[str, int]
     paths = list(conn.scalars(sa.select(instance.c.path).where(of_series).order_by(instance.c.id)))
     # Whatever refers to another goes before it.
     counts = {
+        "commitments": _delete(conn, commitment, commitment.c.job_id.in_(sa.select(job.c.id).where(job.c.study_id.in_(ids)))),
         "events": _delete(conn, event, event.c.study_id.in_(ids)),
         "jobs": _delete(conn, job, job.c.study_id.in_(ids)),
         "findings": _delete(conn, finding, of_documents),

@@ -6,6 +6,7 @@
         ▲                  │ ├────discard───▶ discarded   (dead letter: a person looks)
         └─ snooze, retry, ─┘ └────cancel────▶ cancelled
            rescue                revive: back to available when the cause is gone; an operator's retry does so whatever the cause
+                                 reopen: completed, back to available, for the archive lost the document
 
 A lease carries a generation (a fencing token). Every verdict is
 ``UPDATE … WHERE id = ? AND lease_generation = ? AND state = 'leased'``; no row means that the job
@@ -282,6 +283,17 @@ def revive(conn: Connection, study_id: int, *, input_version: int, bundles: Iter
     ).rowcount
     if changed:
         history.note(conn, study_id, name="infer.revived", now=now, version=input_version, jobs=changed)
+
+
+def reopen(conn: Connection, job_id: int, *, reason: str, delay_s: float | None, now: datetime) -> None:
+    """A completed delivery whose document the archive does not have: again after `delay_s`, or never, where that is None."""
+    done = (job.c.id == job_id, job.c.state == "completed")
+    state, due = ("discarded", now) if delay_s is None else ("available", now + timedelta(seconds=delay_s))
+    changed = sa.update(job).where(*done).values(state=state, reason=reason, not_before=due, finished_at=now if delay_s is None else None)
+    row = conn.execute(changed.returning(job.c.study_id, job.c.bundle, job.c.input_version, job.c.destination)).first()
+    if row is not None:
+        name, facts = "deliver.discarded" if delay_s is None else "deliver.reopened", {"bundle": row.bundle, "version": row.input_version}
+        history.note(conn, row.study_id, name=name, now=now, **facts, destination=row.destination, reason=reason)
 
 
 def operator_cancel(conn: Connection, study_id: int, *, now: datetime) -> int:

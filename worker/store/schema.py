@@ -5,7 +5,7 @@
     patient ──< observation >── message (what was said, when, by whom)
     patient ──< demographics        patient ──< merge >── patient        patient ──< imaging_order
     study ──< series ──< instance
-    study ──< job >── document     finding >── document
+    study ──< job >── document     finding >── document     commitment >── job
     study ──< event
 
 A study names its patient by (issuer, patient ID), not by a row: images may come before the record.
@@ -21,11 +21,13 @@ from sqlalchemy.engine import Row
 from worker.store.columns import UtcDateTime, id_column, is_one_of, reference, text, where
 
 #: Must be the head of migrations/; a test compares them.
-REVISION: Final = "0004"
+REVISION: Final = "0005"
 
 #: Drawn in HOUSE §5 and worker/README.md: available → leased → completed | discarded | cancelled.
 JOB_STATES: Final = ("available", "leased", "completed", "discarded", "cancelled")
 STUDY_STATES: Final = ("receiving", "complete")
+#: Of a document at an archive that was asked to commit: see store/commitments.py.
+COMMITMENT_STATES: Final = ("asked", "committed", "refused", "found", "unproven")
 
 #: HL7 table 0085: statuses that take back what was said under the same key; and facts of a FHIR server, which the source names.
 #: Word for word as the indexes say it, or SQLite does not use them.
@@ -337,6 +339,25 @@ job = sa.Table(
     ),
     sa.Index("ix_job_leased", "lease_expires_at", **where("state = 'leased'")),
     sa.Index("ix_job_study_id", "study_id"),
+)
+
+commitment = sa.Table(
+    "commitment",
+    metadata,
+    id_column(),
+    # The delivery, and with it document and destination; of several rows the last counts.
+    reference("job_id", "job.id"),
+    sa.Column("transaction_uid", sa.Text, nullable=False),
+    sa.Column("state", sa.Text, nullable=False, server_default="asked"),
+    sa.Column("asked_at", UtcDateTime, nullable=False),
+    # Without an answer by then, a query must do.
+    sa.Column("look_at", UtcDateTime, nullable=False),
+    sa.Column("answered_at", UtcDateTime, nullable=True),
+    text("reason"),
+    sa.UniqueConstraint("transaction_uid", "job_id"),
+    sa.CheckConstraint(is_one_of("state", COMMITMENT_STATES), name="state"),
+    sa.Index("ix_commitment_job_id", "job_id"),
+    sa.Index("ix_commitment_asked", "look_at", **where("state = 'asked'")),
 )
 
 event = sa.Table(
