@@ -28,6 +28,7 @@ from pynetdicom.pdu import A_ASSOCIATE_AC, A_ASSOCIATE_RQ
 from pynetdicom.transport import ThreadedAssociationServer
 
 from worker.deliver.association import STUDY_ROOT_FIND, VERIFICATION, Peer
+from worker.deliver.commitment import STORAGE_COMMITMENT
 from worker.deliver.wire import open_file
 from worker.demo import query
 
@@ -93,6 +94,8 @@ class ScriptedPacs:
     syntaxes: Sequence[str] = (ExplicitVRLittleEndian, ImplicitVRLittleEndian)
     patient_id: str = ""
     timeout_s: float = 5.0
+    #: Given what an N-ACTION asks to be committed to, returns the status; without it the class is not accepted.
+    commits: Callable[[Dataset], int] | None = None
     received: list[bytes] = field(default_factory=list)
     kept: dict[str, Dataset] = field(default_factory=dict)
     associations: int = 0
@@ -107,11 +110,14 @@ class ScriptedPacs:
             ae.add_supported_context(STUDY_ROOT_FIND)
         for sop_class in self.sop_classes:
             ae.add_supported_context(sop_class, list(self.syntaxes))
+        if self.commits:
+            ae.add_supported_context(STORAGE_COMMITMENT)
         handlers: list[evt.EventHandlerType] = [
             (evt.EVT_CONN_OPEN, self._opened),
             (evt.EVT_ACCEPTED, self._accepted),
             (evt.EVT_C_STORE, self._store),
             (evt.EVT_C_FIND, self._find),
+            (evt.EVT_N_ACTION, self._action),
         ]
         self._server = ae.start_server(("127.0.0.1", 0), block=False, evt_handlers=handlers)
         return self
@@ -152,6 +158,11 @@ class ScriptedPacs:
         elif step in ("silence", "keep, silence"):
             self._stopped.wait(_SILENCE_S)
         return step if isinstance(step, int) else 0
+
+    def _action(self, event: evt.Event) -> tuple[int, None]:
+        assert self.commits is not None
+        assert (event.action_type, event.request.RequestedSOPInstanceUID) == (1, "1.2.840.10008.1.20.1.1")
+        return self.commits(event.action_information), None
 
     def _find(self, event: evt.Event) -> Iterator[tuple[int, Dataset | None]]:
         match self.finding:
@@ -236,6 +247,11 @@ class Orthanc:
         request = urllib.request.Request(f"http://127.0.0.1:{self.http_port}{path}", headers={"Accept": "application/json"})
         with urllib.request.urlopen(request, timeout=30) as response:
             return json.load(response)
+
+    def delete(self, path: str) -> None:
+        """DELETE a path of the REST interface."""
+        request = urllib.request.Request(f"http://127.0.0.1:{self.http_port}{path}", method="DELETE")
+        urllib.request.urlopen(request, timeout=30).close()
 
     def file(self, orthanc_id: str) -> bytes:
         """Return an instance as Orthanc stores it."""

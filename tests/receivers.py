@@ -13,6 +13,7 @@ from typing import Final
 
 from tests.scu import Heard, Scu, hearing
 from worker.domain import Header, Received
+from worker.intake.dataphase import Reports
 from worker.intake.negotiation import Peer, Policy
 from worker.intake.scp import Limits, StorageScp, listen
 from worker.store.spool import Spool, Stored
@@ -88,14 +89,20 @@ def receiving(
     spool: Spool | None = None,
     ssl_context: ssl.SSLContext | None = None,
     accepts_unknown: bool = False,
+    reports: Reports | None = None,
+    address: tuple[str, int] = ("127.0.0.1", 0),
 ) -> Iterator[Receiver]:
     """Run a receiver called SYNOPTIC, which SENDER may call, while the block runs."""
     spool = spool or Spool(root, low_water_bytes=0)
     store = FakeStore()
     policy = Policy(
-        ae_title="SYNOPTIC", calling=calling or {"SENDER": ["127.0.0.1"]}, max_pdu=limits.max_pdu, accepts_unknown=accepts_unknown
+        ae_title="SYNOPTIC",
+        calling=calling or {"SENDER": ["127.0.0.1"]},
+        max_pdu=limits.max_pdu,
+        accepts_unknown=accepts_unknown,
+        takes_commitments=reports is not None,
     )
-    scp = StorageScp(listen(("127.0.0.1", 0)), policy=policy, spool=spool, sink=store.sink, limits=limits, ssl_context=ssl_context)
+    scp = StorageScp(listen(address), policy=policy, spool=spool, sink=store.sink, limits=limits, ssl_context=ssl_context, reports=reports)
     with hearing() as heard:
         scp.start()
         try:
