@@ -17,8 +17,9 @@ from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, generate
 from pynetdicom import AE, build_role
 from rich.console import Console
 
-from tests import peers
+from tests import accept, peers
 from tests.conftest import Captured
+from tests.installation import Installation, wait_until
 from tests.integration.test_cstore import make_document
 from tests.peers import STORAGE_COMMITMENT, ScriptedPacs, free_port, orthanc
 from tests.receivers import Receiver, receiving
@@ -27,6 +28,7 @@ from worker.config import Config, Destination
 from worker.deliver import commitment
 from worker.deliver.association import Peer
 from worker.deliver.send import deliver
+from worker.demo.pacs import forward
 from worker.domain import CommitmentReport, PatientKey
 from worker.intake.negotiation import Peer as Caller
 from worker.store import commitments, documents, erasure, queue, schema
@@ -498,3 +500,41 @@ def test_orthanc_commits_to_what_it_keeps_and_not_to_what_it_lost(site: Site, tm
         receiver.heard.next("commitment.given", timeout_s=30)
         assert len(pacs.instances()) == 1
     assert site.states() == ["committed"] * 3
+
+
+@pytest.mark.peer
+@pytest.mark.timeout(300)
+def test_a_whole_installation_asks_orthanc_and_shows_its_word(tmp_path: Path, shared: Path) -> None:
+    """The roles as they run: deliver asks, receive takes the report, each its own process."""
+    (tmp_path / "orthanc").mkdir()
+    site = Installation(tmp_path / "worker", bundles=("cxr-severity",), quiet_s=0.5, processes=1, extra="commitment = true\n")
+    ((_, path),) = accept.cohort(shared, limit=1).items()
+    with orthanc(tmp_path / "orthanc", callers={"WORKER": site.port}) as pacs:
+        site.orthanc = pacs
+        with site:
+            accept.send_records(site, shared, {"": path})
+            forward([path], peer=Peer("worker", "WORKER", "127.0.0.1", site.port, "MODALITY"))
+            site.wait_for_event("commitment.given", timeout_s=90)
+            shown = site.cli("show", "1").stdout
+    assert "pacs: committed by the PACS at 2" in shown
+    assert "commitment.committed" in shown
+
+
+def test_an_archive_that_is_never_heard_again_is_queried_by_the_role_itself(
+    site: Site, monkeypatch: pytest.MonkeyPatch, captured: Captured
+) -> None:
+    """The delivering thread looks between two leases."""
+    monkeypatch.setattr(roles, "clock", lambda: datetime.now(UTC))
+    monkeypatch.setattr(roles, "LOOK_S", 0.05)
+    (uid,) = site.add()
+    stop = threading.Event()
+    with ScriptedPacs(commits=site.note) as pacs:
+        one = Destination(name="pacs", ae_title="SCRIPTED", host="127.0.0.1", port=pacs.peer.port, commitment=True, commitment_wait_s=0.2)
+        thread = threading.Thread(target=roles.deliver, args=(Config(destinations=(one,)), site.store, stop))
+        thread.start()
+        try:
+            wait_until(lambda: bool(captured.named("commitment.missing")), timeout_s=20, what="a query", step_s=0.05)
+        finally:
+            stop.set()
+            thread.join()
+    assert site.rows() == {uid: ("found", "pacs did not say within 0.2 s whether it commits.")}

@@ -102,7 +102,7 @@ def looked(conn: Connection, row: AnyRow, *, is_found: bool | None, now: datetim
     still = _joined().where(commitment.c.id == row.id, commitment.c.state == "asked").with_for_update(of=commitment)
     if conn.execute(still).first() is None:
         return None
-    silence = row.reason or f"{row.destination} did not say within {(row.look_at - row.asked_at).total_seconds():.0f} s whether it commits."
+    silence = row.reason or f"{row.destination} did not say within {(row.look_at - row.asked_at).total_seconds():g} s whether it commits."
     if is_found is False:
         return _refuse(conn, row, reason=f"{silence} A query does not find the document.", now=now)
     return _settle(conn, row, "found" if is_found else "unproven", reason=silence, now=now)
