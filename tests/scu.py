@@ -23,7 +23,7 @@ from pydicom.filewriter import write_dataset
 from pydicom.uid import generate_uid
 from pynetdicom.pdu import A_ASSOCIATE_AC, A_ASSOCIATE_RJ, A_ASSOCIATE_RQ
 from pynetdicom.pdu_primitives import A_ASSOCIATE, ImplementationClassUIDNotification, MaximumLengthNotification
-from pynetdicom.presentation import build_context
+from pynetdicom.presentation import build_context, build_role
 
 from worker import events
 
@@ -119,7 +119,12 @@ class Scu:
         self.sock.close()
 
     def associate(
-        self, proposals: Sequence[tuple[str, Sequence[str]]] = ((CT, (EXPLICIT,)),), *, called: str = "SYNOPTIC", calling: str = "SENDER"
+        self,
+        proposals: Sequence[tuple[str, Sequence[str]]] = ((CT, (EXPLICIT,)),),
+        *,
+        called: str = "SYNOPTIC",
+        calling: str = "SENDER",
+        scp_of: Sequence[str] = (),
     ) -> A_ASSOCIATE_AC | A_ASSOCIATE_RJ:
         """Ask for an association; contexts get the numbers 1, 3, 5, … in the order proposed."""
         primitive = A_ASSOCIATE()
@@ -131,7 +136,7 @@ class Scu:
         primitive.presentation_context_definition_list = contexts
         length, implementation = MaximumLengthNotification(), ImplementationClassUIDNotification()
         length.maximum_length_received, implementation.implementation_class_uid = 16384, "1.2.3.4"
-        primitive.user_information = [length, implementation]
+        primitive.user_information = [length, implementation, *(build_role(uid, scp_role=True) for uid in scp_of)]
         request = A_ASSOCIATE_RQ()
         request.from_primitive(primitive)
         self.sock.sendall(request.encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from tests.installation import Installation, wait_until
 from tests.integration.test_cstore import make_document
 from tests.peers import STORAGE_COMMITMENT, ScriptedPacs, free_port, orthanc
 from tests.receivers import Receiver, receiving
+from tests.scu import CT, DEFLATED, EXPLICIT, P_DATA, command_set, encoded, pdu, pdv, slice_of
 from worker import roles, view
 from worker.config import Config, Destination
 from worker.deliver import commitment
@@ -450,6 +452,27 @@ def test_a_report_while_the_database_is_away_is_to_come_again(tmp_path: Path) ->
 
     with receiving(tmp_path / "spool", calling=CALLING, reports=away) as receiver:
         assert report(receiver, information(generate_uid(), ["1.2.3"])) == 0x0213
+
+
+def test_each_context_serves_its_own_class_alone(tmp_path: Path) -> None:
+    """No image is stored through the door of reports, no report taken through that of images, and garbage costs one status."""
+    with receiving(tmp_path / "spool", reports=lambda _said, _archive: "") as receiver, receiver.scu() as scu:
+        scu.associate([(STORAGE_COMMITMENT, [DEFLATED, EXPLICIT]), (CT, [EXPLICIT])], scp_of=[STORAGE_COMMITMENT])
+        assert scu.contexts == {1: (0, EXPLICIT), 3: (0, EXPLICIT)}
+        assert scu.store(slice_of(), context_id=1, sop_class=STORAGE_COMMITMENT) == 0x0122
+        command = event_report_command()
+        for context_id, data, status in ((3, b"\0" * 64, 0x0211), (1, b"\0" * 64, 0x0115), (1, encoded(information("1.2", ["1.3"])), 0)):
+            scu.sock.sendall(pdu(P_DATA, pdv(context_id, 3, command)))
+            scu.send_data(data, context_id=context_id)
+            assert scu.status() == status
+        assert scu.store(slice_of(), context_id=3) == 0
+
+
+def event_report_command() -> bytes:
+    """Return the command set of an N-EVENT-REPORT of type 1, with a data set."""
+    command = command_set(0x0100, has_data_set=True, sop_class=STORAGE_COMMITMENT, sop_instance=WELL_KNOWN)
+    event_type = struct.pack("<HHLH", 0, 0x1002, 2, 1)
+    return command[:8] + struct.pack("<L", len(command) - 12 + len(event_type)) + command[12:] + event_type
 
 
 @pytest.mark.parametrize(("scp_role", "takes"), [(False, True), (True, False)])

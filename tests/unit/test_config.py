@@ -39,6 +39,9 @@ def test_the_example_shows_every_key_with_its_default() -> None:
         assert getattr(read_back, name) == getattr(Config(), name), name
 
 
+COMMITTING = "[[destinations]]\nname = 'pacs'\nae_title = 'P'\nhost = 'h'\nport = 1\ncommitment = true\n"
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -51,6 +54,9 @@ def test_the_example_shows_every_key_with_its_default() -> None:
         ('[records]\naddresses = ["his.local"]', "is no IP address or network"),
         ("[records]\nmax_connections = 0", "records.max_connections is at least 1"),
         ("[records]\nidle_s = 0", "records.idle_s is more than 0"),
+        (COMMITTING, "commitment needs 'P' in [[senders]]"),
+        (COMMITTING + "commitment_wait_s = 0", "destinations pacs: commitment_wait_s is more than 0"),
+        (COMMITTING + "own_ae_title = 'US'\n[[senders]]\nae_title = 'P'", "own_ae_title must be [receive] ae_title"),
         ("x = [", "is not TOML"),
     ],
 )
