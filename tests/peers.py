@@ -24,6 +24,7 @@ import pytest
 from pydicom.dataset import Dataset
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from pynetdicom import AE, evt
+from pynetdicom.dimse_primitives import N_ACTION
 from pynetdicom.pdu import A_ASSOCIATE_AC, A_ASSOCIATE_RQ
 from pynetdicom.transport import ThreadedAssociationServer
 
@@ -161,6 +162,7 @@ class ScriptedPacs:
 
     def _action(self, event: evt.Event) -> tuple[int, None]:
         assert self.commits is not None
+        assert isinstance(event.request, N_ACTION)
         assert (event.action_type, event.request.RequestedSOPInstanceUID) == (1, "1.2.840.10008.1.20.1.1")
         return self.commits(event.action_information), None
 

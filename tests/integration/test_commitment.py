@@ -22,13 +22,14 @@ from tests import accept, peers
 from tests.conftest import Captured
 from tests.installation import Installation, wait_until
 from tests.integration.test_cstore import make_document
-from tests.peers import STORAGE_COMMITMENT, ScriptedPacs, free_port, orthanc
+from tests.peers import ScriptedPacs, free_port, orthanc
 from tests.receivers import Receiver, receiving
 from tests.scu import CT, DEFLATED, EXPLICIT, P_DATA, command_set, encoded, pdu, pdv, slice_of
 from worker import roles, view
 from worker.config import Config, Destination
 from worker.deliver import commitment
 from worker.deliver.association import Peer
+from worker.deliver.commitment import STORAGE_COMMITMENT
 from worker.deliver.send import deliver
 from worker.demo.pacs import forward
 from worker.domain import CommitmentReport, PatientKey
@@ -65,7 +66,8 @@ class Site:
                 "quiet_until": NOW,
                 "state": "complete",
             }
-            self.study_id = conn.execute(sa.insert(schema.study).values(study_instance_uid="1.2", **values)).inserted_primary_key[0]
+            one = sa.insert(schema.study).values(study_instance_uid="1.2", **values).returning(schema.study.c.id)
+            self.study_id = int(conn.execute(one).scalar_one())
 
     def add(self, count: int = 1) -> list[str]:
         """Queue so many new documents; returns their UIDs."""
@@ -74,7 +76,7 @@ class Site:
             for one in made:
                 values = {"study_id": self.study_id, "kind": "sr", "input_version": 1, "sha256": "", "created_at": NOW}
                 values |= {"sop_instance_uid": one.sop_instance_uid, "sop_class_uid": one.sop_class_uid, "data": one.data}
-                number = conn.execute(sa.insert(schema.document).values(**values)).inserted_primary_key[0]
+                number = conn.execute(sa.insert(schema.document).values(**values).returning(schema.document.c.id)).scalar_one()
                 queue.enqueue_deliver(
                     conn, self.study_id, document_id=number, bundle="b", input_version=1, destination="pacs", priority=1, now=NOW
                 )

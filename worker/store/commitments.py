@@ -156,5 +156,5 @@ def _refuse(conn: Connection, row: AnyRow, *, reason: str, now: datetime) -> Cha
     refusals = sum(one.state == "refused" for one in rows)
     is_final = refusals >= SENDINGS
     words = f"{reason} It was sent {refusals} times." if is_final else reason
-    queue.reopen(conn, row.job_id, reason=words, delay_s=None if is_final else queue.backoff_s(refusals), now=now)
-    return Change(row.job_id, row.study_id, row.destination, "refused", words, is_final)
+    was_done = queue.reopen(conn, row.job_id, reason=words, delay_s=None if is_final else queue.backoff_s(refusals), now=now)
+    return Change(row.job_id, row.study_id, row.destination, "refused", words, is_final and was_done)

@@ -285,8 +285,11 @@ def revive(conn: Connection, study_id: int, *, input_version: int, bundles: Iter
         history.note(conn, study_id, name="infer.revived", now=now, version=input_version, jobs=changed)
 
 
-def reopen(conn: Connection, job_id: int, *, reason: str, delay_s: float | None, now: datetime) -> None:
-    """A completed delivery whose document the archive does not have: again after `delay_s`, or never, where that is None."""
+def reopen(conn: Connection, job_id: int, *, reason: str, delay_s: float | None, now: datetime) -> bool:
+    """A completed delivery whose document the archive does not have: again after `delay_s`, or never, where that is None.
+
+    False: it is not completed any more, and stays as it is.
+    """
     done = (job.c.id == job_id, job.c.state == "completed")
     state, due = ("discarded", now) if delay_s is None else ("available", now + timedelta(seconds=delay_s))
     changed = sa.update(job).where(*done).values(state=state, reason=reason, not_before=due, finished_at=now if delay_s is None else None)
@@ -294,6 +297,7 @@ def reopen(conn: Connection, job_id: int, *, reason: str, delay_s: float | None,
     if row is not None:
         name, facts = "deliver.discarded" if delay_s is None else "deliver.reopened", {"bundle": row.bundle, "version": row.input_version}
         history.note(conn, row.study_id, name=name, now=now, **facts, destination=row.destination, reason=reason)
+    return row is not None
 
 
 def operator_cancel(conn: Connection, study_id: int, *, now: datetime) -> int:
