@@ -287,9 +287,10 @@ class DataPhase:
             return dimse.RESOURCE_LIMITATION, f"The event information is longer than {commitment.MAX_BYTES} bytes"
         try:
             said = commitment.read_report(data, self._contexts[message.context_id].transfer_syntax_uid)
-            reason = self._reports(said, self._peer)
         except ValueError as error:
             return dimse.INVALID_ARGUMENT, str(error)
+        try:
+            reason = self._reports(said, self._peer)
         except Retry:
             return dimse.RESOURCE_LIMITATION, "The database is not available: report again later"
         return (dimse.INVALID_ARGUMENT, reason) if reason else (dimse.SUCCESS, "")
