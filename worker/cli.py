@@ -339,7 +339,7 @@ def _print_tally(tally: importing.Tally | tables.Tally) -> None:
         table.add_row(name, str(count))
     for reason, count in tally.reasons.most_common(20):
         table.add_row(f"  {escape(reason)}", str(count))
-    out.print(table)
+    out.print(table if tally.counts else "There is no file.")
     if tally.counts["refused"]:
         sys.exit(EXIT_FAILED)
 
