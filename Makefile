@@ -41,4 +41,4 @@ fuzz: .venv/.installed  ## faults put into real files for MINUTES=3, through the
 	$(BIN)/python -m tests.fuzz $(MINUTES)
 
 clean:
-	rm -rf .venv var
+	rm -rf .venv var/demo var/demo-*

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import sys
@@ -197,19 +198,12 @@ def studies(
     from worker.store import studies as rows
 
     _, store = _open(given)
-    columns = ("No.", "state", "mod.", "images", "last image (UTC)", "jobs", "reports")
+    columns = ("No.", "state", "mod.", "images", "last image, UTC", "jobs", "reports")
     table = Table(*columns, box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     with store.read() as conn:
         for line in rows.recent(conn, limit=limit, is_discarded=discarded):
-            table.add_row(
-                str(line.id),
-                line.state,
-                line.modalities,
-                str(line.instances),
-                f"{line.last_received_at.astimezone(UTC):%Y-%m-%d %H:%M:%S}",
-                line.jobs,
-                str(line.reports),
-            )
+            at = f"{line.last_received_at.astimezone(UTC):%Y-%m-%d %H:%M}"
+            table.add_row(str(line.id), line.state, line.modalities, str(line.instances), at, line.jobs, str(line.reports))
     out.print(table)
 
 
@@ -221,8 +215,8 @@ def _find(store: Store, wanted: str) -> int:
     if not found:
         _fail("There is no such study here. `synoptic studies` lists those there are.", EXIT_NOT_FOUND)
     if len(found) > 1:
-        numbers = ", ".join(str(number) for number, _ in found)
-        _fail(f"{len(found)} studies have this accession number: say which one by its number: {numbers}.", EXIT_NOT_FOUND)
+        several = ", ".join(f"No. {number} {one.study_instance_uid}" for number, one in found)
+        _fail(f"This is the number or accession number of {len(found)} studies: say a Study Instance UID ({several}).", EXIT_NOT_FOUND)
     return found[0][0]
 
 
@@ -334,18 +328,18 @@ def _import_tables(paths: list[Path], mapping: Path, settings: Config, store: St
     for path, line, reason in tally.errors[:20]:
         where = f"{path.name if path else 'table'}{f', line {line}' if line else ''}"
         out.print(escape(f"{where}: {reason}"), soft_wrap=True)
-    _print_tally(tally)
     if dry_run:
         out.print("A dry run: nothing was changed.")
+    _print_tally(tally)
 
 
 def _print_tally(tally: importing.Tally | tables.Tally) -> None:
     table = Table("outcome", "count")
-    for name, count in sorted(tally.counts.items()):
+    for name, count in sorted(tally.counts.items(), key=lambda item: (item[0] == "refused", item)):  # its reasons follow it
         table.add_row(name, str(count))
     for reason, count in tally.reasons.most_common(20):
         table.add_row(f"  {escape(reason)}", str(count))
-    out.print(table)
+    out.print(table if tally.counts else "There is no file.")
     if tally.counts["refused"]:
         sys.exit(EXIT_FAILED)
 
@@ -384,13 +378,18 @@ record_cli.register(app, _open)
 @app.command()
 def demo(
     cases: Annotated[int, typer.Option("--cases", "-n", min=1, max=200, help="How many phantom patients.")] = 12,
-    folder: Annotated[Path, typer.Option(help="Where its database, spool and reports go; must be new or empty.")] = Path("var/demo"),
+    folder: Annotated[Path, typer.Option(help="For database, spool and reports; if not empty, a new one beside it.")] = Path("var/demo"),
 ) -> None:
     """The real daemon, a small PACS and phantom patients, on loopback, in a minute. Needs no configuration."""
     from worker.demo import show as demonstration
 
     if not demonstration.run(out, err, cases=cases, folder=folder):
         sys.exit(EXIT_FAILED)
+
+
+for _command in app.registered_commands:  # typer keeps a docstring's line ends, and takes [[images]] for markup
+    _paragraphs = (inspect.getdoc(_command.callback) or "").split("\n\n")
+    _command.help = escape("\n\n".join(" ".join(one.split()) for one in _paragraphs))
 
 
 @app.callback(invoke_without_command=True)

@@ -15,7 +15,7 @@ NAMES: Final = frozenset(
         "association.closed",  # one canonical line per association
         "association.rejected",
         "instance.refused",  # a C-STORE status other than 0x0000
-        "instance.quarantined",  # same UID, other bytes; or another patient's
+        "instance.quarantined",  # same UID, other bytes
         "message.accepted",  # one line per HL7 message
         "message.refused",
         "feed.silent",  # once a silence

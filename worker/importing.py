@@ -92,7 +92,7 @@ def _import(path: Path, tally: Tally, *, config: Config, store: Store, spool: Sp
     elif head.lstrip(b"\xef\xbb\xbf\r\n \t").startswith(b"{"):
         _import_fhir(path, tally, config=config, store=store)
     else:
-        tally.refuse("Neither DICOM (no DICM prefix), HL7 v2 nor FHIR JSON.")
+        tally.refuse("Neither DICOM (no DICM prefix), HL7 v2 nor FHIR JSON; a table is taken by `synoptic import --mapping`.")
 
 
 def import_dicom(path: Path, *, config: Config, store: Store, spool: Spool) -> Received:

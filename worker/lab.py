@@ -48,7 +48,7 @@ ConfigFile = Annotated[
     typer.Option(
         "--config",
         envvar="SYNOPTIC_CONFIG",
-        help="The installation's TOML file, for time zone, issuers and decoders; else ./synoptic.toml, else /etc/synoptic/synoptic.toml. "
+        help="The installation's TOML file, for time zone, issuers and decoders; else the one that the daemon would take. "
         "Its database is not touched.",
     ),
 ]

@@ -144,7 +144,7 @@ def print_feeds(out: Console, facts: Mapping[str, Any], *, zone: tzinfo) -> None
         at = (_time(one["last_received_at"], zone),) if is_wide else ()
         table.add_row(plain(one["sender"]) or "(unreadable)", *counts, *at, _lag(one["lag_s"]), heard)
     _put(out, table)
-    out.print(f"\nTimes are {zone}; lag is from sent to received, ? where the sender does not say.")
+    out.print(f"\nTimes are {zone}; lag is from sent to received, ? where it does not say, or the last was refused.")
     if not facts["silent_after_s"]:
         out.print("No alarm is set for a silent feed: \\[records] silent_after_s.")
     if facts["rejected"]:

@@ -81,7 +81,7 @@ def _geometry(series: Series) -> dict[str, Any]:
 
 def print_choices(out: Console, facts: dict[str, Any]) -> None:
     """The facts of `gather`, a table for each image, in 80 columns."""
-    state = "" if facts["is_complete"] else "; it is still being received"
+    state = "" if facts["is_complete"] else "; not complete yet"
     out.print(f"study {facts['study_instance_uid']}  version {facts['version']}{state}", soft_wrap=True)
     for bundle in facts["bundles"]:
         for image in bundle["images"]:

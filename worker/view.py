@@ -15,6 +15,12 @@ from worker.store import commitments, documents, history, queue, studies
 from worker.store.database import Store
 from worker.store.schema import AnyRow
 
+#: Why nothing has happened yet. Not here: which sign it waits for, of which the sweep alone knows (intake/assembly.py).
+_RECEIVING = (
+    "Still being received: until its sender counts as many images or none came for \\[assembly] quiet_s; "
+    "with fewer images than a bundle needs, for incomplete_limit_s."
+)
+
 
 def show(out: Console, store: Store, study_id: int, *, with_report: bool) -> None:
     """A study: its history, its jobs, its reports with their findings."""
@@ -27,8 +33,8 @@ def show(out: Console, store: Store, study_id: int, *, with_report: bool) -> Non
     out.print(
         f"study {study_id}  {study.study_instance_uid}  version {study.version}  {sum(len(s.instances) for s in study.series)} images"
     )
-    if study.hold:
-        out.print(f"[red]On hold:[/red] {escape(study.hold)}")
+    if study.hold or not study.is_complete:
+        out.print(f"[red]On hold:[/red] {escape(study.hold)}" if study.hold else _RECEIVING)
     for entry in entries:
         facts = "  ".join(f"{name}={value}" for name, value in entry.facts.items() if value not in ("", {}, None))
         out.print(f"{entry.at:%Y-%m-%d %H:%M:%S.%f}"[:-3] + f"Z  {entry.name:22s} {escape(facts)}", soft_wrap=True)

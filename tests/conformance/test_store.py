@@ -16,6 +16,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
 from tests.conftest import Captured
+from worker import cli
 from worker.domain import (
     ROUTINE,
     STAT,
@@ -119,6 +120,25 @@ def test_each_film_keeps_its_view(store: Store) -> None:
     with store.read() as conn:
         (found,) = studies.load(conn, studies.find(conn, "2.25.1")[0][0]).series
     assert [one.view for one in found.instances] == ["PA", "", "LL"]
+
+
+def test_a_study_without_accession_number_is_not_what_an_empty_word_names(store: Store) -> None:
+    add(store, header(1))
+    with store.read() as conn:
+        assert studies.find(conn, "") == []
+
+
+def test_what_names_several_studies_is_refused_with_words_that_name_one(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    add(store, header(1))
+    with store.read() as conn:
+        number = studies.find(conn, "2.25.1")[0][0]
+    add(store, replace(header(1, study="2.25.2"), accession_number=str(number)))
+    with pytest.raises(SystemExit, match="3"):
+        cli._find(store, str(number))
+    said = capsys.readouterr().err
+    assert f"No. {number} 2.25.1" in said
+    assert cli._find(store, "2.25.1") == number
+    assert cli._find(store, "2.25.2") == number + 1
 
 
 @pytest.mark.parametrize(("modality", "cause"), [("MR", "study.completed"), ("SR", "study.excluded")])

@@ -218,7 +218,7 @@ def test_a_study_that_the_daemon_would_discard_is_not_learned_from_and_unread_fi
     found = cohort.load(folder, bundle=bundle, config=CONFIG, is_labeled=False)
     assert [one.study_instance_uid for one in found.cases] == uids(folder)[1:]
     assert found.refused == {"The birth dates of the images and of the patient's record differ.": 1}
-    assert found.unread == {"Neither DICOM (no DICM prefix), HL7 v2 nor FHIR JSON.": 1}
+    assert found.unread == {"Neither DICOM (no DICM prefix), HL7 v2 nor FHIR JSON; a table is taken by `synoptic import --mapping`.": 1}
 
 
 def test_a_study_that_kills_its_decoder_is_refused_and_the_others_are_read(

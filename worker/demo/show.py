@@ -212,7 +212,8 @@ def _print(out: Console, followed: list[Followed], folder: Path) -> None:
         title="Phantom patients",
         caption="seconds: from the last image's C-STORE response to the report in the PACS",
         box=box.SIMPLE_HEAD,
-        padding=(0, 1),
+        show_edge=False,
+        padding=(0, 1, 0, 0),
         pad_edge=False,
     )
     for name, justify in (("study", "left"), ("finding", "left"), ("prob.", "right"), ("verdict", "left"), ("truth", "left")):

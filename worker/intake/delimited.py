@@ -53,7 +53,9 @@ def unfinished(path: Path, *, encoding: str, quiet_s: float) -> str:
         The file cannot be read.
     """
     if time.time() - path.stat().st_mtime < quiet_s:
-        return f"The file changed less than {quiet_s:g} s ago, or its time is in the future; it may still be being written."
+        return (
+            f"The file changed less than {quiet_s:g} s ago, or its time is in the future; it may still be being written: import it again."
+        )
     with path.open("rb") as file:
         size = file.seek(0, io.SEEK_END)
         file.seek(max(0, size - 4))

@@ -305,6 +305,8 @@ def _study(row: AnyRow, parts: Iterable[Series] = ()) -> Study:
 
 def find(conn: Connection, wanted: str) -> list[tuple[int, Study]]:
     """Studies whose Study Instance UID or accession number is `wanted`, or whose row number it is."""
+    if not wanted:  # what many studies have as their accession number
+        return []
     match = sa.or_(study.c.study_instance_uid == wanted, study.c.accession_number == wanted)
     if wanted.isdecimal() and len(wanted) < 16:
         match = sa.or_(match, study.c.id == int(wanted))
