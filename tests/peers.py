@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import socket
+import ssl
 import subprocess
 import threading
 import urllib.parse
@@ -93,6 +94,7 @@ class ScriptedPacs:
     syntaxes: Sequence[str] = (ExplicitVRLittleEndian, ImplicitVRLittleEndian)
     patient_id: str = ""
     timeout_s: float = 5.0
+    tls: ssl.SSLContext | None = None
     received: list[bytes] = field(default_factory=list)
     kept: dict[str, Dataset] = field(default_factory=dict)
     associations: int = 0
@@ -113,7 +115,7 @@ class ScriptedPacs:
             (evt.EVT_C_STORE, self._store),
             (evt.EVT_C_FIND, self._find),
         ]
-        self._server = ae.start_server(("127.0.0.1", 0), block=False, evt_handlers=handlers)
+        self._server = ae.start_server(("127.0.0.1", 0), block=False, evt_handlers=handlers, ssl_context=self.tls)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Final
 import psutil
 
 from worker import events
-from worker.config import Config, Destination
+from worker.config import Config, Destination, Sender
 from worker.domain import Header, Job, Received
 from worker.errors import BundleError, DecoderDied
 from worker.record_feeds import clock, identified
@@ -33,16 +33,18 @@ from worker.store import queue, studies
 from worker.store.database import Connection, DatabaseUnavailable, Store
 from worker.store.group import GroupCommit
 from worker.store.spool import Spool, Stored
-from worker.tls import server_context
+from worker.tls import client_context, server_context
 
 if TYPE_CHECKING:
     from models.bundle import Bundle
     from worker.deliver.cstore import Peer
-    from worker.intake.negotiation import Peer as Sender
+    from worker.intake.negotiation import Peer as Caller
 
 
 #: Seconds that transfers under way have to finish after SIGTERM.
 RECEIVE_GRACE_S: Final = 10.0
+#: A sender that is asked for a count has this long; the quiet period comes anyway.
+ASK_S: Final = 10.0
 
 
 def owner() -> str:
@@ -140,13 +142,13 @@ def receive(config: Config, store: Store, listener: socket.socket, stop: threadi
         idle_s=settings.idle_s,
     )
 
-    def add(conn: Connection, item: tuple[Header, Stored, Sender]) -> Received:
+    def add(conn: Connection, item: tuple[Header, Stored, Caller]) -> Received:
         header, stored, sender = item
         return add_instance(conn, config, header, stored, calling_ae=sender.calling_ae, address=sender.address)
 
     commit = GroupCommit(store.begin, add, order=lambda item: item[0].study_instance_uid)
 
-    def sink(header: Header, stored: Stored, sender: Sender) -> Received:
+    def sink(header: Header, stored: Stored, sender: Caller) -> Received:
         return commit((header, stored, sender))
 
     scp = StorageScp(
@@ -295,7 +297,35 @@ def peer_of(destination: Destination, *, own_ae_title: str) -> Peer:
         own_ae_title=destination.own_ae_title or own_ae_title,
         timeout_s=destination.timeout_s,
         read_back=destination.read_back,
+        tls=client_context(destination),
+        tls_server_name=destination.tls_server_name,
     )
+
+
+def peer_to_ask(sender: Sender, *, host: str, own_ae_title: str) -> Peer:
+    """A sender as we ask it for counts; `host` is where its study came from, unless the configuration says another."""
+    from worker.deliver.cstore import Peer
+
+    return Peer(
+        name=sender.ae_title,
+        ae_title=sender.ae_title,
+        host=sender.query_host or host,
+        port=sender.query_port,
+        own_ae_title=own_ae_title,
+        timeout_s=ASK_S,
+        tls=client_context(sender),
+        tls_server_name=sender.tls_server_name,
+    )
+
+
+def peers_of(config: Config) -> list[Peer]:
+    """All that we call: destinations, and senders that are asked for counts."""
+    own = config.receive.ae_title
+    asked = [sender for sender in config.senders if sender.query_port]
+    return [
+        *(peer_of(one, own_ae_title=own) for one in config.destinations),
+        *(peer_to_ask(one, host=one.addresses[0], own_ae_title=own) for one in asked),
+    ]
 
 
 def deliver(config: Config, store: Store, stop: threading.Event) -> None:

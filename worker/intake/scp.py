@@ -32,10 +32,12 @@ import ssl
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
 from worker import events
+from worker.errors import cause_of
 from worker.intake import wire
 from worker.intake.dataphase import DataPhase, Sink
 from worker.intake.negotiation import MAX_REQUEST_BYTES, Accepted, Policy, pdu
@@ -103,7 +105,7 @@ class StorageScp:
     listener
         From `listen`, perhaps inherited from a parent process. Closed by `stop`, here only.
     ssl_context
-        Server context; then nothing but TLS is spoken. The handshake runs in the connection's own thread.
+        Gives the server context for one connection; then nothing but TLS is spoken. The handshake runs in the connection's own thread.
     """
 
     def __init__(
@@ -114,7 +116,7 @@ class StorageScp:
         spool: Spool,
         sink: Sink,
         limits: Limits | None = None,
-        ssl_context: ssl.SSLContext | None = None,
+        ssl_context: Callable[[], ssl.SSLContext] | None = None,
     ) -> None:
         self._listener = listener
         self._policy = policy
@@ -223,7 +225,7 @@ class StorageScp:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             if self._ssl_context is not None:
                 sock.settimeout(limits.request_s)
-                sock = self._ssl_context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+                sock = self._ssl_context().wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
                 with load.lock:
                     load.connections[thread] = sock
                 sock.do_handshake()
@@ -231,7 +233,7 @@ class StorageScp:
             self._converse(line, address)
             line.linger(_LINGER_S)
         except OSError as error:
-            events.emit("association.rejected", address=address, reason=f"connection failed before an association: {type(error).__name__}")
+            events.emit("association.rejected", address=address, reason=f"connection failed before an association: {cause_of(error)}")
         finally:
             sock.close()
             with load.lock:

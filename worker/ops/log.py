@@ -32,9 +32,10 @@ WARNINGS: Final = frozenset(
         "role.restarted",
         "explanation.failed",
         "feed.silent",
+        "certificate.expires",
     }
 )
-ERRORS: Final = frozenset({"job.discarded", "sweep.failed"})
+ERRORS: Final = frozenset({"job.discarded", "sweep.failed", "certificate.unusable"})
 
 #: Libraries whose words may hold patient data, at any level.
 SILENCED: Final = ("pynetdicom", "pydicom", "highdicom", "sqlalchemy", "alembic", "apscheduler", "hl7", "py.warnings", "monai", "ignite")
