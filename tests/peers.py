@@ -95,6 +95,7 @@ class ScriptedPacs:
     patient_id: str = ""
     timeout_s: float = 5.0
     tls: ssl.SSLContext | None = None
+    port: int = 0
     received: list[bytes] = field(default_factory=list)
     kept: dict[str, Dataset] = field(default_factory=dict)
     associations: int = 0
@@ -115,7 +116,7 @@ class ScriptedPacs:
             (evt.EVT_C_STORE, self._store),
             (evt.EVT_C_FIND, self._find),
         ]
-        self._server = ae.start_server(("127.0.0.1", 0), block=False, evt_handlers=handlers, ssl_context=self.tls)
+        self._server = ae.start_server(("127.0.0.1", self.port), block=False, evt_handlers=handlers, ssl_context=self.tls)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -330,20 +330,24 @@ def peers_of(config: Config) -> list[Peer]:
 
 def deliver(config: Config, store: Store, stop: threading.Event) -> None:
     """One thread a destination, so that one PACS that is down or slow holds up no other."""
+    from worker.deliver.breaker import Breaker, judge
     from worker.deliver.send import deliver as send
 
     settings = config.deliver
 
     def serve(destination: Destination) -> None:
         peer = peer_of(destination, own_ae_title=config.receive.ae_title)
+        breaker = Breaker()
 
         def take() -> list[Job]:
+            if breaker.wait_s > 0:
+                return []
             with store.begin() as conn:
                 return queue.lease(
                     conn,
                     "deliver",
                     owner=owner(),
-                    limit=settings.batch,
+                    limit=1 if breaker.failures else settings.batch,
                     lease_s=settings.lease_s,
                     now=clock(),
                     destination=destination.name,
@@ -355,7 +359,9 @@ def deliver(config: Config, store: Store, stop: threading.Event) -> None:
             poll_s=settings.poll_s,
             lease_s=settings.lease_s,
             take=take,
-            do=lambda jobs: send(jobs, store=store, peer=peer, clock=clock),
+            do=lambda jobs: judge(
+                breaker, send(jobs, store=store, peer=peer, clock=clock), store=store, destination=destination.name, now=clock()
+            ),
         )
 
     threads = [threading.Thread(target=serve, args=(peer,), name=f"deliver-{peer.name}") for peer in config.destinations]

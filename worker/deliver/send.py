@@ -18,8 +18,8 @@ from worker.store import documents, queue
 from worker.store.database import Store
 
 
-def deliver(jobs: Sequence[Job], *, store: Store, peer: cstore.Peer, clock: Callable[[], datetime]) -> None:
-    """Send leased jobs' documents over one association and settle each on its own."""
+def deliver(jobs: Sequence[Job], *, store: Store, peer: cstore.Peer, clock: Callable[[], datetime]) -> list[cstore.Outcome]:
+    """Send leased jobs' documents over one association and settle each on its own; returns what became of each."""
     with store.read() as conn:
         loaded = [documents.load(conn, job.document_id or 0) for job in jobs]
     try:
@@ -31,6 +31,7 @@ def deliver(jobs: Sequence[Job], *, store: Store, peer: cstore.Peer, clock: Call
             _settle(job, outcome, store=store, now=clock())
         except queue.LeaseLost:
             events.emit("job.fenced", job=job.id, kind=job.kind, study=job.study_id)
+    return outcomes
 
 
 def _unforeseen(exc: Exception) -> str:

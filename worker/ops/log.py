@@ -33,6 +33,7 @@ WARNINGS: Final = frozenset(
         "explanation.failed",
         "feed.silent",
         "certificate.expires",
+        "destination.down",
     }
 )
 ERRORS: Final = frozenset({"job.discarded", "sweep.failed", "certificate.unusable"})
