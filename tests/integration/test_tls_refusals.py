@@ -323,45 +323,41 @@ def test_a_peer_that_never_finishes_the_handshake_costs_its_deadline(hospital: A
             expect_error(outcome, PeerUnreachable, "did not finish the TLS handshake within 0.5 s")
 
 
+class RecordByRecord(ssl.SSLSocket):
+    """A TLS socket to a peer that takes one record every 0.1 s; its `sendall` is the library's, without a deadline of its own."""
+
+    def __new__(cls) -> RecordByRecord:
+        """Make one that is connected to nobody."""
+        return socket.socket.__new__(cls)
+
+    def __init__(self) -> None:
+        """Count records."""
+        socket.socket.__init__(self)
+        self.records = 0
+        self._sslobj = object()  # the library: "shaken hands"
+
+    def send(self, data: Any, flags: int = 0) -> int:
+        """Take 100 bytes, late."""
+        time.sleep(0.1)
+        self.records += 1
+        return min(len(data), 100)
+
+    def recv(self, buflen: int = 1024, flags: int = 0) -> bytes:
+        """Say nothing more."""
+        raise TimeoutError
+
+    def close(self) -> None:
+        """Close the plain socket."""
+        socket.socket.close(self)
+
+
 @pytest.mark.requirement("L10")
-def test_a_peer_that_reads_by_drops_costs_the_documents_deadline(hospital: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A TLS socket's own `sendall` gives each record of 16 KB the whole time anew: this would take minutes."""
-    monkeypatch.setattr(association, "_SLOWEST_BYTES_PER_S", 1 << 40)
-    context, is_over = server(hospital.issue("pacs")), threading.Event()
-
-    def read_by_drops(connection: socket.socket) -> None:
-        with context.wrap_socket(connection, server_side=True) as line:
-            accept(line)
-            while not is_over.wait(0.2) and line.recv(16384):
-                continue
-
-    with peers.raw_peer(read_by_drops) as peer:
-        section = calling(None, trusted=hospital, port=peer.port)
-        began = time.monotonic()
-        outcome = cstore.send(
-            [make_document(text="x" * 20_000_000)], peer=replace(peer_of(section, own_ae_title="WORKER"), timeout_s=0.5, read_back=False)
-        )[0]
-        assert time.monotonic() - began < 5
-        is_over.set()
-    expect_error(outcome, PeerUnavailable, "did not answer within 0.5 s")
-
-
-def accept(line: ssl.SSLSocket) -> None:
-    """Accept an association on a TLS socket, which knows no MSG_WAITALL."""
-    near, far = socket.socketpair()
-    with near, far:
-        head = exactly(line, 6)
-        far.sendall(head + exactly(line, int.from_bytes(head[2:])))
-        peers.accept_association(near)
-        line.sendall(far.recv(65536))
-
-
-def exactly(line: ssl.SSLSocket, count: int) -> bytes:
-    """Read `count` bytes."""
-    taken = b""
-    while len(taken) < count:
-        taken += line.recv(count - len(taken))
-    return taken
+def test_a_peer_that_takes_record_after_record_late_costs_the_deadline_and_not_that_of_each_record() -> None:
+    sock = RecordByRecord()
+    line = association.Association(sock, Peer("the slow peer", "SLOW", "127.0.0.1", 104, "WORKER", timeout_s=0.5))
+    with pytest.raises(PeerUnavailable, match=r"did not answer within 0\.5 s"):
+        line.negotiate([(f"1.2.3.{k}", ("1.2.840.10008.1.2",)) for k in range(100)])
+    assert sock.records <= 6
 
 
 # --- DCMTK and Orthanc ---------------------------------------------------------------------------------
