@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import socket
+import ssl
 import subprocess
 import threading
 import urllib.parse
@@ -97,6 +98,8 @@ class ScriptedPacs:
     timeout_s: float = 5.0
     #: Given what an N-ACTION asks to be committed to, returns the status; without it the class is not accepted.
     commits: Callable[[Dataset], int] | None = None
+    tls: ssl.SSLContext | None = None
+    port: int = 0
     received: list[bytes] = field(default_factory=list)
     kept: dict[str, Dataset] = field(default_factory=dict)
     associations: int = 0
@@ -120,7 +123,7 @@ class ScriptedPacs:
             (evt.EVT_C_FIND, self._find),
             (evt.EVT_N_ACTION, self._action),
         ]
-        self._server = ae.start_server(("127.0.0.1", 0), block=False, evt_handlers=handlers)
+        self._server = ae.start_server(("127.0.0.1", self.port), block=False, evt_handlers=handlers, ssl_context=self.tls)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import ssl
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,7 +87,7 @@ def receiving(
     limits: Limits = QUICK,
     calling: Mapping[str, Sequence[str]] | None = None,
     spool: Spool | None = None,
-    ssl_context: ssl.SSLContext | None = None,
+    ssl_context: Callable[[], ssl.SSLContext] | None = None,
     accepts_unknown: bool = False,
     reports: Reports | None = None,
     address: tuple[str, int] = ("127.0.0.1", 0),

@@ -241,6 +241,11 @@ class Heard:
             if found == name:
                 return facts
 
+    def so_far(self, name: str) -> list[dict[str, object]]:
+        """Take all that was said until now; return those of this name."""
+        said = [self._queue.get() for _ in range(self._queue.qsize())]
+        return [facts for found, facts in said if found == name]
+
 
 @contextmanager
 def hearing() -> Iterator[Heard]:

@@ -63,6 +63,11 @@ class Sender:
     addresses: tuple[str, ...] = ("127.0.0.1",)
     query_host: str = ""
     query_port: int = 0
+    query_tls: bool = False
+    tls_ca: str = ""
+    tls_certificate: str = ""
+    tls_key: str = ""
+    tls_server_name: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,6 +184,11 @@ class Destination:
     commitment: bool = False
     commitment_wait_s: float = 600.0
     timeout_s: float = 30.0
+    tls: bool = False
+    tls_ca: str = ""
+    tls_certificate: str = ""
+    tls_key: str = ""
+    tls_server_name: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -307,6 +317,7 @@ def _check(config: Config) -> None:
         raise ConfigError("receive.processes and run.processes are at least 1.")
     _check_commitment(config)
     _check_records(config)
+    _check_tls(config)
     _check_numbers(config)
     parse_zone(config.site.timezone)
 
@@ -337,6 +348,21 @@ def _check_records(config: Config) -> None:
         raise ConfigError("records.max_connections is at least 1; records.idle_s is more than 0.")
     if config.fhir.url and not config.fhir.issuer_system:
         raise ConfigError("fhir.issuer_system must name the Identifier.system under which the FHIR server keeps patient IDs.")
+
+
+def _check_tls(config: Config) -> None:
+    """No half a configuration: who names an authority does not expect a plain connection."""
+    for section, one in (("receive", config.receive), ("records", config.records)):
+        if not one.tls_certificate and (one.tls_key or one.tls_client_ca):
+            raise ConfigError(f"{section}: tls_key or tls_client_ca without tls_certificate; the port would be plain.")
+    called: list[tuple[str, str, bool, Destination | Sender]]
+    called = [(f"destinations {peer.name}", "tls", peer.tls, peer) for peer in config.destinations]
+    called += [(f"senders {sender.ae_title}", "query_tls", sender.query_tls, sender) for sender in config.senders]
+    for where, key, is_on, given in called:
+        if not is_on and (given.tls_ca or given.tls_certificate or given.tls_key or given.tls_server_name):
+            raise ConfigError(f"{where}: the keys tls_… need {key} = true; the connection would be plain.")
+        if given.tls_key and not given.tls_certificate:
+            raise ConfigError(f"{where}: tls_key without tls_certificate.")
 
 
 def _check_numbers(config: Config) -> None:

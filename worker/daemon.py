@@ -26,11 +26,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from worker import events, record_feeds, roles, sweeps
+from worker import events, record_feeds, roles, sweeps, tls
 from worker.config import Config, ConfigError
 from worker.store.database import DatabaseUnavailable, Store
 from worker.store.spool import Spool
-from worker.tls import server_context
 
 #: A child that dies is started again after this long, doubling up to the cap while it keeps dying.
 RESTART_S: Final = 0.5
@@ -145,8 +144,7 @@ def supervise(config: Config, config_file: Path | None, *, wanted: Sequence[str]
     """Run the wanted roles until SIGTERM. `receive` brings the sweeps and the HL7 listener with it."""
     supervisor = Supervisor()
     on_signal(supervisor.stop)
-    server_context(config.receive, section="receive")
-    server_context(config.records, section="records")
+    tls.check(config, wanted=wanted)
     roles.read_bundles(config)  # a bad bundle is a sentence now, not a child that dies again and again
     store = open_store(config)
     closers: list[Callable[[], object]] = []

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -20,15 +21,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from worker import __version__, daemon, guards, roles
+from worker import __version__, daemon, guards, peers, tls
 from worker.config import Config, ConfigError
 from worker.errors import PeerRefused, PeerUnavailable, WorkerError
 from worker.imaging.codecs import unloadable
 from worker.imaging.decoding import codec_versions
+from worker.record_feeds import clock
 from worker.store.database import Store
 from worker.store.spool import Spool, SpoolError
 
 if TYPE_CHECKING:
+    from worker.deliver.cstore import Peer
     from worker.intake import fhir_http
 
 #: So long and so much a FHIR server may take to say what it is; a large one's statement is a few megabytes.
@@ -67,6 +70,7 @@ def checks(config: Config, config_file: Path | None) -> Iterator[Check]:
     yield _tried("spool", lambda: _spool(config))
     yield from _bundles(config)
     yield from _peers(config)
+    yield from _certificates(config)
     if config.fhir.url:
         yield _tried("FHIR server", lambda: _fhir(config))
     yield from _roles(config_file)
@@ -125,21 +129,41 @@ def _bundles(config: Config) -> Iterator[Check]:
 
 
 def _peers(config: Config) -> Iterator[Check]:
-    from worker.deliver import cstore
-
+    own = config.receive.ae_title
     if not config.destinations:
         yield "destinations", "none is configured: reports stay in the database. Add [[destinations]].", False
-    for destination in config.destinations:
-        peer = roles.peer_of(destination, own_ae_title=config.receive.ae_title)
-        where = f"{peer.ae_title} at {peer.host}:{peer.port}"
-        yield _tried(f"C-ECHO {peer.name}", lambda peer=peer, where=where: f"{where}, {cstore.echo(peer) * 1000:.0f} ms")  # type: ignore[misc]
+    for one in config.destinations:
+        yield _tried(f"C-ECHO {one.name}", partial(_echo, partial(peers.peer_of, one, own_ae_title=own)))
     for sender in config.senders:
         if sender.query_port:
-            host = sender.query_host or sender.addresses[0]
-            asked = cstore.Peer(sender.ae_title, sender.ae_title, host, sender.query_port, config.receive.ae_title)
-            yield _tried(f"C-ECHO {sender.ae_title}", lambda peer=asked: f"asked for counts, {cstore.echo(peer) * 1000:.0f} ms")  # type: ignore[misc]
+            peer = partial(peers.peer_to_ask, sender, host=sender.addresses[0], own_ae_title=own)
+            yield _tried(f"C-ECHO {sender.ae_title}", partial(_echo, peer))
     if not config.senders:
         yield "senders", "none is configured: nobody may store. Add [[senders]].", False
+
+
+def _echo(peer_of: Callable[[], Peer]) -> str:
+    from worker.deliver import cstore
+
+    peer = peer_of()
+    return f"{peer.ae_title} at {peer.host}:{peer.port}{', by TLS' if peer.tls else ''}, {cstore.echo(peer) * 1000:.0f} ms"
+
+
+def _certificates(config: Config) -> Iterator[Check]:
+    """Whether each certificate can be used and lasts; of a peer that is away its C-ECHO has told."""
+    try:
+        tls.check(config)
+        named = list(tls.ends(config, peers.peers_of(config)))
+    except ConfigError as exc:
+        yield "certificates", str(exc), False
+        return
+    for what, end_of in named:
+        try:
+            yield what, *tls.lifetime(end_of(), now=clock())
+        except PeerUnavailable:
+            continue
+        except (WorkerError, ConfigError) as exc:
+            yield what, str(exc), False
 
 
 def _fhir(config: Config) -> str:

@@ -7,7 +7,8 @@
     ├── Snooze      not wrong, not ready   → wait; the attempt is not counted
     │   └── RecordPending          the patient's record is not here yet
     ├── Retry       the world was wrong    → back off; the attempt is counted
-    │   ├── PeerUnavailable        no association, an abort, a time-out, status 0xA7xx
+    │   ├── PeerUnavailable        an abort, a time-out, status 0xA7xx
+    │   │   └── PeerUnreachable        no connection, no TLS, no association
     │   ├── NotReadBack            Success was answered but the object cannot be found
     │   ├── DecoderDied            the decoding process was killed by its limits
     │   └── DeviceOutOfMemory      the accelerator is full even for one study
@@ -30,6 +31,9 @@ Messages are whole sentences with numbers, never a name, a birth date or an iden
 """
 
 from __future__ import annotations
+
+import re
+import ssl
 
 
 class WorkerError(Exception):
@@ -58,6 +62,10 @@ class Retry(WorkerError):
 
 class PeerUnavailable(Retry):
     """A peer gave no association, aborted, timed out or was out of resources."""
+
+
+class PeerUnreachable(PeerUnavailable):
+    """A peer was not reached at all: no connection, no TLS or no association. What was to be sent cannot be why."""
 
 
 class NotReadBack(Retry):
@@ -126,3 +134,17 @@ class GeometryError(Unanalysable):
 
 class PixelError(Unanalysable):
     """Pixel data are missing, short, undecodable or not plausible."""
+
+
+def cause_of(error: OSError) -> str:
+    """What the system or OpenSSL says of a connection or a PEM file, in words that may follow a colon; no name, no path."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is refused, {error.verify_message.rstrip('.')}"
+    if isinstance(error, ssl.SSLError) and error.reason:
+        alert = re.fullmatch(r"(?:SSL|TLS)V\d+_ALERT_(\w+)", error.reason)
+        words = (alert[1] if alert else error.reason).lower().replace("_", " ")
+        return f"TLS is refused there, {words}" if alert else f"TLS fails, {words}"
+    if isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)):
+        return "TLS was cut off there, as by a peer that refuses our certificate"
+    words = error.strerror or str(error) or type(error).__name__
+    return words.partition(" (_ssl.c")[0]

@@ -38,6 +38,11 @@ NAMES: Final = frozenset(
         "record.expired",  # retention
         "explanation.failed",  # the findings are reported all the same
         "spool.swept",
+        "destination.down",  # not reached several times in a row: left alone between tries
+        "destination.reached",
+        "certificate.expires",  # once a day, from 30 days before
+        "certificate.reloaded",
+        "certificate.unusable",  # a new file cannot be used; what was loaded before stays
         "codec.missing",  # at start: a decoder cannot be loaded, and its transfer syntaxes are not offered
         "role.started",
         "role.stopped",

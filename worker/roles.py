@@ -28,6 +28,7 @@ from worker import events
 from worker.config import Config, Destination
 from worker.domain import CommitmentReport, Header, Job, Received
 from worker.errors import BundleError, DecoderDied
+from worker.peers import peer_of
 from worker.record_feeds import clock, identified
 from worker.store import commitments, queue, studies
 from worker.store.database import Connection, DatabaseUnavailable, Store
@@ -37,8 +38,7 @@ from worker.tls import server_context
 
 if TYPE_CHECKING:
     from models.bundle import Bundle
-    from worker.deliver.cstore import Peer
-    from worker.intake.negotiation import Peer as Sender
+    from worker.intake.negotiation import Peer as Caller
 
 
 #: Seconds that transfers under way have to finish after SIGTERM.
@@ -143,16 +143,16 @@ def receive(config: Config, store: Store, listener: socket.socket, stop: threadi
         idle_s=settings.idle_s,
     )
 
-    def add(conn: Connection, item: tuple[Header, Stored, Sender]) -> Received:
+    def add(conn: Connection, item: tuple[Header, Stored, Caller]) -> Received:
         header, stored, sender = item
         return add_instance(conn, config, header, stored, calling_ae=sender.calling_ae, address=sender.address)
 
-    def report(said: CommitmentReport, archive: Sender) -> str:
+    def report(said: CommitmentReport, archive: Caller) -> str:
         return take_report(config, store, said, archive)
 
     commit = GroupCommit(store.begin, add, order=lambda item: item[0].study_instance_uid)
 
-    def sink(header: Header, stored: Stored, sender: Sender) -> Received:
+    def sink(header: Header, stored: Stored, sender: Caller) -> Received:
         return commit((header, stored, sender))
 
     scp = StorageScp(
@@ -170,7 +170,7 @@ def receive(config: Config, store: Store, listener: socket.socket, stop: threadi
     scp.stop(RECEIVE_GRACE_S)
 
 
-def take_report(config: Config, store: Store, said: CommitmentReport, archive: Sender) -> str:
+def take_report(config: Config, store: Store, said: CommitmentReport, archive: Caller) -> str:
     """Take in what an archive says of storage commitment; returns why it changes nothing, or ''."""
     asked = [peer.name for peer in config.destinations if peer.commitment and peer.ae_title == archive.calling_ae]
     with store.begin() as conn:
@@ -307,59 +307,68 @@ def heartbeat(store: Store, jobs: Sequence[Job], *, lease_s: float) -> Iterator[
 # --- deliver
 
 
-def peer_of(destination: Destination, *, own_ae_title: str) -> Peer:
-    """A destination as the network part takes it."""
-    from worker.deliver.cstore import Peer
+def _now_and_then(do: Callable[[], object], every_s: float) -> Callable[[], None]:
+    """`do`, at most once in `every_s`, however often it is called."""
+    done_at = -every_s
 
-    return Peer(
-        name=destination.name,
-        ae_title=destination.ae_title,
-        host=destination.host,
-        port=destination.port,
-        own_ae_title=destination.own_ae_title or own_ae_title,
-        timeout_s=destination.timeout_s,
-        read_back=destination.read_back,
+    def call() -> None:
+        nonlocal done_at
+        if time.monotonic() - done_at > every_s:
+            do()
+            done_at = time.monotonic()
+
+    return call
+
+
+def _serve(config: Config, store: Store, stop: threading.Event, destination: Destination) -> None:
+    """Deliver to one destination until told to stop."""
+    from worker.deliver import commitment
+    from worker.deliver.breaker import Breaker, judge
+    from worker.deliver.send import deliver as send
+
+    settings = config.deliver
+    peer = peer_of(destination, own_ae_title=config.receive.ae_title)
+    wait_s = destination.commitment_wait_s if destination.commitment else None
+    breaker = Breaker()
+    look = _now_and_then(lambda: commitment.look(store=store, peer=peer, clock=clock), LOOK_S)
+
+    def take() -> list[Job]:
+        if wait_s is not None:
+            look()
+        if breaker.wait_s > 0:
+            return []
+        with store.begin() as conn:
+            return queue.lease(
+                conn,
+                "deliver",
+                owner=owner(),
+                limit=1 if breaker.failures else settings.batch,
+                lease_s=settings.lease_s,
+                now=clock(),
+                destination=destination.name,
+            )
+
+    _work(
+        store,
+        stop,
+        poll_s=settings.poll_s,
+        lease_s=settings.lease_s,
+        take=take,
+        do=lambda jobs: judge(
+            breaker,
+            send(jobs, store=store, peer=peer, clock=clock, commitment_wait_s=wait_s),
+            store=store,
+            destination=destination.name,
+            now=clock(),
+        ),
     )
 
 
 def deliver(config: Config, store: Store, stop: threading.Event) -> None:
     """One thread a destination, so that one PACS that is down or slow holds up no other."""
-    from worker.deliver import commitment
-    from worker.deliver.send import deliver as send
+    from worker.deliver import breaker, commitment, send  # noqa: F401  here, so that it has not started before they are there
 
-    settings = config.deliver
-
-    def serve(destination: Destination) -> None:
-        peer = peer_of(destination, own_ae_title=config.receive.ae_title)
-        wait_s = destination.commitment_wait_s if destination.commitment else None
-        looked_at = 0.0
-
-        def take() -> list[Job]:
-            nonlocal looked_at
-            if wait_s is not None and time.monotonic() - looked_at > LOOK_S:
-                commitment.look(store=store, peer=peer, clock=clock)
-                looked_at = time.monotonic()
-            with store.begin() as conn:
-                return queue.lease(
-                    conn,
-                    "deliver",
-                    owner=owner(),
-                    limit=settings.batch,
-                    lease_s=settings.lease_s,
-                    now=clock(),
-                    destination=destination.name,
-                )
-
-        _work(
-            store,
-            stop,
-            poll_s=settings.poll_s,
-            lease_s=settings.lease_s,
-            take=take,
-            do=lambda jobs: send(jobs, store=store, peer=peer, clock=clock, commitment_wait_s=wait_s),
-        )
-
-    threads = [threading.Thread(target=serve, args=(peer,), name=f"deliver-{peer.name}") for peer in config.destinations]
+    threads = [threading.Thread(target=_serve, args=(config, store, stop, one), name=f"deliver-{one.name}") for one in config.destinations]
     for thread in threads:
         thread.start()
     started("deliver", destinations=[peer.name for peer in config.destinations])

@@ -11,10 +11,11 @@ from datetime import UTC, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from worker import events, reissue, tables_feed
-from worker.config import Config, Table
+from worker import events, reissue, tables_feed, tls
+from worker.config import Config, ConfigError, Table
 from worker.errors import WorkerError
 from worker.ops.log import places
+from worker.peers import peer_to_ask, peers_of
 from worker.record_feeds import clock
 from worker.roles import read_bundles
 from worker.silence import Silence
@@ -34,6 +35,7 @@ SPOOL_SWEEP_S: Final = 1800.0
 RENEW_S: Final = 5.0
 EXPIRE_S: Final = 3600.0
 LISTEN_S: Final = 60.0
+CERTIFICATES_S: Final = 86400.0
 #: A file without a row is a crash's after this long; rows follow files within seconds.
 ORPHAN_AGE: Final = timedelta(minutes=15)
 
@@ -81,8 +83,9 @@ def scheduler(config: Config, store: Store, spool: Spool) -> BackgroundScheduler
     made.add_job(_spared(rescue), "interval", seconds=max(1.0, config.run.lease_s / 6))
     if asking:
         made.add_job(_spared(ask), "interval", seconds=config.assembly.sweep_s)
-    # At once but in the background: with 100 000 files it must not delay the first association.
+    # At once but in the background: with 100 000 files, or peers that are away, it must not delay the first association.
     made.add_job(_spared(clean), "interval", seconds=SPOOL_SWEEP_S, next_run_time=clock())
+    made.add_job(_spared(_certificates(config)), "interval", seconds=CERTIFICATES_S, next_run_time=clock())
     return made
 
 
@@ -124,6 +127,16 @@ def _of_records(config: Config, store: Store, bundles: Sequence[Bundle]) -> list
     return [(renew, RENEW_S), (expire, EXPIRE_S), *alarms, *views]
 
 
+def _certificates(config: Config) -> Callable[[], None]:
+    def certificates() -> None:
+        try:
+            tls.warn(config, peers_of(config), now=clock())
+        except ConfigError as exc:
+            events.emit("certificate.unusable", section="destinations, senders", reason=str(exc))
+
+    return certificates
+
+
 def _spared(sweep: Callable[[], None]) -> Callable[[], None]:
     """A sweep that fails says so and comes again; the scheduler would keep it to itself."""
 
@@ -144,15 +157,8 @@ def _expected(config: Config, one: Pending) -> int | None:
 
     for sender in config.senders:
         if sender.ae_title == one.calling_ae and sender.query_port:
-            peer = cstore.Peer(
-                name=sender.ae_title,
-                ae_title=sender.ae_title,
-                host=sender.query_host or one.address,
-                port=sender.query_port,
-                own_ae_title=config.receive.ae_title,
-                timeout_s=10.0,
-            )
             try:
+                peer = peer_to_ask(sender, host=one.address, own_ae_title=config.receive.ae_title)
                 return cstore.count_instances(peer, study_instance_uid=one.study_instance_uid)
             except WorkerError as exc:
                 events.emit("sweep.failed", sweep="ask_sender", reason=str(exc))

@@ -317,6 +317,28 @@ def test_a_snooze_gives_the_attempt_back_and_the_record_wakes_it(store: Store) -
 
 
 @pytest.mark.requirement("Q10")
+@pytest.mark.requirement("L12")
+def test_what_waits_for_a_destination_that_is_down_says_so_and_is_due_at_once_when_it_is_back(store: Store) -> None:
+    study, later = complete_study(store), NOW + timedelta(hours=1)
+    with store.begin() as conn:
+        (job,) = queue.lease(conn, "infer", owner="me", limit=1, lease_s=30, now=NOW + timedelta(seconds=20))
+        report = Document("2.25.7", "1.2.3", "sr", b"report")
+        number = documents.add(conn, job, report=report, findings=[], input_sha256="", failure="", now=NOW)
+        for name, due in (("pacs", NOW), ("other", NOW), ("pacs later", later)):
+            queue.enqueue_deliver(
+                conn, study, document_id=number, bundle="bundle", input_version=1, destination=name, priority=ROUTINE, now=due
+            )
+        for name in ("pacs", "pacs later"):
+            queue.hold(conn, name, reason="It is left alone.", now=NOW)
+        assert queue.waiting(conn) == {"It is left alone.": 1}
+        assert queue.oldest_due_s(conn, now=later) == 3600
+        for name in ("pacs", "pacs later"):
+            queue.release(conn, name, now=NOW)
+        assert queue.waiting(conn) == {}
+        due_now = [queue.lease(conn, "deliver", owner="me", limit=9, lease_s=30, now=NOW, destination=f"pacs{x}") for x in ("", " later")]
+        assert [len(jobs) for jobs in due_now] == [1, 1]
+
+
 def test_a_stat_job_starts_before_older_routine_ones(store: Store) -> None:
     study_id = complete_study(store)
     with store.begin() as conn:

@@ -18,7 +18,7 @@ from worker.deliver import cstore
 from worker.deliver.association import Peer
 from worker.deliver.wire import open_file
 from worker.domain import Document
-from worker.errors import NotReadBack, PatientConflict, PeerRefused, PeerUnavailable, WorkerError
+from worker.errors import NotReadBack, PatientConflict, PeerRefused, PeerUnavailable, PeerUnreachable, WorkerError
 
 STUDY = generate_uid()
 
@@ -229,8 +229,8 @@ def test_a_rejected_association_says_why_and_is_tried_again(reason: bytes, words
         connection.sendall(b"\x03\x00\x00\x00\x00\x04\x00" + reason)
 
     with peers.raw_peer(reject) as peer:
-        expect_error(send_one(peer), PeerUnavailable, words)
-        with pytest.raises(PeerUnavailable, match=words.split(":")[0]):
+        expect_error(send_one(peer), PeerUnreachable, words)
+        with pytest.raises(PeerUnreachable, match=words.split(":")[0]):
             cstore.echo(peer)
 
 
@@ -286,26 +286,26 @@ def a_release(connection: socket.socket) -> None:
 
 
 HOSTILE = [
-    (lambda _: None, "within 0.5 s"),
-    (half_a_pdu, "within 0.5 s"),
-    (a_huge_pdu, "PDU of 4294967295 bytes"),
-    (another_protocol, "not DICOM"),
-    (nothing_within, "not DICOM"),
-    (lambda connection: connection.close(), ""),
-    (peers.accept_association, "within 0.5 s"),
-    (garbage_for_a_response, "lengths do not fit"),
-    (an_endless_response, "more than 1048576 bytes"),
-    (the_answer_to_something_else, "does not answer the request"),
-    (a_release, "released the association"),
+    (lambda _: None, PeerUnreachable, "within 0.5 s"),
+    (half_a_pdu, PeerUnreachable, "within 0.5 s"),
+    (a_huge_pdu, PeerUnreachable, "PDU of 4294967295 bytes"),
+    (another_protocol, PeerUnreachable, "not DICOM"),
+    (nothing_within, PeerUnreachable, "not DICOM"),
+    (lambda connection: connection.close(), PeerUnreachable, ""),
+    (peers.accept_association, PeerUnavailable, "within 0.5 s"),
+    (garbage_for_a_response, PeerUnavailable, "lengths do not fit"),
+    (an_endless_response, PeerUnavailable, "more than 1048576 bytes"),
+    (the_answer_to_something_else, PeerUnavailable, "does not answer the request"),
+    (a_release, PeerUnavailable, "released the association"),
 ]
 
 
 @pytest.mark.requirement("L15")
-@pytest.mark.parametrize(("script", "words"), HOSTILE)
-def test_a_peer_that_does_not_speak_dicom_is_bounded(script: Callable[[socket.socket], None], words: str) -> None:
+@pytest.mark.parametrize(("script", "kind", "words"), HOSTILE)
+def test_a_peer_that_does_not_speak_dicom_is_bounded(script: Callable[[socket.socket], None], kind: type[WorkerError], words: str) -> None:
     """A delivery role that hangs delivers nothing; on the second of these pynetdicom's requestor hangs for ever."""
     with peers.raw_peer(script) as peer:
-        expect_error(send_one(peer), PeerUnavailable, words)
+        expect_error(send_one(peer), kind, words)
 
 
 @pytest.mark.requirement("L1")
@@ -314,7 +314,7 @@ def test_a_port_where_nobody_listens_says_so() -> None:
     peer = Peer("the absent PACS", "NOBODY", "127.0.0.1", peers.free_port(), "WORKER")
     outcomes = cstore.send([make_document(), make_document()], peer=peer)
     for outcome in outcomes:
-        expect_error(outcome, PeerUnavailable, "the absent PACS cannot be reached: Connection refused")
+        expect_error(outcome, PeerUnreachable, "the absent PACS cannot be reached: Connection refused")
 
 
 def test_a_peer_is_asked_how_many_instances_a_study_has() -> None:
@@ -386,7 +386,7 @@ def test_orthanc_has_the_report_once_however_often_it_is_sent(orthanc: peers.Ort
 def test_orthanc_tells_a_stranger_and_a_wrong_title(orthanc: peers.Orthanc) -> None:
     """The two mistakes of every installation, each in words."""
     expect_error(send_one(orthanc.peer("STRANGER")), PeerUnavailable, "aborted the association")
-    expect_error(send_one(replace(orthanc.peer(), ae_title="WRONG")), PeerUnavailable, "Called AE title not recognised")
+    expect_error(send_one(replace(orthanc.peer(), ae_title="WRONG")), PeerUnreachable, "Called AE title not recognised")
 
 
 @pytest.mark.requirement("L4")

@@ -73,7 +73,7 @@ def test_clients_that_never_shake_hands_do_not_stop_the_others(start: Start, tmp
     subprocess.run([*command, "-days", "1", "-subj", "/CN=localhost"], check=True, capture_output=True)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
-    receiver = start(ssl_context=context)
+    receiver = start(ssl_context=lambda: context)
     client = ssl.create_default_context(cafile=certificate)
     client.check_hostname = False
     with ExitStack() as stack:

@@ -23,8 +23,8 @@ from worker.store.database import Store
 
 def deliver(
     jobs: Sequence[Job], *, store: Store, peer: cstore.Peer, clock: Callable[[], datetime], commitment_wait_s: float | None = None
-) -> None:
-    """Send leased jobs' documents over one association and settle each on its own.
+) -> list[cstore.Outcome]:
+    """Send leased jobs' documents over one association and settle each on its own; returns what became of each.
 
     With `commitment_wait_s` the peer is asked to commit to what it took, and its report is waited for so long.
     """
@@ -44,6 +44,7 @@ def deliver(
             events.emit("job.fenced", job=job.id, kind=job.kind, study=job.study_id)
     if taken and commitment_wait_s is not None:
         commitment.ask(taken, transaction_uid=transaction_uid, store=store, peer=peer, clock=clock)
+    return outcomes
 
 
 def _unforeseen(exc: Exception) -> str:

@@ -27,7 +27,7 @@ from datetime import UTC, datetime, tzinfo
 from ipaddress import IPv6Address, ip_address, ip_network
 from typing import Final
 
-from worker.errors import PeerUnavailable, RecordError, Reject
+from worker.errors import PeerUnavailable, RecordError, Reject, cause_of
 from worker.events import emit
 from worker.intake.envelope import BOM, Verdict, acknowledgment, read_envelope
 from worker.intake.hl7 import ParsedMessage, parse
@@ -147,7 +147,7 @@ class MllpServer:
     message_deadline_s
         From a start block to its end block, and for the sender to take our answer; also for the TLS handshake.
     ssl_context
-        With it every connection is TLS and a plain one is closed.
+        Gives the server context for one connection; with it every connection is TLS and a plain one is closed.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class MllpServer:
         idle_s: float = 600.0,
         message_deadline_s: float = 30.0,
         clock: Callable[[], datetime] = _utc_now,
-        ssl_context: ssl.SSLContext | None = None,
+        ssl_context: Callable[[], ssl.SSLContext] | None = None,
     ) -> None:
         "".encode(encoding)  # an unknown name is a LookupError now, not at the first message
         self.port = address[1]
@@ -259,7 +259,7 @@ class MllpServer:
         except FramingError as exc:
             self._refuse_frame(connection, exc)
         except OSError as exc:  # the peer left before our answer; it will send again and be told so
-            emit("message.refused", sender="", trigger="", result="closed", reason=f"The connection broke: {type(exc).__name__}.")
+            emit("message.refused", sender="", trigger="", result="closed", reason=f"The connection broke: {cause_of(exc)}.")
         finally:
             with self._lock:
                 self._connections.pop(connection, None)
@@ -269,9 +269,10 @@ class MllpServer:
         """Shake hands, in the connection's own thread: a peer that never does holds up nobody."""
         if self._ssl_context is None:
             return connection
+        context = self._ssl_context()
         connection.settimeout(self._limits.message_deadline_s)
         with self._lock:  # `stop` must find the socket that is read, and wrapping takes the other's descriptor
-            secured = self._ssl_context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
+            secured = context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
             self._connections[secured] = self._connections.pop(connection)
         try:
             secured.do_handshake()

@@ -36,10 +36,12 @@ import ssl
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
 from worker import events
+from worker.errors import cause_of
 from worker.intake import wire
 from worker.intake.dataphase import DataPhase, Reports, Sink
 from worker.intake.negotiation import MAX_REQUEST_BYTES, Accepted, Policy, pdu
@@ -107,7 +109,7 @@ class StorageScp:
     listener
         From `listen`, perhaps inherited from a parent process. Closed by `stop`, here only.
     ssl_context
-        Server context; then nothing but TLS is spoken. The handshake runs in the connection's own thread.
+        Gives the server context for one connection; then nothing but TLS is spoken. The handshake runs in the connection's own thread.
     reports
         Takes what archives say of storage commitment; goes with the policy's `takes_commitments`.
     """
@@ -120,7 +122,7 @@ class StorageScp:
         spool: Spool,
         sink: Sink,
         limits: Limits | None = None,
-        ssl_context: ssl.SSLContext | None = None,
+        ssl_context: Callable[[], ssl.SSLContext] | None = None,
         reports: Reports | None = None,
     ) -> None:
         self._listener = listener
@@ -231,7 +233,7 @@ class StorageScp:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             if self._ssl_context is not None:
                 sock.settimeout(limits.request_s)
-                sock = self._ssl_context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+                sock = self._ssl_context().wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
                 with load.lock:
                     load.connections[thread] = sock
                 sock.do_handshake()
@@ -239,7 +241,7 @@ class StorageScp:
             self._converse(line, address)
             line.linger(_LINGER_S)
         except OSError as error:
-            events.emit("association.rejected", address=address, reason=f"connection failed before an association: {type(error).__name__}")
+            events.emit("association.rejected", address=address, reason=f"connection failed before an association: {cause_of(error)}")
         finally:
             sock.close()
             with load.lock:

@@ -35,9 +35,11 @@ WARNINGS: Final = frozenset(
         "commitment.denied",
         "commitment.missing",
         "commitment.turned_away",
+        "certificate.expires",
+        "destination.down",
     }
 )
-ERRORS: Final = frozenset({"job.discarded", "sweep.failed"})
+ERRORS: Final = frozenset({"job.discarded", "sweep.failed", "certificate.unusable"})
 
 #: Libraries whose words may hold patient data, at any level.
 SILENCED: Final = ("pynetdicom", "pydicom", "highdicom", "sqlalchemy", "alembic", "apscheduler", "hl7", "py.warnings", "monai", "ignite")

@@ -312,6 +312,18 @@ def operator_cancel(conn: Connection, study_id: int, *, now: datetime) -> int:
     return changed
 
 
+def hold(conn: Connection, destination: str, *, reason: str, now: datetime) -> None:
+    """Say of a destination's due jobs why nobody takes them: it is left alone. They stay due."""
+    due = (job.c.kind == "deliver", job.c.state == "available", job.c.destination == destination, job.c.not_before <= now)
+    conn.execute(sa.update(job).where(*due).values(reason=reason))
+
+
+def release(conn: Connection, destination: str, *, now: datetime) -> None:
+    """A destination is back: what waits for it waits for nothing any more."""
+    waiting = (job.c.kind == "deliver", job.c.state == "available", job.c.destination == destination)
+    conn.execute(sa.update(job).where(*waiting).values(reason="", not_before=now))
+
+
 def of_version(conn: Connection, study_id: int, *, input_version: int) -> list[AnyRow]:
     """The analyses of one input version of a study: bundle, state, priority."""
     wanted = sa.select(job.c.bundle, job.c.state, job.c.priority)

@@ -1,0 +1,60 @@
+"""Whom we call: destinations, and senders that are asked for counts, as the network part takes them.
+
+Not here: who calls us (intake/negotiation.py), certificates (tls.py).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from worker.config import Config, Destination, Sender
+from worker.tls import client_context
+
+if TYPE_CHECKING:
+    from worker.deliver.cstore import Peer
+
+#: A sender that is asked for a count has this long; the quiet period comes anyway.
+ASK_S: Final = 10.0
+
+
+def peer_of(destination: Destination, *, own_ae_title: str) -> Peer:
+    """A destination as the network part takes it."""
+    from worker.deliver.cstore import Peer
+
+    return Peer(
+        name=destination.name,
+        ae_title=destination.ae_title,
+        host=destination.host,
+        port=destination.port,
+        own_ae_title=destination.own_ae_title or own_ae_title,
+        timeout_s=destination.timeout_s,
+        read_back=destination.read_back,
+        tls=client_context(destination),
+        tls_server_name=destination.tls_server_name,
+    )
+
+
+def peer_to_ask(sender: Sender, *, host: str, own_ae_title: str) -> Peer:
+    """A sender as we ask it for counts; `host` is where its study came from, unless the configuration says another."""
+    from worker.deliver.cstore import Peer
+
+    return Peer(
+        name=sender.ae_title,
+        ae_title=sender.ae_title,
+        host=sender.query_host or host,
+        port=sender.query_port,
+        own_ae_title=own_ae_title,
+        timeout_s=ASK_S,
+        tls=client_context(sender),
+        tls_server_name=sender.tls_server_name,
+    )
+
+
+def peers_of(config: Config) -> list[Peer]:
+    """All that we call: destinations, and senders that are asked for counts."""
+    own = config.receive.ae_title
+    asked = [sender for sender in config.senders if sender.query_port]
+    return [
+        *(peer_of(one, own_ae_title=own) for one in config.destinations),
+        *(peer_to_ask(one, host=one.addresses[0], own_ae_title=own) for one in asked),
+    ]
