@@ -167,6 +167,16 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Retention:
+    """After how many days the files of a study go, by where it stands; 0: never."""
+
+    delivered_days: int = 0
+    excluded_days: int = 0
+    failed_days: int = 0
+    quarantine_days: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Destination:
     """A PACS that gets the reports."""
 
@@ -210,6 +220,7 @@ class Config:
     run: Run = field(default_factory=Run)
     destinations: tuple[Destination, ...] = ()
     deliver: Deliver = field(default_factory=Deliver)
+    retention: Retention = field(default_factory=Retention)
     log: Log = field(default_factory=Log)
 
     @property
@@ -323,6 +334,8 @@ def _check_records(config: Config) -> None:
 def _check_numbers(config: Config) -> None:
     if min(config.run.batch, config.deliver.batch, config.run.decoders) < 1 or min(config.run.lease_s, config.deliver.lease_s) < 3:
         raise ConfigError("run.batch, deliver.batch and run.decoders are at least 1; run.lease_s and deliver.lease_s at least 3.")
+    if min(dataclasses.astuple(config.retention)) < 0:
+        raise ConfigError("retention: days are 0 (never) or more.")
     if config.log.level.upper() not in {"DEBUG", "INFO", "WARNING", "ERROR"} or config.log.format not in {"json", "human"}:
         raise ConfigError("log.level is DEBUG, INFO, WARNING or ERROR; log.format is json or human.")
 

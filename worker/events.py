@@ -32,6 +32,7 @@ NAMES: Final = frozenset(
         "job.fenced",  # a late owner's verdict was turned away
         "report.outdated",  # the record changed after it
         "record.expired",  # retention
+        "images.removed",  # retention
         "explanation.failed",  # the findings are reported all the same
         "spool.swept",
         "codec.missing",  # at start: a decoder cannot be loaded, and its transfer syntaxes are not offered

@@ -103,6 +103,8 @@ def _look(
         if any(job.state in _UNFINISHED for job in jobs):
             return False  # it is not known yet what the report will rest on
         is_late = study.completed_at is None or now - study.completed_at > within
+        # Without its images nothing can be made anew.
+        is_late = is_late or any(one.is_removed for part in study.series for one in part.instances)
         found = _judged(conn, study_id, study, jobs, specs, is_late=is_late, is_wanted=is_wanted, must_agree=must_agree)
     with store.begin() as conn:
         if not studies.note_record_seen(conn, study_id, changed_at=changed_at, version=study.version):

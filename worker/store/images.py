@@ -56,6 +56,7 @@ def of_study(conn: Connection, study_id: int, root: Path = Path()) -> Iterator[S
             instance.c.view,
             instance.c.frames,
             instance.c.facts,
+            instance.c.removed_at,
         )
         .join(instance, instance.c.series_id == series.c.id)
         .where(series.c.study_id == study_id)
@@ -81,4 +82,5 @@ def _instance(row: AnyRow, root: Path) -> Instance:
         view=row.view,
         frames=row.frames,
         facts=decoded(row.facts),
+        is_removed=row.removed_at is not None,
     )

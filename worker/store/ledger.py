@@ -48,11 +48,11 @@ class Entry:
     studies: int
 
 
-def standing() -> sa.Subquery:
-    """Each study's ``id``, ``created_at``, ``account``, ``reason`` and ``is_unsent``, for a query to choose from."""
+def standing(of: Sequence[int] | None = None) -> sa.Subquery:
+    """Each study's ``id``, ``created_at``, ``account``, ``reason`` and ``is_unsent``, for a query to choose from; `of`: of these alone."""
     asked, sent = job.alias("asked"), job.alias("sent")
     last = sa.select(document.c.study_id, document.c.bundle, sa.func.max(document.c.id).label("id"))
-    said = last.group_by(document.c.study_id, document.c.bundle).subquery("said")
+    said = last.where(_among(document.c.study_id, of)).group_by(document.c.study_id, document.c.bundle).subquery("said")
     is_stopped, is_unsendable = asked.c.state.in_(_GIVEN_UP), sent.c.state.in_(_GIVEN_UP)
     of_version = (
         sa.select(
@@ -67,11 +67,11 @@ def standing() -> sa.Subquery:
         .outerjoin(said, sa.and_(said.c.study_id == asked.c.study_id, said.c.bundle == asked.c.bundle))
         # The study again: jobs are indexed by it.
         .outerjoin(sent, sa.and_(sent.c.document_id == said.c.id, sent.c.study_id == asked.c.study_id, sent.c.kind == "deliver"))
-        .where(asked.c.kind == "infer")
+        .where(asked.c.kind == "infer", _among(asked.c.study_id, of))
         .group_by(asked.c.study_id)
         .subquery("of_version")
     )
-    is_worked_on = study.c.id.in_(sa.select(job.c.study_id).where(job.c.state.in_(_UNFINISHED)))
+    is_worked_on = study.c.id.in_(sa.select(job.c.study_id).where(job.c.state.in_(_UNFINISHED), _among(job.c.study_id, of)))
     words = sa.select(event.c.name).where(event.c.study_id == study.c.id, event.c.name.in_(_WORDS)).order_by(event.c.id.desc()).limit(1)
     account: sa.ColumnElement[str] = sa.case(
         (study.c.hold != "", "held"),
@@ -83,7 +83,11 @@ def standing() -> sa.Subquery:
         else_=LOST,
     )
     told = sa.select(study.c.id, study.c.created_at, account.label("account"), of_version.c.reason, of_version.c.is_unsent)
-    return told.outerjoin(of_version, of_version.c.study_id == study.c.id).subquery("standing")
+    return told.outerjoin(of_version, of_version.c.study_id == study.c.id).where(_among(study.c.id, of)).subquery("standing")
+
+
+def _among(column: sa.ColumnElement[int], of: Sequence[int] | None) -> sa.ColumnElement[bool]:
+    return sa.true() if of is None else column.in_(of)
 
 
 def _any(condition: sa.ColumnElement[bool]) -> sa.ColumnElement[int]:
