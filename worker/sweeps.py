@@ -8,17 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from worker import events, reissue, tables_feed
+from worker import consistency, events, reissue, tables_feed
 from worker.config import Config, Table
 from worker.errors import WorkerError
 from worker.ops.log import places
 from worker.record_feeds import clock
 from worker.roles import read_bundles
 from worker.silence import Silence
-from worker.store import erasure, feeds, queue, retention, studies
+from worker.store import erasure, feeds, queue, retention
 from worker.store.database import Store
 from worker.store.spool import Spool
 
@@ -35,8 +34,6 @@ RENEW_S: Final = 5.0
 EXPIRE_S: Final = 3600.0
 RETAIN_S: Final = 600.0
 LISTEN_S: Final = 60.0
-#: A file without a row is a crash's after this long; rows follow files within seconds.
-ORPHAN_AGE: Final = timedelta(minutes=15)
 
 
 def scheduler(config: Config, store: Store, spool: Spool) -> BackgroundScheduler:
@@ -166,14 +163,7 @@ def _expected(config: Config, one: Pending) -> int | None:
 
 def sweep_spool(store: Store, spool: Spool) -> None:
     """Remove what a crash left half-written or half-removed: parts, and files whose sender was never told Success."""
-    root = spool.root / "instances"
-
-    def known(paths: Sequence[str]) -> dict[str, bool]:
-        below = {str(Path(path).relative_to(root)): path for path in paths}
-        with store.read() as conn:
-            return {below[path]: is_removed for path, is_removed in studies.known_paths(conn, list(below)).items()}
-
-    spool.sweep(known, written_before=clock() - ORPHAN_AGE)
+    consistency.sweep(store, spool, now=clock())
 
 
 def retain(store: Store, spool: Spool, *, days: Mapping[str, int], quarantine_days: int, now: datetime) -> None:
@@ -183,7 +173,7 @@ def retain(store: Store, spool: Spool, *, days: Mapping[str, int], quarantine_da
     for part in retention.due(store, before):
         # The rows first: what a kill leaves is a file too many, which the sweep of the spool finds, never a row too many.
         paths, marked = retention.mark(store, part, before, now=now)
-        files, size_bytes = spool.remove(paths, written_before=now - ORPHAN_AGE)
+        files, size_bytes = spool.remove(paths, written_before=now - consistency.ORPHAN_AGE)
         gone = {"studies": gone["studies"] + marked, "files": gone["files"] + files, "size_bytes": gone["size_bytes"] + size_bytes}
     if quarantine_days > 0:
         files, size_bytes = spool.empty_quarantine(put_before=now - timedelta(days=quarantine_days))

@@ -1,11 +1,12 @@
-"""The verbs that watch an installation: `status` counts.
+"""The verbs that watch an installation: `status` counts, `check` compares spool and database.
 
-Not here: what is counted (worker/store/).
+Not here: what is counted (worker/store/), what is compared (consistency.py).
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, time, timedelta, tzinfo
 from pathlib import Path
@@ -17,13 +18,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from worker import __version__
+from worker import __version__, consistency, progress
 from worker.record_feeds import clock
 from worker.store import feeds, ledger, queue, studies
 from worker.store.database import Store
+from worker.store.images import StoredFile
 from worker.store.spool import Spool
 
-out = Console(highlight=False)
+out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 
 #: Reads the configuration and opens the database.
 Opener = Callable[[Path | None], tuple[Any, Store]]
@@ -58,6 +60,26 @@ def register(app: typer.Typer, opener: Opener) -> None:
         else:
             spool = Spool(settings.spool, low_water_bytes=settings.receive.low_water_mb * 2**20)
             _status(store, spool, as_json=as_json)
+
+    @app.command()
+    def check(
+        given: ConfigFile = None,
+        with_digests: Annotated[bool, typer.Option("--digests", help="Read every file and compare its sha256, not its size.")] = False,
+        is_repair: Annotated[bool, typer.Option("--repair", help="Put back what can be put back.")] = False,
+    ) -> None:
+        """Do spool and database agree? Exit 1 if something is wrong, and with --repair if something is left that only a resend mends.
+
+        Each image in the database must have its file, of the size and, with --digests, the sha256 it came with; each file must be an
+        image's. --repair takes missing and changed files from quarantine if they are there, puts files that nobody knows into quarantine,
+        and queues analyses again that failed for a file that is here now. The daemon may run meanwhile.
+        """
+        from worker.ops import log
+
+        log.silence()
+        settings, store = opener(given)
+        spool = Spool(settings.spool, low_water_bytes=settings.receive.low_water_mb * 2**20)
+        if not _check(store, spool, with_digests=with_digests, is_repair=is_repair):
+            raise typer.Exit(1)
 
 
 # --- status
@@ -145,3 +167,45 @@ def _print_ledger(facts: Mapping[str, Any], zone: tzinfo) -> None:
         out.print(
             f"[red]{facts['all'][ledger.LOST]} studies are in no account:[/red] {numbers}. `synoptic show STUDY` says what became of one."
         )
+
+
+# --- check
+
+
+def _check(store: Store, spool: Spool, *, with_digests: bool, is_repair: bool) -> bool:
+    """Say what is wrong and what was done; whether all is well now."""
+    with progress.bars(err) as bar:
+        task = bar.add_task("checking files", total=None)
+        found = consistency.check(
+            store, spool, with_digests=with_digests, now=clock(), progress=lambda done, of: bar.update(task, completed=done, total=of)
+        )
+    how = "size and sha256" if with_digests else "size; --digests reads them too"
+    out.print(f"{found.files - len(found.faults)} of {found.files} files are as they came (by {how}).")
+    _print_faults(found.faults)
+    if found.strays:
+        out.print(f"{found.strays} files are no image's in the database.")
+    for (study, _), bundles in found.returned.items():
+        out.print(f"Study {study}: its files are here again, {len(bundles)} of its analyses failed without them.")
+    if found.is_sound or not is_repair:
+        out.print("Nothing is wrong." if found.is_sound else "Nothing was changed: `synoptic check --repair` mends what can be mended.")
+        return found.is_sound
+    done = consistency.repair(store, spool, found, now=clock())
+    put = f"{done.restored} files put back from quarantine, {done.quarantined} put into quarantine"
+    out.print(f"Repaired: {put}, {done.requeued} analyses queued again.", soft_wrap=True)
+    if done.left:
+        numbers = sorted({one.study_id for one, _ in done.left})
+        more = f" and {len(numbers) - _NAMED} more" if len(numbers) > _NAMED else ""
+        out.print(
+            f"{len(done.left)} files are nowhere: have these studies sent again, then `synoptic check --repair` once more: "
+            f"{', '.join(map(str, numbers[:_NAMED]))}{more}.",
+            soft_wrap=True,
+        )
+    return not done.left
+
+
+def _print_faults(faults: Sequence[tuple[StoredFile, str]]) -> None:
+    counts = Counter((one.study_id, fault) for one, fault in faults)
+    for (study, fault), count in sorted(counts.items())[:_NAMED]:
+        out.print(f"Study {study}: {count} files are {fault}.")
+    if len(counts) > _NAMED:
+        out.print(f"… and of {len(counts) - _NAMED} more.")

@@ -24,6 +24,7 @@ from worker.store.spool import Spool
 DAY = timedelta(days=1)
 LATER = NOW + 31 * DAY
 DAYS = {"delivered": 30, "excluded": 0, "failed": 0}
+OWED = ["being received", "analysed", "undelivered", "failed", "held", "unsent", "record changed", "excluded"]
 #: The files' time stamps; the clock of the file system cannot be wound by hand.
 OLD = datetime(2026, 1, 1, tzinfo=UTC).timestamp()
 
@@ -120,7 +121,7 @@ class TestRetention:
         site.retain(delivered=0)
         assert site.files() == 1
 
-    @pytest.mark.parametrize("what", "being received,analysed,undelivered,failed,held,unsent,record changed,excluded".split(","))
+    @pytest.mark.parametrize("what", OWED)
     def test_what_is_owed_to_anybody_stays_for_ever(self, site: Site, what: str) -> None:
         site.receive(1, modality="US" if what == "excluded" else "CT")
         if what == "held":

@@ -25,7 +25,7 @@ import os
 import secrets
 import stat
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -216,18 +216,34 @@ class Spool:
             freed = _remove_abandoned(part, limit)
             parts += freed is not None
             size_bytes += freed or 0
+        for path, is_known in self._unused(known, limit):
+            freed = self._take(path, limit, is_kept=not is_known)
+            orphans += freed is not None and not is_known
+            removed += freed is not None and is_known
+            size_bytes += freed or 0
+        events.emit("spool.swept", parts=parts, orphans=orphans, removed=removed, size_bytes=size_bytes)
+        return Swept(parts, orphans, removed, size_bytes)
+
+    def strays(self, known: Callable[[Sequence[str]], Mapping[str, bool]], *, written_before: datetime) -> int:
+        """How many files `sweep` would put into quarantine."""
+        return sum(not is_known for _, is_known in self._unused(known, written_before.timestamp()))
+
+    def _unused(self, known: Callable[[Sequence[str]], Mapping[str, bool]], limit: float) -> Iterator[tuple[Path, bool]]:
+        """Old files that no row names, or that a row has given up, and whether it is that."""
         for leaf in self._instances.iterdir():
             paths = sorted(entry.path for entry in os.scandir(leaf) if entry.stat().st_mtime < limit)
             told = known(paths) if paths else {}
-            for path in paths:
-                if not told.get(path, True):
-                    continue
-                freed = self._take(Path(path), limit, is_kept=path not in told)
-                orphans += freed is not None and path not in told
-                removed += freed is not None and path in told
-                size_bytes += freed or 0
-        events.emit("spool.swept", parts=parts, orphans=orphans, removed=removed, size_bytes=size_bytes)
-        return Swept(parts, orphans, removed, size_bytes)
+            yield from ((Path(path), path in told) for path in paths if told.get(path, True))
+
+    def restore(self, path: str, sha256: str) -> bool:
+        """Put a file back from quarantine, durably, to `path` below the spool's instances, if it is there and is the very one."""
+        kept, place = self._quarantine / Path(path).name, self._instances / path
+        if digest_of(kept) != sha256:
+            return False
+        kept.rename(place)
+        _fsync_folder(place.parent)
+        _fsync_folder(self._quarantine)
+        return True
 
     def remove(self, paths: Iterable[str], *, written_before: datetime) -> tuple[int, int]:
         """Delete files whose rows say that they are to be gone (paths below the spool's instances); their number and bytes.
@@ -278,6 +294,15 @@ class Spool:
         except FileNotFoundError:
             return
         taken.unlink(missing_ok=True)
+
+
+def digest_of(path: Path) -> str:
+    """The sha256 of a whole file, lower hex; '' if there is none."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        return ""
 
 
 def _remove_abandoned(part: Path, limit: float) -> int | None:
