@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import time
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -14,7 +17,7 @@ from tests.conformance.test_ledger import BERTHA, STEP, WANTS, delivered, lease,
 from tests.conformance.test_store import ADA, NOW, header
 from tests.conftest import Captured
 from tests.scu import CT, EXPLICIT
-from worker import sweeps
+from worker import consistency, sweeps
 from worker.domain import Patient, Received
 from worker.intake import assembly
 from worker.store import history, ledger, queue, retention, schema, studies
@@ -26,7 +29,7 @@ LATER = NOW + 31 * DAY
 DAYS = {"delivered": 30, "excluded": 0, "failed": 0}
 OWED = ["being received", "analysed", "undelivered", "failed", "held", "unsent", "record changed", "excluded"]
 #: The files' time stamps; the clock of the file system cannot be wound by hand.
-OLD = datetime(2026, 1, 1, tzinfo=UTC).timestamp()
+OLD = datetime(2020, 1, 1, tzinfo=UTC).timestamp()
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,9 +145,9 @@ class TestRetention:
     def test_excluded_and_failed_studies_go_by_their_own_days(self, site: Site, account: str, modality: str, verdict: str) -> None:
         site.receive(1, modality=modality)
         site.analyse(verdict)
-        site.retain(**{account: 32})
+        sweeps.retain(site.store, site.spool, days={account: 32}, quarantine_days=0, now=LATER)
         assert site.files() == 1
-        site.retain(**{account: 30})
+        sweeps.retain(site.store, site.spool, days={account: 30}, quarantine_days=0, now=LATER)
         assert site.files() == 0
 
     def test_a_dead_letter_put_back_by_an_operator_is_in_flight_again(self, site: Site) -> None:
@@ -192,7 +195,7 @@ class TestKilled:
         site.spool.remove(paths[:1], written_before=LATER)
         (site.spool.root / "instances" / paths[1]).rename(site.spool.root / "incoming" / f"{Path(paths[1]).stem}.orphan")
         # A quarter of an hour later: what is being taken away now is another process's.
-        site.spool.sweep(lambda several: dict.fromkeys(several, True), written_before=datetime.now(UTC) + sweeps.ORPHAN_AGE)
+        site.spool.sweep(lambda several: dict.fromkeys(several, True), written_before=datetime.now(UTC) + consistency.ORPHAN_AGE)
         assert (site.files(), site.others()) == (0, 0)
 
     def test_a_transaction_that_fails_takes_no_file(self, site: Site) -> None:
@@ -207,9 +210,51 @@ class TestKilled:
         """Its file is fresh under the same name, its row about to be written: after 0x0000 it must be there."""
         paths = self.half(site)
         assert site.receive(1, now=LATER, is_old=False) is Received.STORED
-        site.spool.remove(paths, written_before=datetime.now(UTC) - sweeps.ORPHAN_AGE)
+        site.spool.remove(paths, written_before=datetime.now(UTC) - consistency.ORPHAN_AGE)
         sweeps.sweep_spool(site.store, site.spool)
         assert (site.files(), site.kept_rows()) == (1, 1)
+
+
+#: What the daemon does each ten minutes, in small steps, so that a kill falls among them.
+SWEEP = """
+import sys
+from datetime import datetime
+from pathlib import Path
+from worker import sweeps
+from worker.store import retention
+from worker.store.database import Store
+from worker.store.spool import Spool
+retention.BATCH = 1
+store, spool = Store(sys.argv[1]), Spool(Path(sys.argv[2]), low_water_bytes=0)
+sweeps.retain(store, spool, days={"delivered": 30}, quarantine_days=0, now=datetime.fromisoformat(sys.argv[3]))
+"""
+STUDIES = 60
+
+
+@pytest.mark.requirement("S1")
+@pytest.mark.requirement("S5")
+@pytest.mark.timeout(240)
+def test_killed_anywhere_no_row_misses_its_file_and_no_file_stays(site: Site) -> None:
+    """`kill -9`, five times: after each every row that says its file is there is right, and in the end nothing is left."""
+    for number in range(STUDIES):
+        site.receive(1, study=f"2.25.{number + 1}")
+    for _ in range(STUDIES // 9 + 1):
+        site.analyse()
+    url = site.store.url.render_as_string(hide_password=False)
+    seen = []
+    for kill in range(5):
+        # The process ends by itself where it is quicker than we look; then the next finds nothing to do.
+        with subprocess.Popen([sys.executable, "-c", SWEEP, url, str(site.spool.root), LATER.isoformat()]) as child:
+            while child.poll() is None and site.files() > STUDIES - (kill + 1) * STUDIES // 6:
+                time.sleep(0.001)
+            child.kill()
+        seen.append(site.files())
+        found = consistency.check(site.store, site.spool, with_digests=True, now=datetime.now(UTC), progress=lambda done, of: None)
+        assert found.faults == ()
+    assert any(0 < count < STUDIES for count in seen), "no kill fell into the work"
+    site.retain()
+    consistency.sweep(site.store, site.spool, now=datetime.now(UTC) + 2 * consistency.ORPHAN_AGE)
+    assert (site.files(), site.others(), site.kept_rows()) == (0, 0, 0)
 
 
 class TestSentAgain:

@@ -104,8 +104,8 @@ def entries(conn: Connection, midnights: Sequence[datetime]) -> list[Entry]:
         sa.case((one.c.account == "failed", one.c.reason), else_="").label("reason"),
         sa.case((one.c.account == "delivered", one.c.is_unsent), else_=0).label("is_unsent"),
     ).subquery("dated")
-    groups = conn.execute(sa.select(*by.c, sa.func.count()).group_by(*by.c).order_by(*by.c))
-    return [Entry(day, account, reason, bool(is_unsent), count) for day, account, reason, is_unsent, count in groups.tuples()]
+    groups = conn.execute(sa.select(*by.c, sa.func.count().label("studies")).group_by(*by.c).order_by(*by.c)).all()
+    return [Entry(row.day, row.account, row.reason, bool(row.is_unsent), row.studies) for row in groups]
 
 
 def lost(conn: Connection, *, limit: int) -> list[int]:
