@@ -89,6 +89,9 @@ def delivered(store: Store, job: Job, verdict: str, now: datetime) -> None:
             queue.retry(conn, job, error=PeerUnavailable("away"), now=now)
 
 
+VERDICTS = st.lists(st.sampled_from([*["report"] * 40, "discard", "discard", "retry", "snooze", "die"]), min_size=9, max_size=9)
+
+
 class Line(RuleBasedStateMachine):
     """Images, sweeps, workers, operators and corrected records, in any order."""
 
@@ -103,7 +106,7 @@ class Line(RuleBasedStateMachine):
     def a_database(self) -> None:
         self.store.migrate()
 
-    @rule(study=st.integers(1, 3), modality=st.sampled_from(["CT", "CT", "MR", "US", "PR"]), whose=st.sampled_from([ADA] * 9 + [BERTHA]))
+    @rule(study=st.integers(1, 3), modality=st.sampled_from(["CT"] * 5 + ["MR", "US", "PR"]), whose=st.sampled_from([ADA] * 30 + [BERTHA]))
     def image(self, study: int, modality: str, whose: Patient) -> None:
         self.number += 1
         add(self.store, header(self.number, study=f"2.25.{study}", modality=modality, patient=whose), now=self.now)
@@ -115,23 +118,27 @@ class Line(RuleBasedStateMachine):
             queue.rescue(conn, now=self.now)
         assembly.sweep(self.store, wants=WANTS, limit_s=100, now=self.now)
 
-    @rule(
-        verdicts=st.lists(st.sampled_from(["report", "report", "discard", "retry", "snooze", "die"]), min_size=9, max_size=9),
-        destinations=st.integers(0, 2),
-        input_sha256=st.sampled_from("xy"),
-    )
+    @rule(verdicts=VERDICTS, destinations=st.integers(0, 2), input_sha256=st.sampled_from("xy"))
     def analyse(self, verdicts: list[str], destinations: int, input_sha256: str) -> None:
+        self.time_passes()
         for job, verdict in zip(lease(self.store, "infer", self.now), verdicts, strict=False):
             if verdict != "die":
                 settled(self.store, job, verdict, now=self.now, destinations=destinations, input_sha256=input_sha256)
 
-    @rule(verdicts=st.lists(st.sampled_from(["report", "report", "discard", "retry", "die"]), min_size=9, max_size=9))
+    @rule(verdicts=VERDICTS)
     def deliver(self, verdicts: list[str]) -> None:
         for job, verdict in zip(lease(self.store, "deliver", self.now), verdicts, strict=False):
             if verdict != "die":
                 delivered(self.store, job, verdict, self.now)
 
-    @rule(study=st.integers(1, 3), is_cancelled=st.booleans())
+    @rule(study=st.integers(1, 3), verdicts=VERDICTS, sent=VERDICTS)
+    def work(self, study: int, verdicts: list[str], sent: list[str]) -> None:
+        """What most studies go through, with nothing between."""
+        self.image(study, "CT", ADA)
+        self.analyse(verdicts, 1, "x" if self.number % 2 else "y")
+        self.deliver(sent)
+
+    @rule(study=st.integers(1, 3), is_cancelled=st.sampled_from([True, False, False]))
     def operate(self, study: int, is_cancelled: bool) -> None:
         with self.store.begin() as conn:
             if is_cancelled:
