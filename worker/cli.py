@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import json
 import os
 import sys
 from collections.abc import Callable
 from datetime import UTC
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Annotated, Final, NoReturn
 
 import typer
 from rich import box
@@ -18,7 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from worker import __version__, config, lab, record_cli
+from worker import __version__, config, lab, record_cli, watch_cli
 from worker.config import Config, ConfigError, config_file
 from worker.errors import WorkerError
 from worker.store.database import DatabaseUnavailable, Store
@@ -154,38 +153,6 @@ def migrate(given: ConfigFile = None) -> None:
     store.migrate()
     store.check()
     out.print("The database is at this program's version.")
-
-
-@app.command()
-def status(given: ConfigFile = None, as_json: Annotated[bool, typer.Option("--json", help="For a monitoring system.")] = False) -> None:
-    """How many studies, jobs, reports and messages are where, and how much disk is left."""
-    from worker.record_feeds import clock
-    from worker.store import feeds, queue
-    from worker.store import studies as rows
-
-    settings, store = _open(given)
-    with store.read() as conn:
-        facts: dict[str, Any] = {
-            "version": __version__,
-            "studies": rows.counts(conn),
-            "jobs": {f"{kind} {state}": count for (kind, state), count in sorted(queue.counts(conn).items())},
-            "waiting_because": queue.waiting(conn),
-            "messages": feeds.counts(conn),
-            "oldest_due_job_s": queue.oldest_due_s(conn, now=clock()),
-        }
-    spool = Spool(settings.spool, low_water_bytes=settings.receive.low_water_mb * 2**20)
-    facts["spool_free_gb"] = round(spool.free_bytes / 2**30, 1)
-    facts["spool_low"] = spool.is_low
-    if as_json:
-        out.print_json(json.dumps(facts))
-        return
-    table = Table(show_header=False, box=None)
-    for name, value in facts.items():
-        text = ", ".join(f"{count} {key}" for key, count in value.items()) or "none" if isinstance(value, dict) else str(value)
-        table.add_row(name.replace("_", " "), text)
-    out.print(table)
-    if facts["jobs"].get("infer discarded") or facts["jobs"].get("deliver discarded"):
-        out.print("There are dead letters: `synoptic studies --discarded`, then `synoptic show STUDY`, then `synoptic retry STUDY`.")
 
 
 @app.command()
@@ -373,6 +340,7 @@ def doctor(given: ConfigFile = None) -> None:
 
 lab.register(app)
 record_cli.register(app, _open)
+watch_cli.register(app, _open)
 
 
 @app.command()

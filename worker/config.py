@@ -1,9 +1,8 @@
 """The one configuration: a TOML file and the environment, read once, frozen.
 
 Every key of a section is a field of its class, so the class is the reference; deploy/synoptic.toml
-shows each with a comment. An unknown key is an error that names the nearest right one. The environment
-overrides single keys: ``SYNOPTIC_RECEIVE__PORT=11112`` is ``[receive] port``. Secrets belong there.
-Nothing here reads a database or opens a socket.
+shows each with a comment. An unknown key is an error that names the nearest right one. The environment overrides single
+keys: ``SYNOPTIC_RECEIVE__PORT=11112`` is ``[receive] port``. Secrets belong there. Nothing here reads a database or opens a socket.
 """
 
 from __future__ import annotations
@@ -172,6 +171,16 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Retention:
+    """After how many days the files of a study go, by where it stands; 0: never."""
+
+    delivered_days: int = 0
+    excluded_days: int = 0
+    failed_days: int = 0
+    quarantine_days: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Destination:
     """A PACS that gets the reports."""
 
@@ -222,6 +231,7 @@ class Config:
     run: Run = field(default_factory=Run)
     destinations: tuple[Destination, ...] = ()
     deliver: Deliver = field(default_factory=Deliver)
+    retention: Retention = field(default_factory=Retention)
     log: Log = field(default_factory=Log)
 
     @property
@@ -368,6 +378,8 @@ def _check_tls(config: Config) -> None:
 def _check_numbers(config: Config) -> None:
     if min(config.run.batch, config.deliver.batch, config.run.decoders) < 1 or min(config.run.lease_s, config.deliver.lease_s) < 3:
         raise ConfigError("run.batch, deliver.batch and run.decoders are at least 1; run.lease_s and deliver.lease_s at least 3.")
+    if min(dataclasses.astuple(config.retention)) < 0:
+        raise ConfigError("retention: days are 0 (never) or more.")
     if config.log.level.upper() not in {"DEBUG", "INFO", "WARNING", "ERROR"} or config.log.format not in {"json", "human"}:
         raise ConfigError("log.level is DEBUG, INFO, WARNING or ERROR; log.format is json or human.")
 

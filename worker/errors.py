@@ -15,7 +15,7 @@
     └── Reject      the input is wrong     → discard; tell a person
         ├── PeerRefused            a status that a resend cannot change
         ├── PatientConflict        whose study is this?
-        ├── StoredFileLost         our own disk lost or changed what was received: send it again, then retry
+        ├── StoredFileLost         our own disk lost or changed what was received, or [retention] removed it: send it again, then retry
         ├── BundleError            weights, digest or metadata are not what they should be
         ├── RecordError            a message or resource that cannot be understood
         │   └── PatientAmbiguous   a server has several patients under one identifier
@@ -93,7 +93,7 @@ class PatientConflict(Reject):
 
 
 class StoredFileLost(Reject):
-    """A spool file is missing or not what was received: a fault of ours, which no report may pass on as the study's."""
+    """A spool file is missing, removed or not what was received: our doing, which no report may pass on as the study's."""
 
 
 class BundleError(Reject):

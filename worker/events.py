@@ -36,6 +36,7 @@ NAMES: Final = frozenset(
         "commitment.turned_away",  # a report that changed nothing: a stranger's, of an unknown transaction, not to be read
         "report.outdated",  # the record changed after it
         "record.expired",  # retention
+        "images.removed",  # retention
         "explanation.failed",  # the findings are reported all the same
         "spool.swept",
         "destination.down",  # not reached several times in a row: left alone between tries

@@ -19,7 +19,7 @@ from typing import Final
 from models.bundle import Bundle
 from worker import __version__, checks, events, joining
 from worker.case import Case, Line
-from worker.domain import Code, Finding, Inputs, Job, Study, Volume
+from worker.domain import Code, Finding, Inputs, Instance, Job, Study, Volume
 from worker.errors import (
     NoSuitableSeries,
     OutsideIntendedUse,
@@ -30,6 +30,7 @@ from worker.errors import (
     RecordIncomplete,
     Retry,
     Snooze,
+    StoredFileLost,
     Superseded,
     Unanalysable,
 )
@@ -144,8 +145,14 @@ def load(line: Line, case: Case) -> Case:
     """Read each chosen series into a regular volume or a radiograph, and those into tensors: a batch of volumes would fill the memory."""
     assert case.inputs is not None  # noqa: S101  gather filled it
     model = line.models[case.job.bundle]
+    _check_kept(i for one in case.inputs.series.values() for i in one.instances)
     read = load_images(model.bundle, case.inputs, line.decoders)
     return replace(case, prepared=model.prepare(read, case.inputs), places=places(model.bundle, read))
+
+
+def _check_kept(instances: Iterable[Instance]) -> None:
+    if gone := sum(one.is_removed for one in instances):
+        raise StoredFileLost(f"{gone} of the images were removed under [retention]: have the study sent again, then retry it.")
 
 
 def load_images(bundle: Bundle, inputs: Inputs, pool: DecoderPool) -> dict[str, Volume]:
@@ -216,6 +223,7 @@ def report(line: Line, case: Case) -> Case:
     # A volume may leave localizers out.
     loaded = {uid for place in case.places.values() for uid in place.sop_instance_uids}
     analysed = tuple(i for s in looked_at for i in s.instances if not loaded or i.sop_instance_uid in loaded)
+    _check_kept(analysed)  # where nothing was loaded
     input_sha256 = digest(model.digest, case.inputs, [(i.sop_instance_uid, i.sha256) for i in analysed], failure)
     algorithm = Algorithm(
         name=model.name,

@@ -103,6 +103,8 @@ def _look(
         if any(job.state in _UNFINISHED for job in jobs):
             return False  # it is not known yet what the report will rest on
         is_late = study.completed_at is None or now - study.completed_at > within
+        # Without its images nothing can be made anew.
+        is_late = is_late or any(one.is_removed for part in study.series for one in part.instances)
         found = _judged(conn, study_id, study, jobs, specs, is_late=is_late, is_wanted=is_wanted, must_agree=must_agree)
     with store.begin() as conn:
         if not studies.note_record_seen(conn, study_id, changed_at=changed_at, version=study.version):
@@ -144,7 +146,11 @@ def _judged(
 ) -> _Verdict:
     past = history.of_study(conn, study_id)
     noted = next((one.facts for one in reversed(past) if one.name in {"report.outdated", "report.cleared"}), {})
-    stopped = tuple(job.bundle for job in jobs if job.state == "discarded" and _is_stopped(past, job.bundle, study.version))
+    stopped = tuple(
+        job.bundle
+        for job in jobs
+        if job.state == "discarded" and history.is_discarded_for(past, PatientConflict, bundle=job.bundle, version=study.version)
+    )
 
     def view(rule: RecordRule) -> PatientRecord | None:
         return joining.record_of(conn, study, rule, must_agree=must_agree)
@@ -166,12 +172,6 @@ def _judged(
         return _Verdict(stopped=stopped, is_cleared=is_cleared)
     is_renewed = is_wanted and not is_late and not doubt
     return _Verdict(tuple(sorted(changed)), doubt or _CHANGED, record, stopped, is_renewed=is_renewed, is_cleared=is_cleared)
-
-
-def _is_stopped(past: Sequence[history.Entry], bundle: str, version: int) -> bool:
-    """Whether the last word on an analysis is that nobody could say whose study it is."""
-    of_bundle = [one.facts for one in past if one.name == "infer.discarded" and one.facts.get("bundle") == bundle]
-    return bool(of_bundle) and (of_bundle[-1].get("version"), of_bundle[-1].get("error")) == (version, PatientConflict.__name__)
 
 
 def _now(study: Study, view: Callable[[RecordRule], PatientRecord | None], spec: Spec) -> str:

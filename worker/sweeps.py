@@ -1,17 +1,16 @@
 """Everything periodic, by APScheduler: each sweep is idempotent and never runs twice at once.
 
-Completeness, the senders' own counts, the rescue of jobs whose worker died, and one clean-up of the spool
-at the start. The scheduler holds no state of ours: what must survive a restart is a row.
+Completeness, the senders' own counts, the rescue of jobs whose worker died, retention, and a clean-up of the spool,
+the first at the start. The scheduler holds no state of ours: what must survive a restart is a row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from datetime import UTC, timedelta
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Final
 
-from worker import events, reissue, tables_feed, tls
+from worker import consistency, events, reissue, tables_feed, tls
 from worker.config import Config, ConfigError, Table
 from worker.errors import WorkerError
 from worker.ops.log import places
@@ -19,7 +18,7 @@ from worker.peers import peer_to_ask, peers_of
 from worker.record_feeds import clock
 from worker.roles import read_bundles
 from worker.silence import Silence
-from worker.store import erasure, feeds, queue, studies
+from worker.store import erasure, feeds, queue, retention
 from worker.store.database import Store
 from worker.store.spool import Spool
 
@@ -34,10 +33,9 @@ SPOOL_SWEEP_S: Final = 1800.0
 #: A corrected value waits this long for the report that uses it; several that come together make one.
 RENEW_S: Final = 5.0
 EXPIRE_S: Final = 3600.0
+RETAIN_S: Final = 600.0
 LISTEN_S: Final = 60.0
 CERTIFICATES_S: Final = 86400.0
-#: A file without a row is a crash's after this long; rows follow files within seconds.
-ORPHAN_AGE: Final = timedelta(minutes=15)
 
 
 def scheduler(config: Config, store: Store, spool: Spool) -> BackgroundScheduler:
@@ -73,9 +71,6 @@ def scheduler(config: Config, store: Store, spool: Spool) -> BackgroundScheduler
         for job in rescued:
             events.emit("job.rescued", job=job)
 
-    def clean() -> None:
-        sweep_spool(store, spool)
-
     made = BackgroundScheduler(timezone=UTC, job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": None})
     made.add_job(_spared(complete), "interval", seconds=config.assembly.sweep_s)
     for sweep, seconds in _of_records(config, store, bundles):
@@ -84,7 +79,8 @@ def scheduler(config: Config, store: Store, spool: Spool) -> BackgroundScheduler
     if asking:
         made.add_job(_spared(ask), "interval", seconds=config.assembly.sweep_s)
     # At once but in the background: with 100 000 files, or peers that are away, it must not delay the first association.
-    made.add_job(_spared(clean), "interval", seconds=SPOOL_SWEEP_S, next_run_time=clock())
+    made.add_job(_spared(lambda: sweep_spool(store, spool), name="clean"), "interval", seconds=SPOOL_SWEEP_S, next_run_time=clock())
+    made.add_job(_spared(lambda: _retain(config, store, spool), name="remove"), "interval", seconds=RETAIN_S)
     made.add_job(_spared(_certificates(config)), "interval", seconds=CERTIFICATES_S, next_run_time=clock())
     return made
 
@@ -137,16 +133,22 @@ def _certificates(config: Config) -> Callable[[], None]:
     return certificates
 
 
-def _spared(sweep: Callable[[], None]) -> Callable[[], None]:
+def _retain(config: Config, store: Store, spool: Spool) -> None:
+    kept = config.retention
+    days = {"delivered": kept.delivered_days, "excluded": kept.excluded_days, "failed": kept.failed_days}
+    retain(store, spool, days=days, quarantine_days=kept.quarantine_days, now=clock())
+
+
+def _spared(sweep: Callable[[], None], *, name: str = "") -> Callable[[], None]:
     """A sweep that fails says so and comes again; the scheduler would keep it to itself."""
 
     def run() -> None:
         try:
             sweep()
         except WorkerError as exc:
-            events.emit("sweep.failed", sweep=sweep.__name__, reason=str(exc))
+            events.emit("sweep.failed", sweep=name or sweep.__name__, reason=str(exc))
         except Exception as exc:  # noqa: BLE001  a bug of ours must be seen, and must not end the sweeps
-            events.emit("sweep.failed", sweep=sweep.__name__, reason=type(exc).__name__, places=places(exc))
+            events.emit("sweep.failed", sweep=name or sweep.__name__, reason=type(exc).__name__, places=places(exc))
 
     return run
 
@@ -166,12 +168,21 @@ def _expected(config: Config, one: Pending) -> int | None:
 
 
 def sweep_spool(store: Store, spool: Spool) -> None:
-    """Remove what a crash left half-written: parts, and files whose sender was never told Success."""
-    root = spool.root / "instances"
+    """Remove what a crash left half-written or half-removed: parts, and files whose sender was never told Success."""
+    consistency.sweep(store, spool, now=clock())
 
-    def known(paths: Sequence[str]) -> set[str]:
-        below = {str(Path(path).relative_to(root)): path for path in paths}
-        with store.read() as conn:
-            return {below[path] for path in studies.known_paths(conn, list(below))}
 
-    spool.sweep(known, written_before=clock() - ORPHAN_AGE)
+def retain(store: Store, spool: Spool, *, days: Mapping[str, int], quarantine_days: int, now: datetime) -> None:
+    """Remove the files that [retention] gives up: `days` by account (store/ledger.py), 0: never. At most `retention.LIMIT` studies."""
+    before = {account: now - timedelta(days=some) for account, some in days.items() if some > 0}
+    gone = {"studies": 0, "files": 0, "size_bytes": 0}
+    for part in retention.due(store, before):
+        # The rows first: what a kill leaves is a file too many, which the sweep of the spool finds, never a row too many.
+        paths, marked = retention.mark(store, part, before, now=now)
+        files, size_bytes = spool.remove(paths, written_before=now - consistency.ORPHAN_AGE)
+        gone = {"studies": gone["studies"] + marked, "files": gone["files"] + files, "size_bytes": gone["size_bytes"] + size_bytes}
+    if quarantine_days > 0:
+        files, size_bytes = spool.empty_quarantine(put_before=now - timedelta(days=quarantine_days))
+        gone = {**gone, "files": gone["files"] + files, "size_bytes": gone["size_bytes"] + size_bytes, "quarantined": files}
+    if gone["files"] or gone["studies"]:
+        events.emit("images.removed", **gone)

@@ -33,10 +33,11 @@ from tests.conftest import Captured
 from tests.reports import ALGORITHM
 from worker import pipeline, record_view
 from worker.domain import ROUTINE, Observation, RecordUpdate
+from worker.errors import NoSuitableSeries, StoredFileLost
 from worker.fingerprint import digest
 from worker.store import history, queue, records, studies
 from worker.store.database import Store
-from worker.store.schema import document, study
+from worker.store.schema import document, instance, study
 
 __all__ = ["bundle"]  # a fixture
 
@@ -257,3 +258,33 @@ def test_a_fact_in_another_persons_name_is_shown_as_unusable_with_that_reason(st
     assert facts is not None
     assert facts["facts"] == []
     assert [one["because"] for one in facts["unusable"]] == ["came in another person's name"]
+
+
+@pytest.mark.requirement("S5")
+def test_a_record_that_changes_when_the_images_are_gone_is_only_noted(store: Store, bundle: Bundle) -> None:
+    """Under [retention]: nothing could be made anew, and a dead letter for each corrected value would help nobody."""
+    study_id = receive(store)
+    tell(store, ADA, crp(5.0))
+    analyze(store, bundle)
+    with store.begin() as conn:
+        conn.execute(sa.update(instance).values(removed_at=NOW))
+    tell(store, ADA, crp(50.0, status="C"))
+    assert renew(store, bundle, now=NOW + timedelta(hours=1)) == 0
+    assert names(store, study_id).count("report.outdated") == 1
+
+
+@pytest.mark.requirement("S5")
+@pytest.mark.parametrize("stage", [pipeline.load, pipeline.report])
+def test_an_analysis_of_images_that_are_gone_says_what_to_do(store: Store, bundle: Bundle, stage: pipeline.Stage) -> None:
+    """A late series after [retention]: a dead letter in words, never a report that blames the images."""
+    receive(store)
+    tell(store, ADA, crp(5.0))
+    with store.begin() as conn:
+        conn.execute(sa.update(instance).values(removed_at=NOW))
+    door = line(store, bundle)
+    cases = pipeline.each(door, pipeline.gather, [pipeline.Case(lease(store))])
+    if stage is pipeline.report:
+        cases = [replace(case, error=NoSuitableSeries("None fits.")) for case in cases]
+    (case,) = pipeline.each(door, stage, cases)
+    assert isinstance(case.error, StoredFileLost)
+    assert "images were removed under [retention]" in str(case.error)

@@ -40,8 +40,8 @@ def files(spool: Spool) -> list[Path]:
     return sorted(path for path in spool.root.rglob("*") if path.is_file())
 
 
-def nothing_known(paths: Sequence[str]) -> Sequence[str]:
-    return ()
+def nothing_known(paths: Sequence[str]) -> dict[str, bool]:
+    return {}
 
 
 @pytest.mark.requirement("X6")
@@ -172,7 +172,7 @@ class TestSweep:
 
     def test_what_no_row_names_goes_and_what_a_row_names_stays(self, spool: Spool) -> None:
         known, orphan = keep(spool, b"known"), keep(spool, b"orphan")
-        swept = spool.sweep(lambda paths: [path for path in paths if path == str(known.path)], written_before=NOW)
+        swept = spool.sweep(lambda paths: {path: False for path in paths if path == str(known.path)}, written_before=NOW)
         assert (swept.parts, swept.orphans, swept.size_bytes) == (0, 1, orphan.size_bytes)
         # Not deleted: it may be the database that lost its row.
         assert sorted(files(spool)) == sorted([known.path, spool.root / "quarantine" / orphan.path.name])
@@ -195,15 +195,65 @@ class TestSweep:
         orphan = keep(spool)
         os.utime(orphan.path, (0, 0))
 
-        def resent_meanwhile(paths: Sequence[str]) -> Sequence[str]:
+        def resent_meanwhile(paths: Sequence[str]) -> dict[str, bool]:
             keep(spool)
-            return ()
+            return {}
 
         swept = spool.sweep(resent_meanwhile, written_before=datetime.now(UTC) - timedelta(minutes=15))
         assert swept.orphans == 0
         assert files(spool) == [orphan.path]
 
-    def test_an_interrupted_sweep_is_finished_by_the_next(self, spool: Spool) -> None:
-        (spool.root / "incoming" / "0123.orphan").write_bytes(b"taken away, then the power went")
-        spool.sweep(nothing_known, written_before=NOW)
-        assert files(spool) == []
+    @pytest.mark.parametrize("is_known", [True, False])
+    def test_an_interrupted_sweep_is_finished_by_the_next(self, spool: Spool, is_known: bool) -> None:
+        """Taken away, then the power went: it may have been a fresh copy, whose sender was told Success."""
+        kept = keep(spool)
+        kept.path.rename(spool.root / "incoming" / f"{kept.path.stem}.orphan")
+        spool.sweep(lambda paths: dict.fromkeys(paths, False) if is_known else {}, written_before=NOW)
+        assert files(spool) == [kept.path if is_known else spool.root / "quarantine" / kept.path.name]
+
+    def test_what_another_process_has_just_taken_away_is_left_to_it(self, spool: Spool) -> None:
+        taken = spool.root / "incoming" / f"{keep(spool).path.stem}.orphan"
+        keep(spool).path.rename(taken)
+        spool.sweep(nothing_known, written_before=datetime.now(UTC) - timedelta(minutes=15))
+        assert files(spool) == [taken]
+
+    def test_the_same_bytes_that_came_again_stay_when_the_taken_ones_are_put_back(self, spool: Spool) -> None:
+        kept = keep(spool)
+        kept.path.rename(spool.root / "incoming" / f"{kept.path.stem}.orphan")
+        keep(spool)
+        spool.sweep(lambda paths: dict.fromkeys(paths, False), written_before=NOW)
+        assert files(spool) == [kept.path]
+
+    @pytest.mark.requirement("S5")
+    def test_a_file_that_retention_gave_up_is_deleted_not_quarantined(self, spool: Spool) -> None:
+        kept, given_up = keep(spool, b"kept"), keep(spool, b"given up")
+        swept = spool.sweep(lambda paths: {path: path == str(given_up.path) for path in paths}, written_before=NOW)
+        assert (swept.removed, swept.orphans, swept.size_bytes) == (1, 0, given_up.size_bytes)
+        assert files(spool) == [kept.path]
+
+
+@pytest.mark.requirement("S5")
+class TestRemove:
+    """Retention deletes what its rows have given up, and nothing that came since."""
+
+    def test_old_files_go_and_a_missing_one_is_no_error(self, spool: Spool) -> None:
+        gone, kept = keep(spool, b"gone"), keep(spool, b"kept")
+        paths = [str(gone.path.relative_to(spool.root / "instances")), "ab/cd.dcm"]
+        assert spool.remove(paths, written_before=NOW) == (1, gone.size_bytes)
+        assert files(spool) == [kept.path]
+
+    def test_a_file_sent_again_meanwhile_stays(self, spool: Spool) -> None:
+        """Its row is about to be written, and its sender to be told Success."""
+        fresh = keep(spool)
+        before = datetime.now(UTC) - timedelta(minutes=15)
+        assert spool.remove([str(fresh.path.relative_to(spool.root / "instances"))], written_before=before) == (0, 0)
+        assert files(spool) == [fresh.path]
+
+    def test_quarantine_is_emptied_by_when_a_file_was_put_there(self, spool: Spool) -> None:
+        stored = keep(spool)
+        os.utime(stored.path, (0, 0))
+        path = spool.quarantine(stored, "a reason")
+        assert spool.empty_quarantine(put_before=datetime.now(UTC) - timedelta(days=1)) == (0, 0)
+        assert path.exists()
+        assert spool.empty_quarantine(put_before=NOW) == (1, stored.size_bytes)
+        assert not path.exists()

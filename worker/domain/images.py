@@ -63,6 +63,7 @@ class Instance:
     view: str = ""
     frames: int = 0
     facts: ImageFacts = ImageFacts()
+    is_removed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -32,3 +33,9 @@ def of_study(conn: Connection, study_id: int) -> list[Entry]:
     """All that happened to a study, oldest first."""
     rows = conn.execute(sa.select(event.c.at, event.c.name, event.c.facts).where(event.c.study_id == study_id).order_by(event.c.id))
     return [Entry(row.at, row.name, row.facts) for row in rows]
+
+
+def is_discarded_for(past: Sequence[Entry], error: type[Exception], *, bundle: str, version: int) -> bool:
+    """Whether the last word on an analysis is that it was discarded for such an error, in this version."""
+    of_bundle = [one.facts for one in past if one.name == "infer.discarded" and one.facts.get("bundle") == bundle]
+    return bool(of_bundle) and (of_bundle[-1].get("version"), of_bundle[-1].get("error")) == (version, error.__name__)

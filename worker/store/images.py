@@ -7,8 +7,8 @@ no migration. A key that this program does not know is left out.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
@@ -56,6 +56,7 @@ def of_study(conn: Connection, study_id: int, root: Path = Path()) -> Iterator[S
             instance.c.view,
             instance.c.frames,
             instance.c.facts,
+            instance.c.removed_at,
         )
         .join(instance, instance.c.series_id == series.c.id)
         .where(series.c.study_id == study_id)
@@ -81,4 +82,42 @@ def _instance(row: AnyRow, root: Path) -> Instance:
         view=row.view,
         frames=row.frames,
         facts=decoded(row.facts),
+        is_removed=row.removed_at is not None,
     )
+
+
+# --- files and rows
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """What the row of an instance says of its file, if that is not given up; ``path`` lies below the spool's instances."""
+
+    id: int
+    study_id: int
+    path: str
+    sha256: str
+    size_bytes: int
+
+
+_FILES: Final = (
+    sa.select(instance.c.id, series.c.study_id, instance.c.path, instance.c.sha256, instance.c.size_bytes)
+    .join(series, series.c.id == instance.c.series_id)
+    .where(instance.c.removed_at.is_(None))
+    .order_by(instance.c.id)
+)
+
+
+def files(conn: Connection, *, after: int, limit: int) -> list[StoredFile]:
+    """The next files by the number of their rows."""
+    return [StoredFile(*row) for row in conn.execute(_FILES.where(instance.c.id > after).limit(limit))]
+
+
+def files_among(conn: Connection, numbers: Sequence[int]) -> list[StoredFile]:
+    """Of these rows those that still say that their file is here."""
+    return [StoredFile(*row) for row in conn.execute(_FILES.where(instance.c.id.in_(numbers)))]
+
+
+def count_files(conn: Connection) -> int:
+    """How many files there should be."""
+    return int(conn.execute(sa.select(sa.func.count()).select_from(instance).where(instance.c.removed_at.is_(None))).scalar_one())

@@ -300,6 +300,16 @@ def reopen(conn: Connection, job_id: int, *, reason: str, delay_s: float | None,
     return row is not None
 
 
+def dead_analyses(conn: Connection) -> dict[tuple[int, int], list[str]]:
+    """(Study, its version) → the bundles whose analysis of it is a dead letter."""
+    found: dict[tuple[int, int], list[str]] = {}
+    wanted = sa.select(job.c.study_id, job.c.input_version, job.c.bundle).join(study, study.c.id == job.c.study_id)
+    is_dead = (job.c.kind == "infer", job.c.state == "discarded", job.c.input_version == study.c.version)
+    for study_id, version, bundle in conn.execute(wanted.where(*is_dead).order_by(job.c.study_id, job.c.id)):
+        found.setdefault((study_id, version), []).append(bundle)
+    return found
+
+
 def operator_cancel(conn: Connection, study_id: int, *, now: datetime) -> int:
     """Cancel a study's unfinished jobs; one that is being worked on loses its lease."""
     changed = conn.execute(

@@ -21,7 +21,7 @@ from sqlalchemy.engine import Row
 from worker.store.columns import UtcDateTime, id_column, is_one_of, reference, text, where
 
 #: Must be the head of migrations/; a test compares them.
-REVISION: Final = "0005"
+REVISION: Final = "0006"
 
 #: Drawn in HOUSE §5 and worker/README.md: available → leased → completed | discarded | cancelled.
 JOB_STATES: Final = ("available", "leased", "completed", "discarded", "cancelled")
@@ -216,6 +216,8 @@ study = sa.Table(
     text("hold"),
     # The record of its patient changed, whatever its state was: reports may have to be made anew.
     sa.Column("record_changed_at", UtcDateTime, nullable=True),
+    # All its files went under [retention], and none came since.
+    sa.Column("removed_at", UtcDateTime, nullable=True),
     sa.CheckConstraint(is_one_of("state", STUDY_STATES), name="state"),
     sa.Index("ix_study_receiving", "quiet_until", **where("state = 'receiving'")),
     sa.Index("ix_study_patient", "issuer", "patient_id"),
@@ -253,6 +255,8 @@ instance = sa.Table(
     # JSON of domain.ImageFacts without what is not known; only ever read whole, by the rules that choose series. '': nothing is known.
     text("facts"),
     sa.Column("received_at", UtcDateTime, nullable=False),
+    # Its file went under [retention]; the row stays, so that a resend is known. The file may outlive the mark, never the other way.
+    sa.Column("removed_at", UtcDateTime, nullable=True),
     sa.Index("ix_instance_series_id", "series_id"),
     sa.Index("ix_instance_path", "path"),
 )

@@ -3,6 +3,7 @@
 ::
 
     root/incoming/*.part          being received; held by a lock of the receiving process
+    root/incoming/*.orphan        taken away for a moment, to be looked at; a kill then leaves it here, and a sweep puts it back
     root/instances/ab/<name>.dcm  durable; name = sha256(SOP Instance UID + sha256 of the file)
     root/quarantine/<name>.dcm    kept for a person, used by nothing
 
@@ -10,7 +11,7 @@ A name never holds a UID, an AE title or a patient's data, and other bytes under
 another name, so nothing is ever overwritten by anything but itself. Preamble and file meta are a
 function of the three UIDs alone (PS3.10 §7.1): the same data set has the same digest whoever sent it.
 
-Not here: what the files mean (studies.py) and when they may go (retention is the daemon's).
+Not here: what the files mean (studies.py) and when they may go (retention.py).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import os
 import secrets
 import stat
 import struct
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -58,10 +59,11 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class Swept:
-    """What a sweep removed."""
+    """What a sweep took away: abandoned parts, files without a row, files that retention had left."""
 
     parts: int
     orphans: int
+    removed: int
     size_bytes: int
 
 
@@ -193,34 +195,77 @@ class Spool:
         except OSError:  # the folder is gone: nothing can be written there
             return True
 
-    def sweep(self, known: Callable[[Sequence[str]], Collection[str]], *, written_before: datetime) -> Swept:
+    def sweep(self, known: Callable[[Sequence[str]], Mapping[str, bool]], *, written_before: datetime) -> Swept:
         """Clear away what a crash left: parts no process holds are removed, files no row names go to quarantine.
 
         Parameters
         ----------
         known
-            Given paths (as ``str(Stored.path)``), those that a row names; called once a folder.
+            Given paths (as ``str(Stored.path)``), those that a row names, and whether it says that the file is to be gone
+            (retention); called once a folder.
         written_before
             Younger files stay: another process may be between its rename and its row. A quarter
             of an hour before now is ample; rows follow within seconds.
         """
         limit = written_before.timestamp()
-        parts = orphans = size_bytes = 0
+        parts = orphans = removed = size_bytes = 0
         for part in self._incoming.iterdir():
+            if part.suffix == ".orphan":
+                self._put_back(part, limit)
+                continue
             freed = _remove_abandoned(part, limit)
             parts += freed is not None
             size_bytes += freed or 0
-        for leaf in self._instances.iterdir():
-            paths = [entry.path for entry in os.scandir(leaf) if entry.stat().st_mtime < limit]
-            for path in sorted(set(paths) - set(known(paths))) if paths else ():
-                freed = self._remove_orphan(Path(path), limit)
-                orphans += freed is not None
-                size_bytes += freed or 0
-        events.emit("spool.swept", parts=parts, orphans=orphans, size_bytes=size_bytes)
-        return Swept(parts, orphans, size_bytes)
+        for path, is_known in self._unused(known, limit):
+            freed = self._take(path, limit, is_kept=not is_known)
+            orphans += freed is not None and not is_known
+            removed += freed is not None and is_known
+            size_bytes += freed or 0
+        events.emit("spool.swept", parts=parts, orphans=orphans, removed=removed, size_bytes=size_bytes)
+        return Swept(parts, orphans, removed, size_bytes)
 
-    def _remove_orphan(self, path: Path, limit: float) -> int | None:
-        # A resend may rename a fresh copy to this very name after `known` was asked: take the file
+    def strays(self, known: Callable[[Sequence[str]], Mapping[str, bool]], *, written_before: datetime) -> int:
+        """How many files `sweep` would put into quarantine."""
+        return sum(not is_known for _, is_known in self._unused(known, written_before.timestamp()))
+
+    def _unused(self, known: Callable[[Sequence[str]], Mapping[str, bool]], limit: float) -> Iterator[tuple[Path, bool]]:
+        """Old files that no row names, or that a row has given up, and whether it is that."""
+        for leaf in self._instances.iterdir():
+            paths = sorted(entry.path for entry in os.scandir(leaf) if entry.stat().st_mtime < limit)
+            told = known(paths) if paths else {}
+            yield from ((Path(path), path in told) for path in paths if told.get(path, True))
+
+    def restore(self, path: str, sha256: str) -> bool:
+        """Put a file back from quarantine, durably, to `path` below the spool's instances, if it is there and is the very one."""
+        kept, place = self._quarantine / Path(path).name, self._instances / path
+        if digest_of(kept) != sha256:
+            return False
+        kept.rename(place)
+        _fsync_folder(place.parent)
+        _fsync_folder(self._quarantine)
+        return True
+
+    def remove(self, paths: Iterable[str], *, written_before: datetime) -> tuple[int, int]:
+        """Delete files whose rows say that they are to be gone (paths below the spool's instances); their number and bytes.
+
+        A file written since `written_before` stays: it was sent again meanwhile. What a kill leaves, `sweep` deletes.
+        """
+        freed = [self._take(self._instances / path, written_before.timestamp(), is_kept=False) for path in paths]
+        return sum(size is not None for size in freed), sum(size or 0 for size in freed)
+
+    def empty_quarantine(self, *, put_before: datetime) -> tuple[int, int]:
+        """Delete the files that were put into quarantine before that time; their number and bytes."""
+        limit, files, size_bytes = put_before.timestamp(), 0, 0
+        for path in self._quarantine.iterdir():
+            found = path.stat()
+            if found.st_ctime < limit:  # a rename sets it
+                path.unlink(missing_ok=True)
+                files, size_bytes = files + 1, size_bytes + found.st_size
+        return files, size_bytes
+
+    def _take(self, path: Path, limit: float, *, is_kept: bool) -> int | None:
+        """Take a file out of use if it is still the old one, to quarantine or for ever; its size, None if it stays."""
+        # A resend may rename a fresh copy to this very name after the rows were asked: take the file
         # away first, then look whether it is still the old one, and put it back if it is not.
         taken = self._incoming / f"{path.stem}.orphan"
         try:
@@ -231,9 +276,33 @@ class Spool:
         if found.st_mtime >= limit:
             taken.rename(path)
             return None
-        # Not deleted: if it is the database that lost its row, a person can still send the file in again.
-        taken.rename(self._quarantine / path.name)
+        if is_kept:
+            # Not deleted: if it is the database that lost its row, a person can still send the file in again.
+            taken.rename(self._quarantine / path.name)
+        else:
+            taken.unlink()
         return found.st_size
+
+    def _put_back(self, taken: Path, limit: float) -> None:
+        """A kill came while a file was being looked at: it may be one that was sent again, and acknowledged."""
+        try:
+            if taken.stat().st_ctime >= limit:
+                return
+            os.link(taken, self._instances / taken.stem[:2] / f"{taken.stem}.dcm")
+        except FileExistsError:
+            pass  # the same bytes came again
+        except FileNotFoundError:
+            return
+        taken.unlink(missing_ok=True)
+
+
+def digest_of(path: Path) -> str:
+    """The sha256 of a whole file, lower hex; '' if there is none."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        return ""
 
 
 def _remove_abandoned(part: Path, limit: float) -> int | None:

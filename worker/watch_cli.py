@@ -1,0 +1,211 @@
+"""The verbs that watch an installation: `status` counts, `check` compares spool and database.
+
+Not here: what is counted (worker/store/), what is compared (consistency.py).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, time, timedelta, tzinfo
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from worker import __version__, consistency, progress
+from worker.record_feeds import clock
+from worker.store import feeds, ledger, queue, studies
+from worker.store.database import Store
+from worker.store.images import StoredFile
+from worker.store.spool import Spool
+
+out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+
+#: Reads the configuration and opens the database.
+Opener = Callable[[Path | None], tuple[Any, Store]]
+
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", "-c", envvar="SYNOPTIC_CONFIG", help="The TOML file; else ./synoptic.toml, else /etc/synoptic/synoptic.toml."),
+]
+#: Of studies that no account has, and of reasons, so many are named.
+_NAMED: Final = 20
+
+
+def register(app: typer.Typer, opener: Opener) -> None:
+    """Add these verbs to the command line; `opener` gives the configuration and the open database."""
+
+    @app.command()
+    def status(
+        given: ConfigFile = None,
+        as_json: Annotated[bool, typer.Option("--json", help="For a monitoring system.")] = False,
+        by_account: Annotated[bool, typer.Option("--ledger", help="Where every study stands; exit 1 if one is in no account.")] = False,
+        days: Annotated[int, typer.Option(min=1, max=366, help="With --ledger: so many days one by one, the older ones together.")] = 14,
+    ) -> None:
+        """How many studies, jobs, reports and messages are where, and how much disk is left.
+
+        With --ledger: received = delivered + failed + excluded + held + in flight, by the day of a study's first image in the site's time
+        zone. Each study is in exactly one. Delivered: of every bundle the last report is at all its destinations. Failed: somebody must
+        look, `synoptic studies --discarded`. Excluded: no bundle takes its modalities. In flight: being received, analysed or sent.
+        """
+        settings, store = opener(given)
+        if by_account:
+            _ledger(store, settings.zone, days=days, as_json=as_json)
+        else:
+            spool = Spool(settings.spool, low_water_bytes=settings.receive.low_water_mb * 2**20)
+            _status(store, spool, as_json=as_json)
+
+    @app.command()
+    def check(
+        given: ConfigFile = None,
+        with_digests: Annotated[bool, typer.Option("--digests", help="Read every file and compare its sha256, not its size.")] = False,
+        is_repair: Annotated[bool, typer.Option("--repair", help="Put back what can be put back.")] = False,
+    ) -> None:
+        """Do spool and database agree? Exit 1 if something is wrong, and with --repair if something is left that only a resend mends.
+
+        Each image in the database must have its file, of the size and, with --digests, the sha256 it came with; each file must be an
+        image's. --repair takes missing and changed files from quarantine if they are there, puts files that nobody knows into quarantine,
+        and queues analyses again that failed for a file that is here now. The daemon may run meanwhile.
+        """
+        from worker.ops import log
+
+        log.silence()
+        settings, store = opener(given)
+        spool = Spool(settings.spool, low_water_bytes=settings.receive.low_water_mb * 2**20)
+        if not _check(store, spool, with_digests=with_digests, is_repair=is_repair):
+            raise typer.Exit(1)
+
+
+# --- status
+
+
+def _status(store: Store, spool: Spool, *, as_json: bool) -> None:
+    with store.read() as conn:
+        facts: dict[str, Any] = {
+            "version": __version__,
+            "studies": studies.counts(conn),
+            "jobs": {f"{kind} {state}": count for (kind, state), count in sorted(queue.counts(conn).items())},
+            "waiting_because": queue.waiting(conn),
+            "messages": feeds.counts(conn),
+            "oldest_due_job_s": queue.oldest_due_s(conn, now=clock()),
+        }
+    facts["spool_free_gb"] = round(spool.free_bytes / 2**30, 1)
+    facts["spool_low"] = spool.is_low
+    if as_json:
+        out.print_json(json.dumps(facts))
+        return
+    table = Table(show_header=False, box=None)
+    for name, value in facts.items():
+        text = ", ".join(f"{count} {key}" for key, count in value.items()) or "none" if isinstance(value, dict) else str(value)
+        table.add_row(name.replace("_", " "), text)
+    out.print(table)
+    if facts["jobs"].get("infer discarded") or facts["jobs"].get("deliver discarded"):
+        out.print("There are dead letters: `synoptic studies --discarded`, then `synoptic show STUDY`, then `synoptic retry STUDY`.")
+
+
+def _ledger(store: Store, zone: tzinfo, *, days: int, as_json: bool) -> None:
+    today = clock().astimezone(zone).date()
+    midnights = [datetime.combine(today - timedelta(days=ago), time(), tzinfo=zone) for ago in range(days)]
+    with store.read() as conn:
+        found = ledger.entries(conn, midnights)
+        lost = ledger.lost(conn, limit=_NAMED) if any(one.account == ledger.LOST for one in found) else []
+    names = [*(f"{midnight:%Y-%m-%d}" for midnight in midnights), "older"]
+    rows = {name: _summed([one for one in found if one.day == day]) for day, name in enumerate(names)}
+    facts = {
+        "days": {name: row for name, row in rows.items() if row["received"]},
+        "all": _summed(found),
+        "failed_because": _reasons(found),
+        "adds_up": not any(one.account == ledger.LOST for one in found),
+        "lost_studies": lost,
+    }
+    if as_json:
+        out.print_json(json.dumps(facts))
+    else:
+        _print_ledger(facts, zone)
+    if not facts["adds_up"]:
+        raise typer.Exit(1)
+
+
+def _summed(found: Sequence[ledger.Entry]) -> dict[str, int]:
+    counts = {account: sum(one.studies for one in found if one.account == account) for account in (*ledger.ACCOUNTS, ledger.LOST)}
+    unsent = sum(one.studies for one in found if one.is_unsent)
+    return {"received": sum(one.studies for one in found), **counts, "delivered_without_destination": unsent}
+
+
+def _reasons(found: Sequence[ledger.Entry]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for one in found:
+        if one.account == "failed":
+            reason = one.reason or "No reason is known."
+            counts[reason] = counts.get(reason, 0) + one.studies
+    return dict(sorted(counts.items(), key=lambda item: -item[1])[:_NAMED])
+
+
+def _print_ledger(facts: Mapping[str, Any], zone: tzinfo) -> None:
+    accounts = [*ledger.ACCOUNTS, *([] if facts["adds_up"] else [ledger.LOST])]
+    table = Table("day", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for name in ("received", *accounts):
+        table.add_column(name, justify="right")
+    for day, row in facts["days"].items():
+        table.add_row(day, str(row["received"]), *(str(row[account]) for account in accounts))
+    table.add_section()
+    table.add_row("all", str(facts["all"]["received"]), *(str(facts["all"][account]) for account in accounts))
+    out.print(table)
+    out.print(f"By the day of the first image; days are those of {zone}.")
+    if unsent := facts["all"]["delivered_without_destination"]:
+        out.print(f"Of those delivered {unsent} had a report that no destination was configured for.")
+    for reason, count in facts["failed_because"].items():
+        out.print(f"{count} failed: {escape(reason)}", soft_wrap=True)
+    if not facts["adds_up"]:
+        numbers = ", ".join(map(str, facts["lost_studies"]))
+        out.print(
+            f"[red]{facts['all'][ledger.LOST]} studies are in no account:[/red] {numbers}. `synoptic show STUDY` says what became of one."
+        )
+
+
+# --- check
+
+
+def _check(store: Store, spool: Spool, *, with_digests: bool, is_repair: bool) -> bool:
+    """Say what is wrong and what was done; whether all is well now."""
+    with progress.bars(err) as bar:
+        task = bar.add_task("checking files", total=None)
+        found = consistency.check(
+            store, spool, with_digests=with_digests, now=clock(), progress=lambda done, of: bar.update(task, completed=done, total=of)
+        )
+    how = "size and sha256" if with_digests else "size; --digests reads them too"
+    out.print(f"{found.files - len(found.faults)} of {found.files} files are as they came (by {how}).")
+    _print_faults(found.faults)
+    if found.strays:
+        out.print(f"{found.strays} files are no image's in the database.")
+    for (study, _), bundles in found.returned.items():
+        out.print(f"Study {study}: its files are here again, {len(bundles)} of its analyses failed without them.")
+    if found.is_sound or not is_repair:
+        out.print("Nothing is wrong." if found.is_sound else "Nothing was changed: `synoptic check --repair` mends what can be mended.")
+        return found.is_sound
+    done = consistency.repair(store, spool, found, now=clock())
+    put = f"{done.restored} files put back from quarantine, {done.quarantined} put into quarantine"
+    out.print(f"Repaired: {put}, {done.requeued} analyses queued again.", soft_wrap=True)
+    if done.left:
+        numbers = sorted({one.study_id for one, _ in done.left})
+        more = f" and {len(numbers) - _NAMED} more" if len(numbers) > _NAMED else ""
+        out.print(
+            f"{len(done.left)} files are nowhere: have these studies sent again, then `synoptic check --repair` once more: "
+            f"{', '.join(map(str, numbers[:_NAMED]))}{more}.",
+            soft_wrap=True,
+        )
+    return not done.left
+
+
+def _print_faults(faults: Sequence[tuple[StoredFile, str]]) -> None:
+    counts = Counter((one.study_id, fault) for one, fault in faults)
+    for (study, fault), count in sorted(counts.items())[:_NAMED]:
+        out.print(f"Study {study}: {count} files are {fault}.")
+    if len(counts) > _NAMED:
+        out.print(f"… and of {len(counts) - _NAMED} more.")
