@@ -86,19 +86,22 @@ def record_of(conn: Connection, study: Study, rule: RecordRule, *, must_agree: S
     """The patient's own record as of the study's time, or the bundle's horizon later: as much of it as `rule` asks for.
 
     What is made of it is what would be made of the whole: facts of before the look-back are read where nothing in time answers, for
-    they say why; all facts where some may be another person's.
+    they say why; all facts where some may be another person's, and where there are few.
     """
-    as_of = study.study_at + timedelta(hours=rule.horizon_h)
+    key, as_of = study.patient.key, study.study_at + timedelta(hours=rule.horizon_h)
+    if records.has_few(conn, key):
+        found = records.view(conn, key, as_of=as_of)
+        return own(found, must_agree) if found else None
     since = study.study_at - timedelta(hours=max(rule.look_back_h, rule.history_h))
     codes = _codes((*rule.values, *rule.histories, *rule.record_texts))
-    found = records.view(conn, study.patient.key, as_of=as_of, codes=codes, since=since)
+    found = records.view(conn, key, as_of=as_of, codes=codes, since=since)
     if found is None:
         return None
     if any(disagreement(one, other, must_agree=must_agree) for one, other in combinations((found.patient, *found.told), 2)):
-        found = records.view(conn, study.patient.key, as_of=as_of)
+        found = records.view(conn, key, as_of=as_of)
         return own(found, must_agree) if found else None
     if older := _codes(unanswered(study, found, rule)):
-        whole = records.view(conn, study.patient.key, as_of=as_of, codes=older)
+        whole = records.view(conn, key, as_of=as_of, codes=older)
         found = _with(found, whole, older) if whole else None
     return found
 

@@ -21,7 +21,7 @@ from worker import joining
 from worker.domain import Code, Instance, Observation, Patient, PatientKey, PatientRecord, RecordUpdate, Series, Study
 from worker.fingerprint import record_digest
 from worker.inputs import select_inputs
-from worker.store import records
+from worker.store import records, views
 from worker.store.database import Store
 
 FILM = Instance("2.25.3", "1.2.840.10008.5.1.4.1.1.1", "1.2.840.10008.1.2", Path("film.dcm"), "", 1, "AP")
@@ -77,6 +77,14 @@ def check(one: World, rule: RecordRule, patient: Patient, hours: int, must_agree
     assert told(one.conn, study, part, rule, must_agree) == told(
         one.conn, study, whole(one.conn, study, rule, must_agree), rule, must_agree
     )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_is_none() -> Iterator[None]:
+    """Whoever has a fact has many: else these small records would be read whole, and compared with themselves."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(views, "FEW", 0)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +172,16 @@ def test_only_what_is_asked_for_is_read(store: Store) -> None:
         record = joining.record_of(conn, STUDY, RULE, must_agree=joining.MUST_AGREE)
     assert record is not None
     assert [one.at for one in record.observations] == [CRP.at]
+
+
+@pytest.mark.parametrize(("few", "read"), [(1, {"1988-5"}), (2, {"1988-5", "718-7"})])
+def test_a_short_record_is_read_whole(store: Store, monkeypatch: pytest.MonkeyPatch, few: int, read: set[str]) -> None:
+    monkeypatch.setattr(views, "FEW", few)
+    say(store, CRP, HB)
+    with store.read() as conn:
+        record = joining.record_of(conn, STUDY, RULE, must_agree=joining.MUST_AGREE)
+    assert record is not None
+    assert {one.code.value for one in record.observations} == read
 
 
 @pytest.mark.parametrize(

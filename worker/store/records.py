@@ -30,13 +30,14 @@ from worker.store.database import listed, rows_of
 from worker.store.orders import priority_of
 from worker.store.persons import Held, is_known, issuers_of, keys_of, lock, mark_changed, merges_of, person_of, stamp_of, unmerge
 from worker.store.schema import AnyRow, demographics, observation
-from worker.store.views import IN_PASSING, PARTS, WITHDRAWN, person, row_key, standing_from, standing_of, view
+from worker.store.views import IN_PASSING, PARTS, WITHDRAWN, has_few, person, row_key, standing_from, standing_of, view
 
 __all__ = [
     "IN_PASSING",
     "WITHDRAWN",
     "apply",
     "apply_all",
+    "has_few",
     "is_known",
     "issuers_of",
     "keys_of",

@@ -20,7 +20,7 @@ from sqlalchemy.engine import Connection
 from worker.domain import CLOCKS, Code, Observation, Patient, PatientKey, PatientRecord
 from worker.store import persons
 from worker.store.persons import person_of
-from worker.store.schema import IS_WITHDRAWN, AnyRow, demographics, message, observation
+from worker.store.schema import IS_WITHDRAWN, AnyRow, demographics, message, observation, patient
 
 #: HL7 table 0085: what a result's status supersedes.
 _RANK: Final = {"F": 1, "C": 2, "D": 2, "W": 2, "X": 2}
@@ -30,6 +30,8 @@ WITHDRAWN: Final = frozenset("DWX")
 PARTS: Final = ("name", "birth_date", "sex")
 #: When it was said who somebody is, by a message about something else: any admission's word comes after it.
 IN_PASSING: Final = datetime(1900, 1, 1, tzinfo=UTC)
+#: Facts of a patient who is read whole: asking for some of so few takes longer.
+FEW = 2_000
 
 
 # Statements of `view`, built once: building them took most of their time.
@@ -45,6 +47,16 @@ _OF_TIME: Final = sa.and_(_OF_CODES, observation.c.at >= sa.bindparam("since"))
 _WITHDRAWALS: Final = sa.select(observation.c.key).where(_OF_PERSON, sa.text(IS_WITHDRAWN)).correlate(None)
 
 
+#: Of the key alone: what it was merged with may make it a long read, not a wrong one.
+_BEYOND: Final = (
+    sa.select(observation.c.id)
+    .join(patient)
+    .where(patient.c.issuer == sa.bindparam("issuer"), patient.c.patient_id == sa.bindparam("patient_id"))
+    .offset(sa.bindparam("few"))
+    .limit(1)
+)
+
+
 def _with_rivals(is_asked: sa.ColumnElement[bool], *keys: sa.Select[tuple[str]]) -> sa.Select[tuple[object, ...]]:
     """The facts that are asked for, and those under `keys`; two sets of numbers, for each has its index."""
     asked = sa.select(observation.c.id).where(is_asked).correlate(None)
@@ -54,6 +66,11 @@ def _with_rivals(is_asked: sa.ColumnElement[bool], *keys: sa.Select[tuple[str]])
 
 _CODED: Final = _with_rivals(_OF_CODES, sa.select(observation.c.key).where(_OF_CODES).correlate(None), _WITHDRAWALS)
 _CODED_SINCE: Final = _with_rivals(_OF_TIME, sa.select(observation.c.key).where(_OF_TIME).correlate(None), _WITHDRAWALS)
+
+
+def has_few(conn: Connection, key: PatientKey) -> bool:
+    """Whether all facts of a patient are as soon read as some of them."""
+    return conn.execute(_BEYOND, {"issuer": key.issuer, "patient_id": key.patient_id, "few": FEW}).first() is None
 
 
 def view(
