@@ -1,0 +1,110 @@
+"""What one key of the configuration says against another: refused at the start, not at night."""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+from typing import TYPE_CHECKING
+
+from worker.config_tables import ConfigError
+
+if TYPE_CHECKING:
+    from worker.config import Config, Destination, Sender
+
+
+def check(config: Config) -> None:
+    """Refuse what is half said or contradicts itself.
+
+    Raises
+    ------
+    ConfigError
+        Naming the section, the key and what it may be.
+    """
+    titles = [("receive.ae_title", config.receive.ae_title)]
+    titles += [("senders.ae_title", sender.ae_title) for sender in config.senders]
+    titles += [("destinations.ae_title", peer.ae_title) for peer in config.destinations]
+    for where, title in titles:
+        # PS3.5 §6.2, VR AE: at most 16 characters, not all spaces, no backslash or control characters.
+        if not title.strip() or len(title) > 16 or "\\" in title or not title.isprintable() or not title.isascii():
+            raise ConfigError(f"{where}: {title!r} is no AE title: 1 to 16 printable ASCII characters, no backslash.")
+    _check_ports(config)
+    _check_addresses("records", config.records.addresses)
+    for sender in config.senders:
+        _check_addresses(f"senders {sender.ae_title}", sender.addresses)
+    names = [peer.name for peer in config.destinations]
+    if len(set(names)) != len(names):
+        raise ConfigError("destinations: two have the same name.")
+    if config.receive.processes < 1 or config.run.processes < 1:
+        raise ConfigError("receive.processes and run.processes are at least 1.")
+    _check_commitment(config)
+    _check_records(config)
+    _check_tls(config)
+    _check_numbers(config)
+
+
+def _check_commitment(config: Config) -> None:
+    """The archive opens an association to our receiver, to whom we called ourselves, as one of the senders."""
+    titles = {sender.ae_title for sender in config.senders}
+    for peer in config.destinations:
+        if not peer.commitment:
+            continue
+        if peer.commitment_wait_s <= 0:
+            raise ConfigError(f"destinations {peer.name}: commitment_wait_s is more than 0.")
+        if not titles & {peer.ae_title, "*"}:
+            raise ConfigError(
+                f"destinations {peer.name}: commitment needs {peer.ae_title!r} in [[senders]], for the PACS reports by calling us."
+            )
+        if peer.own_ae_title not in ("", config.receive.ae_title):
+            raise ConfigError(f"destinations {peer.name}: with commitment own_ae_title must be [receive] ae_title, which the PACS calls.")
+
+
+def _check_records(config: Config) -> None:
+    if strange := sorted(set(config.records.must_agree) - {"birth_date", "sex", "name"}):
+        raise ConfigError(f"records.must_agree: {strange[0]!r} is none of birth_date, sex, name.")
+    for one in config.records.mappings:
+        if len(one.local) != 2 or len(one.standard) != 3:
+            raise ConfigError("records.mappings: local is [code, scheme], standard is [code, scheme, meaning].")
+    if config.records.max_connections < 1 or config.records.idle_s <= 0:
+        raise ConfigError("records.max_connections is at least 1; records.idle_s is more than 0.")
+    if config.fhir.url and not config.fhir.issuer_system:
+        raise ConfigError("fhir.issuer_system must name the Identifier.system under which the FHIR server keeps patient IDs.")
+
+
+def _check_tls(config: Config) -> None:
+    """No half a configuration: who names an authority does not expect a plain connection."""
+    for section, one in (("receive", config.receive), ("records", config.records)):
+        if not one.tls_certificate and (one.tls_key or one.tls_client_ca):
+            raise ConfigError(f"{section}: tls_key or tls_client_ca without tls_certificate; the port would be plain.")
+    called: list[tuple[str, str, bool, Destination | Sender]]
+    called = [(f"destinations {peer.name}", "tls", peer.tls, peer) for peer in config.destinations]
+    called += [(f"senders {sender.ae_title}", "query_tls", sender.query_tls, sender) for sender in config.senders]
+    for where, key, is_on, given in called:
+        if not is_on and (given.tls_ca or given.tls_certificate or given.tls_key or given.tls_server_name):
+            raise ConfigError(f"{where}: the keys tls_… need {key} = true; the connection would be plain.")
+        if given.tls_key and not given.tls_certificate:
+            raise ConfigError(f"{where}: tls_key without tls_certificate.")
+
+
+def _check_numbers(config: Config) -> None:
+    if min(config.run.batch, config.deliver.batch, config.run.decoders) < 1 or min(config.run.lease_s, config.deliver.lease_s) < 3:
+        raise ConfigError("run.batch, deliver.batch and run.decoders are at least 1; run.lease_s and deliver.lease_s at least 3.")
+    if min(dataclasses.astuple(config.retention)) < 0:
+        raise ConfigError("retention: days are 0 (never) or more.")
+    if config.log.level.upper() not in {"DEBUG", "INFO", "WARNING", "ERROR"} or config.log.format not in {"json", "human"}:
+        raise ConfigError("log.level is DEBUG, INFO, WARNING or ERROR; log.format is json or human.")
+
+
+def _check_ports(config: Config) -> None:
+    ports = [("receive", config.receive.port), ("records", config.records.port)]
+    ports += [(f"destinations {peer.name}", peer.port) for peer in config.destinations]
+    for where, port in ports:
+        if not 1 <= port <= 65535:
+            raise ConfigError(f"{where}: {port} is no TCP port; ports are 1 to 65535.")
+
+
+def _check_addresses(where: str, addresses: tuple[str, ...]) -> None:
+    for address in addresses:
+        try:
+            ipaddress.ip_network(address, strict=False)
+        except ValueError as exc:
+            raise ConfigError(f"{where}: {address!r} is no IP address or network; write 10.1.2.3 or 10.1.2.0/24.") from exc
