@@ -130,6 +130,7 @@ def receive(config: Config, store: Store, listener: socket.socket, stop: threadi
     policy = Policy(
         ae_title=settings.ae_title,
         calling={sender.ae_title: sender.addresses for sender in config.senders},
+        tls_names={sender.ae_title: sender.tls_names for sender in config.senders},
         max_pdu=settings.max_pdu_bytes,
         accepts_unknown=settings.accept_unknown_sop_classes,
         takes_commitments=any(destination.commitment for destination in config.destinations),

@@ -1,4 +1,4 @@
-"""The verbs that watch an installation: `status` counts, `check` compares spool and database.
+"""The verbs that watch an installation: `status` counts, `check` compares spool and database, `audit` reads the trail.
 
 Not here: what is counted (worker/store/), what is compared (consistency.py).
 """
@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from worker import __version__, consistency, progress
+from worker.ops import forwarding
 from worker.record_feeds import clock
 from worker.store import feeds, ledger, queue, studies
 from worker.store.database import Store
@@ -59,7 +60,7 @@ def register(app: typer.Typer, opener: Opener) -> None:
             _ledger(store, settings.zone, days=days, as_json=as_json)
         else:
             spool = Spool(settings.spool, low_water_bytes=settings.receive.low_water_mb * 2**20)
-            _status(store, spool, as_json=as_json)
+            _status(store, spool, settings.trail, as_json=as_json)
 
     @app.command()
     def check(
@@ -81,11 +82,29 @@ def register(app: typer.Typer, opener: Opener) -> None:
         if not _check(store, spool, with_digests=with_digests, is_repair=is_repair):
             raise typer.Exit(1)
 
+    @app.command()
+    def audit(
+        given: ConfigFile = None,
+        since: Annotated[datetime | None, typer.Option(help="UTC; else all that is kept.", formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M"])] = None,
+        study: Annotated[int, typer.Option(min=0, help="Its number in `synoptic studies`; 0: all.")] = 0,
+    ) -> None:
+        """The audit trail, a line a message. It names patients: whoever may run this may know them.
+
+        What was received is found by the study's UID, what was analysed and sent by its number.
+        """
+        settings, store = opener(given)
+        uid = ""
+        if study:
+            with store.read() as conn:
+                uid = next((one.study_instance_uid for number, one in studies.find(conn, str(study)) if number == study), "-")
+        for words in forwarding.told(settings.trail, since=f"{since:%Y-%m-%dT%H:%M}" if since else "", study_instance_uid=uid):
+            out.print(escape(words), soft_wrap=True)
+
 
 # --- status
 
 
-def _status(store: Store, spool: Spool, *, as_json: bool) -> None:
+def _status(store: Store, spool: Spool, trail: Path, *, as_json: bool) -> None:
     with store.read() as conn:
         facts: dict[str, Any] = {
             "version": __version__,
@@ -97,6 +116,9 @@ def _status(store: Store, spool: Spool, *, as_json: bool) -> None:
         }
     facts["spool_free_gb"] = round(spool.free_bytes / 2**30, 1)
     facts["spool_low"] = spool.is_low
+    kept = forwarding.state(trail)
+    facts["audit"] = {name: kept[name] for name in ("kept_bytes", "waiting_bytes", "dropped")}
+    facts["audit_trouble"] = kept["trouble"]
     if as_json:
         out.print_json(json.dumps(facts))
         return

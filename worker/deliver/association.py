@@ -16,6 +16,7 @@ import ssl
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from types import TracebackType
 from typing import Final, Self
@@ -27,6 +28,7 @@ from pynetdicom.dsutils import decode, encode
 from worker.deliver import wire
 from worker.deliver.wire import EncodedObject, Response
 from worker.errors import PeerUnavailable, PeerUnreachable, cause_of
+from worker.ops import audit
 
 VERIFICATION: Final = "1.2.840.10008.1.1"
 STUDY_ROOT_FIND: Final = "1.2.840.10008.5.1.4.1.2.2.1"
@@ -207,6 +209,20 @@ class Association:
         for keyword, value in keys.items():
             setattr(identifier, keyword, value)
         encoded = encode(identifier, is_implicit, True) or b""
+        asked = partial(audit.queried, sop_class_uid=STUDY_ROOT_FIND, identifier=encoded, transfer_syntax_uid=NATIVE[is_implicit])
+        destination = audit.Party(self._peer.ae_title, self._peer.host)
+        try:
+            response, matches = self._found(context_id, encoded, keys, is_implicit=is_implicit)
+        except PeerUnavailable as error:
+            asked(destination, outcome=audit.AGAIN, reason=str(error))
+            raise
+        failure = f"It answers with 0x{response.status:04X}." if response.status else ""
+        asked(destination, outcome=audit.FAILED if failure else audit.SUCCESS, reason=failure)
+        return response, matches
+
+    def _found(
+        self, context_id: int, encoded: bytes, keys: Mapping[str, str], *, is_implicit: bool
+    ) -> tuple[Response, list[dict[str, str]]]:
         deadline = time.monotonic() + self._peer.timeout_s
         self._send(context_id, wire.C_FIND, deadline, sop_class_uid=STUDY_ROOT_FIND, data=encoded)
         matches: list[dict[str, str]] = []

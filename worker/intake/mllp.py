@@ -224,10 +224,10 @@ class MllpServer:
                 self._stopping.wait(0.1)  # out of file descriptors: do not spin
                 continue
             if reason := self._turned_away(str(peer[0])):
-                emit("message.refused", sender="", trigger="", result="closed", reason=reason)
+                emit("message.refused", sender="", trigger="", result="closed", reason=reason, address=str(peer[0]), is_alert=True)
                 connection.close()
                 continue
-            thread = threading.Thread(target=self._serve, args=(connection,), name=f"mllp-{peer[1]}", daemon=True)
+            thread = threading.Thread(target=self._serve, args=(connection, str(peer[0])), name=f"mllp-{peer[1]}", daemon=True)
             with self._lock:
                 self._connections[connection] = thread
             try:
@@ -248,7 +248,7 @@ class MllpServer:
             is_full = len(self._connections) >= self._max_connections
         return f"{self._max_connections} connections are open already." if is_full else ""
 
-    def _serve(self, connection: socket.socket) -> None:
+    def _serve(self, connection: socket.socket, address: str) -> None:
         try:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection = self._secured(connection)
@@ -259,7 +259,8 @@ class MllpServer:
         except FramingError as exc:
             self._refuse_frame(connection, exc)
         except OSError as exc:  # the peer left before our answer; it will send again and be told so
-            emit("message.refused", sender="", trigger="", result="closed", reason=f"The connection broke: {cause_of(exc)}.")
+            facts = {"reason": f"The connection broke: {cause_of(exc)}.", "address": address, "is_alert": isinstance(exc, ssl.SSLError)}
+            emit("message.refused", sender="", trigger="", result="closed", **facts)
         finally:
             with self._lock:
                 self._connections.pop(connection, None)

@@ -36,9 +36,9 @@ import ssl
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from worker import events
 from worker.errors import cause_of
@@ -212,7 +212,7 @@ class StorageScp:
                 load.connections_of[address] += 1
         if is_flood:
             sock.close()
-            events.emit("association.rejected", address=address, reason="too many connections")
+            events.emit("association.rejected", address=address, reason="too many connections", is_alert=True)
             return
         try:
             thread.start()
@@ -238,17 +238,19 @@ class StorageScp:
                     load.connections[thread] = sock
                 sock.do_handshake()
             line = Wire(sock, idle_s=limits.request_s, pdu_s=limits.request_s, is_stopping=self._is_stopping.is_set)
-            self._converse(line, address)
+            self._converse(line, address, _names(sock))
             line.linger(_LINGER_S)
         except OSError as error:
-            events.emit("association.rejected", address=address, reason=f"connection failed before an association: {cause_of(error)}")
+            is_alert = isinstance(error, ssl.SSLError)
+            reason = f"connection failed before an association: {cause_of(error)}"
+            events.emit("association.rejected", address=address, reason=reason, is_alert=is_alert)
         finally:
             sock.close()
             with load.lock:
                 del load.connections[thread]
                 _subtract(load.connections_of, address)
 
-    def _converse(self, line: Wire, address: str) -> None:
+    def _converse(self, line: Wire, address: str, names: Collection[str]) -> None:
         """Negotiate, and serve what was agreed."""
         try:
             request = _request(line)
@@ -258,7 +260,7 @@ class StorageScp:
         # Only now: connections that never ask for an association take nobody's place.
         has_slot = self._take_slot(address)
         try:
-            answer = self._policy.negotiate(request, address, is_full=not has_slot)
+            answer = self._policy.negotiate(request, address, is_full=not has_slot, names=names)
             line.send(answer.reply)
         except (Closed, Stalled, ProtocolError) as error:
             self._give_up(line, address, error)
@@ -267,7 +269,7 @@ class StorageScp:
                 self._associate(line, answer)
             else:
                 facts = {"calling_ae": answer.peer.calling_ae, "called_ae": answer.peer.called_ae}
-                events.emit("association.rejected", address=address, reason=answer.reason, **facts)
+                events.emit("association.rejected", address=address, reason=answer.reason, is_alert=answer.is_alert, **facts)
         finally:
             if has_slot:
                 self._free_slot(address)
@@ -275,7 +277,8 @@ class StorageScp:
     def _give_up(self, line: Wire, address: str, error: Exception) -> None:
         if isinstance(error, ProtocolError):
             _abort(line, error.reason)
-        events.emit("association.rejected", address=address, reason=str(error) or type(error).__name__)
+        is_alert = isinstance(error, ProtocolError)
+        events.emit("association.rejected", address=address, reason=str(error) or type(error).__name__, is_alert=is_alert)
 
     def _associate(self, line: Wire, accepted: Accepted) -> None:
         """Serve one association to its end, whatever that is, and say so in one line."""
@@ -325,6 +328,13 @@ class StorageScp:
         with self._load.lock:
             self._load.associations -= 1
             _subtract(self._load.associations_of, address)
+
+
+def _names(sock: socket.socket) -> list[str]:
+    """The names in the certificate of the other side, if it was asked for one: its alternative names and its common name."""
+    shown: Mapping[str, Any] = (sock.getpeercert() if isinstance(sock, ssl.SSLSocket) else None) or {}
+    common = [value for part in shown.get("subject", ()) for kind, value in part if kind == "commonName"]
+    return [*common, *(value for _, value in shown.get("subjectAltName", ()))]
 
 
 def _request(line: Wire) -> bytes:

@@ -37,9 +37,10 @@ WARNINGS: Final = frozenset(
         "commitment.turned_away",
         "certificate.expires",
         "destination.down",
+        "audit.unsent",
     }
 )
-ERRORS: Final = frozenset({"job.discarded", "sweep.failed", "certificate.unusable"})
+ERRORS: Final = frozenset({"job.discarded", "sweep.failed", "certificate.unusable", "audit.failed", "audit.dropped"})
 
 #: Libraries whose words may hold patient data, at any level.
 SILENCED: Final = ("pynetdicom", "pydicom", "highdicom", "sqlalchemy", "alembic", "apscheduler", "hl7", "py.warnings", "monai", "ignite")
