@@ -48,8 +48,8 @@ _STUDY_UID, _CLASS_UID, _NODE_ID = ("110180", "Study Instance UID"), ("110181", 
 
 #: Of one text; nothing honest is longer, and a message of ours stays far below the 32768 octets of §A.6.
 _MAX_TEXT: Final = 1024
-# XML 1.0 §2.2 has no form for these, escaped or not; white space other than a blank would end a line of the trail.
-_NO_XML: Final = re.compile("[^\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+# XML 1.0 §2.2 has no form for most of these, escaped or not; the others may end a line for whoever reads the trail.
+_NO_XML: Final = re.compile("[^\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +172,7 @@ def _heard(name: str, facts: dict[str, object]) -> None:
 def _alert(key: tuple[str, str, str], more: str, kind: tuple[str, str] = _NODE_AUTHENTICATION) -> None:
     address, ae_title, reason = key
     details = {"Alert Description": ": ".join(filter(None, (reason, more))).encode()}
-    one = _object("2", "", _NODE_ID, address or "unknown", name=ae_title or address or "unknown", details=details)
+    one = _object("2", "", _NODE_ID, address, name=ae_title or address, details=details)
     _write(_ALERT, "E", AGAIN, [(None, None, False)], [one], kind=kind)
 
 
@@ -218,7 +218,7 @@ def _write(
 
 def _participant(root: Element, role: tuple[str, str] | None, party: Party, is_requestor: bool, *, user: str, pid: str) -> None:
     # §A.5.2.1: a process by its number; of others' processes the number is not known.
-    facts = {"UserID": pid or _clean(party.name) or "unknown"}
+    facts = {"UserID": pid or _clean(party.name)}
     if party.is_ae and party.name:
         facts["AlternativeUserID"] = f"AETITLES={_clean(party.name)}"
     if user:
@@ -246,9 +246,7 @@ def _study(subject: Subject | None) -> list[Element]:
 def _patient(patient: Patient, details: Mapping[str, bytes] | None = None) -> Element:
     # As HL7 CX writes an identifier with its issuer.
     whole = f"{patient.key.patient_id}^^^{patient.key.issuer}" if patient.key.issuer else patient.key.patient_id
-    return _object(
-        "1", "1", ("2", "Patient Number"), whole or "unknown", name=patient.name or "unknown", details=details, scheme="RFC-3881"
-    )
+    return _object("1", "1", ("2", "Patient Number"), whole, name=patient.name, details=details, scheme="RFC-3881")
 
 
 def _object(
@@ -279,7 +277,7 @@ def _code(parent: Element, tag: str, code: tuple[str, str], scheme: str = "DCM")
 
 
 def _clean(text: str) -> str:
-    return _NO_XML.sub("\ufffd", text[:_MAX_TEXT])
+    return _NO_XML.sub("\ufffd", text[:_MAX_TEXT]).strip() or "unknown"
 
 
 def _is_ip(text: str) -> bool:

@@ -33,7 +33,7 @@ from worker.errors import PeerUnreachable, cause_of
 
 TICK_S: Final = 0.5
 #: After a failure.
-AGAIN_S: Final = 5.0
+AGAIN_S: Final = 1.0
 #: Sent in one tick, and then looked after.
 _BATCH_BYTES: Final = 4 * 2**20
 #: A peer that does not even take what was sent into its buffers is gone after so long.
@@ -122,6 +122,8 @@ class Forwarder:
         self._guarded()
         if self._sock:
             self._sock.close()
+        if self._lock >= 0:
+            os.close(self._lock)
 
     def _guarded(self) -> None:
         try:
@@ -162,6 +164,7 @@ class Forwarder:
             if self._sock is None:
                 assert self._connect is not None  # noqa: S101  asked by the caller
                 self._sock, self._sent = self._connect(), dict(self._kept["offsets"])
+                self._sent_at = time.monotonic()  # the end of the handshake is under way
             if self._has_arrived(self._sock):
                 if self._kept["trouble"]:
                     events.emit("audit.sent")
@@ -198,8 +201,10 @@ class Forwarder:
             with (self._folder / name).open("rb") as file:
                 file.seek(offset)
                 data = file.read(min(room, size - offset))
-            # Half a line of a full disk, or the zeros of a power cut, is no message; today's last line may be one that is being written.
-            data = data[: data.rfind(b"\n") + 1] or (data if name != max(sizes) else b"")
+            # Half a line of a full disk, or the zeros of a power cut, is no message; today's last line may be one that is being written,
+            # and any other one that the batch has no room for.
+            is_no_line = len(data) == _BATCH_BYTES or (name != max(sizes) and offset + len(data) == size)
+            data = data[: data.rfind(b"\n") + 1] or (data if is_no_line else b"")
             lines = [line for line in data.split(b"\n") if line.startswith(b"<") and line.endswith(b"</AuditMessage>")]
             sock.settimeout(_STALLED_S)
             self._sent_at = time.monotonic()

@@ -70,7 +70,8 @@ class Trail:
         size = os.fstat(self._file).st_size
         if size + len(line) > self._limit_bytes:
             raise OSError(0, f"it has the {self._limit_bytes} bytes that [audit] limit_mb allows")
-        if size and os.pread(self._file, 1, size - 1) != b"\n":  # a full disk took half a line
+        # A full disk took half a line, or one is just being written: an empty line harms nobody.
+        if size and os.pread(self._file, 1, size - 1) != b"\n":
             line = b"\n" + line
         if os.write(self._file, line) != len(line):
             raise OSError(0, "the disk took half a line")
