@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 MINUTES ?= 3
-.PHONY: demo test check fix bench gate fuzz clean
+.PHONY: demo test verify check fix bench gate fuzz clean
 
 .venv/.installed: pyproject.toml .constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Synoptic needs Python 3.11 or newer; say: make PYTHON=python3.11 ...")'
@@ -15,6 +15,9 @@ demo: .venv/.installed  ## a dozen phantom patients through the real daemon and 
 
 test: .venv/.installed  ## the whole suite
 	$(BIN)/python -m pytest
+
+verify: .venv/.installed  ## every fault of tests/faults.py: its tests, run, and a table of what came of them; fails where one is not proven
+	$(BIN)/python -m pytest -m requirement --verify
 
 check: .venv/.installed  ## lint, types, import rules, length of files
 	$(BIN)/ruff check .

