@@ -30,6 +30,7 @@ NAMES: Final = frozenset(
         "job.cancelled",
         "job.rescued",
         "job.fenced",  # a late owner's verdict was turned away
+        "heartbeat.died",  # leases are renewed no more: the process stops after the work in hand
         "commitment.given",  # an archive promised to keep a document
         "commitment.denied",  # it did not, and the document is sent again
         "commitment.missing",  # no report in time; a query found the document, or was not answered

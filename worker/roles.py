@@ -28,6 +28,7 @@ from worker import events
 from worker.config import Config, Destination
 from worker.domain import CommitmentReport, Header, Job, Received
 from worker.errors import BundleError, DecoderDied
+from worker.ops.log import places
 from worker.peers import peer_of
 from worker.record_feeds import clock, identified
 from worker.store import commitments, queue, studies
@@ -275,7 +276,7 @@ def _work(
         try:
             jobs = take()
             if jobs:
-                with heartbeat(store, jobs, lease_s=lease_s):
+                with heartbeat(store, jobs, lease_s=lease_s, stop=stop):
                     do(jobs)
                 continue
         except DatabaseUnavailable as exc:
@@ -285,15 +286,19 @@ def _work(
 
 
 @contextlib.contextmanager
-def heartbeat(store: Store, jobs: Sequence[Job], *, lease_s: float) -> Iterator[None]:
-    """Renew the leases of `jobs` at each third of their time while the block runs."""
+def heartbeat(store: Store, jobs: Sequence[Job], *, lease_s: float, stop: threading.Event) -> Iterator[None]:
+    """Renew the leases of `jobs` at each third of their time while the block runs; where that fails for good, `stop` the process."""
     done = threading.Event()
 
     def beat() -> None:
-        while not done.wait(lease_s / 3):
-            # If the database is away the leases run out, and the verdicts are fenced: nothing to do here.
-            with contextlib.suppress(DatabaseUnavailable), store.begin() as conn:
-                queue.renew(conn, jobs, lease_s=lease_s, now=clock())
+        try:
+            while not done.wait(lease_s / 3):
+                # If the database is away the leases run out, and the verdicts are fenced: nothing to do here.
+                with contextlib.suppress(DatabaseUnavailable), store.begin() as conn:
+                    queue.renew(conn, jobs, lease_s=lease_s, now=clock())
+        except BaseException as exc:  # noqa: BLE001  a thread that ends has no other way to say so
+            events.emit("heartbeat.died", jobs=[job.id for job in jobs], reason=type(exc).__name__, places=places(exc))
+            stop.set()
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
