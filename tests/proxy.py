@@ -6,12 +6,15 @@ import contextlib
 import socket
 import threading
 from types import TracebackType
-from typing import Literal, Self
+from typing import Final, Literal, Self
 
 import sqlalchemy as sa
 
 #: Where a connection is cut: before the server hears the COMMIT, or after it did it and before the client hears so.
 Cut = Literal["before", "after"]
+
+#: The message Query, its length and its text: https://www.postgresql.org/docs/current/protocol-message-formats.html
+_COMMIT: Final = b"Q\x00\x00\x00\x0bCOMMIT\x00"
 
 
 class Proxy:
@@ -99,7 +102,7 @@ class Proxy:
         threading.Thread(target=answers, daemon=True).start()
         with contextlib.suppress(OSError):
             while data := client.recv(65536):
-                if self._cut and b"COMMIT" in data:
+                if self._cut and _COMMIT in data:
                     cut, self._cut, self.cuts = self._cut, None, self.cuts + 1
                     if cut == "before":
                         break
