@@ -19,7 +19,7 @@ from tests.faults import FAULTS, NOT_INJECTED, PART_NOT_INJECTED
 #: Of a fault's tests, the worst outcome counts.
 GREEN, SKIPPED, RED, MISSING, NOT_HERE = "green", "skipped", "red", "no test", "not injected here"
 _PROVEN: Final = (GREEN, NOT_HERE)
-_OUTCOMES: Final = pytest.StashKey["dict[tuple[str, str], str]"]()
+_OUTCOMES: Final = pytest.StashKey[dict[tuple[str, str], str]]()
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     """Under ``--verify`` a fault that is not proven fails the run."""
     config = session.config
     is_controller = not hasattr(config, "workerinput")  # a process of pytest-xdist sees its own part only
-    if config.getoption("verify") and is_controller and not all(row.is_proven for row in rows(config.stash[_OUTCOMES])):
+    outcomes = config.stash[_OUTCOMES]
+    if config.getoption("verify") and is_controller and not all(row.is_proven for row in rows(outcomes)):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
@@ -107,7 +108,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     """Print the table."""
     if not config.getoption("verify") and not os.environ.get("CI"):
         return
-    table = rows(config.stash[_OUTCOMES])
+    outcomes = config.stash[_OUTCOMES]
+    table = rows(outcomes)
     terminalreporter.section("faults")
     for row in table:
         terminalreporter.write_line(f"{row.fault:4} {row.result:8} {FAULTS[row.fault]} [{row.tests}]", red=not row.is_proven)

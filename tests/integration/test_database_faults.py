@@ -1,4 +1,4 @@
-"""The real receiver role, and the rest of the line, on a database that is cut off, locked, restored from yesterday, or has no connection left."""
+"""The real receiver role, and the rest of the line, on a database that is cut off, locked, without a connection, or from yesterday."""
 
 from __future__ import annotations
 
@@ -276,13 +276,17 @@ def test_a_lock_held_at_psql_costs_senders_a_bounded_wait_and_is_said(
     postgres: PostgresServer, postgres_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, captured: Captured
 ) -> None:
     monkeypatch.setattr(database, "BUSY_S", 0.5)
+
+    def complete() -> None:
+        assembly.sweep(site.store, wants=[], limit_s=1, now=lines.NOW)
+
     with receiving(tmp_path, migrated(postgres_url)) as site, site.scu() as scu, hl7(site.store) as send:
         ds = slice_of()
         with psql(postgres, postgres_url, "LOCK TABLE study, patient, observation IN ACCESS EXCLUSIVE MODE"):
             assert scu.store(ds) == OUT_OF_RESOURCES
             assert scu.echo(context_id=3) == SUCCESS
             assert send() == "AE"
-            sweeps._spared(lambda: assembly.sweep(site.store, wants=[], limit_s=1, now=lines.NOW), name="complete")()
+            sweeps._spared(complete)()
         assert site.heard.next("instance.refused")["status"] == "0xA700"
         (said,) = captured.named("sweep.failed")
         assert "lock timeout" in str(said["reason"])
