@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 MINUTES ?= 3
+PROCESSES ?= 2
 .PHONY: demo test check fix bench gate fuzz clean
 
 .venv/.installed: pyproject.toml .constraints.txt
@@ -13,8 +14,8 @@ MINUTES ?= 3
 demo: .venv/.installed  ## a dozen phantom patients through the real daemon and back, in a minute
 	$(BIN)/synoptic demo
 
-test: .venv/.installed  ## the whole suite
-	$(BIN)/python -m pytest
+test: .venv/.installed  ## the whole suite, in PROCESSES=2, file by file, those that take longest first (tests/conftest.py)
+	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
 check: .venv/.installed  ## lint, types, import rules, length of files
 	$(BIN)/ruff check .

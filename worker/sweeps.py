@@ -83,7 +83,7 @@ def scheduler(config: Config, store: Store, spool: Spool) -> BackgroundScheduler
     made.add_job(_spared(lambda: sweep_spool(store, spool), name="clean"), "interval", seconds=SPOOL_SWEEP_S, next_run_time=clock())
     made.add_job(_spared(lambda: _retain(config, store, spool), name="remove"), "interval", seconds=RETAIN_S)
     if config.receive.verify_mb_per_h > 0:
-        made.add_job(_spared(_verifier(store, spool, mb_per_h=config.receive.verify_mb_per_h)), "interval", seconds=VERIFY_S)
+        made.add_job(_spared(verifier(store, spool, mb_per_h=config.receive.verify_mb_per_h)), "interval", seconds=VERIFY_S)
     made.add_job(_spared(_certificates(config)), "interval", seconds=CERTIFICATES_S, next_run_time=clock())
     return made
 
@@ -136,7 +136,7 @@ def _certificates(config: Config) -> Callable[[], None]:
     return certificates
 
 
-def _verifier(store: Store, spool: Spool, *, mb_per_h: float) -> Callable[[], None]:
+def verifier(store: Store, spool: Spool, *, mb_per_h: float) -> Callable[[], None]:
     """Read stored files again, so many an hour, and tell of each that is not as it came."""
     share = mb_per_h * 2**20 * VERIFY_S / 3600
     left = 0.0
@@ -149,7 +149,7 @@ def _verifier(store: Store, spool: Spool, *, mb_per_h: float) -> Callable[[], No
         size_bytes, faults = consistency.verify(store, spool, budget_bytes=left)
         left = min(left - size_bytes, 0.0)
         for one, fault in faults:
-            events.emit("file.damaged", study=one.study_id, sha256=one.sha256, reason=f"A stored file is {fault}.")
+            events.emit("file.damaged", study=one.study_id, file=one.path, reason=f"A stored file is {fault}.")
 
     return verify
 
