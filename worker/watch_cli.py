@@ -239,15 +239,17 @@ def _check_archive(store: Store, peer: Peer, *, since: datetime, is_repair: bool
 
     with store.read() as conn:
         given = documents.delivered(conn, destination=peer.name, since=since)
-    absent, count, reason = [], 0, ""
+    absent: list[Any] = []
+    count, reason = 0, ""
     try:
         with progress.bars(err) as bar:
-            found = cstore.find_documents(peer, _loaded(store, given))
+            found = cstore.find_documents(peer, _loaded(store, given)) if given else ()
             for one, is_found in zip(given, bar.track(found, len(given), description=f"asking {peer.name}"), strict=True):
                 if is_found is None:
                     reason = f"{peer.name} does not answer such a query."
                     break
-                count, absent = count + 1, absent if is_found else [*absent, one]
+                count += 1
+                absent += [] if is_found else [one]
     except PeerUnavailable as exc:
         reason = str(exc)
     out.print(f"{peer.name}: {count - len(absent)} of {count} reports are there.", markup=False, soft_wrap=True)

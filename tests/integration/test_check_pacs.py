@@ -72,6 +72,8 @@ def test_a_report_that_the_archive_lost_is_named_and_sent_again_byte_for_byte(si
 def test_only_so_many_days_are_asked_for(site: Archived) -> None:
     site.now -= timedelta(days=3)
     site.add()
+    away = Peer("pacs", "NOBODY", "127.0.0.1", free_port(), "WORKER")
+    assert site.check(away, "--days", "2").exit_code == 0, "who is not asked need not answer"
     with ScriptedPacs() as pacs:
         site.deliver(pacs.peer)
         pacs.kept.clear()
