@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 MINUTES ?= 3
+PROCESSES ?= 2
 .PHONY: demo test verify check fix bench gate fuzz clean
 
 .venv/.installed: pyproject.toml .constraints.txt
@@ -13,8 +14,8 @@ MINUTES ?= 3
 demo: .venv/.installed  ## a dozen phantom patients through the real daemon and back, in a minute
 	$(BIN)/synoptic demo
 
-test: .venv/.installed  ## the whole suite
-	$(BIN)/python -m pytest
+test: .venv/.installed  ## the whole suite, in PROCESSES=2, file by file, those that take longest first (tests/conftest.py)
+	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
 verify: .venv/.installed  ## every fault of tests/faults.py: its tests, run, and a table of what came of them; fails where one is not proven
 	$(BIN)/python -m pytest -m requirement --verify
@@ -37,8 +38,8 @@ bench: .venv/.installed  ## the long measurements, one JSON line each; results a
 	$(BIN)/python -m tests.bench.records
 	$(BIN)/python -m tests.bench.load
 
-gate: .venv/.installed  ## every validator, PixelMed too, on all 188 reports of the real cohort: a quarter of an hour
-	JAVA_SAMPLE=188 $(BIN)/python -m pytest -s -o timeout=3000 tests/integration/test_line.py -k cohort
+gate: .venv/.installed  ## every validator, PixelMed too, on all 188 reports of the real cohort, by both databases: a quarter of an hour
+	JAVA_SAMPLE=188 POSTGRES_STEP=1 $(BIN)/python -m pytest -s -o timeout=3000 tests/integration/test_line.py -k cohort
 
 fuzz: .venv/.installed  ## faults put into real files for MINUTES=3, through the receiver's reader and the decoders; the result is quoted in deploy/IMAGES.md
 	$(BIN)/python -m tests.fuzz $(MINUTES)

@@ -52,6 +52,7 @@ class Receive:
     tls_certificate: str = ""
     tls_key: str = ""
     tls_client_ca: str = ""
+    verify_mb_per_h: float = 1024.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

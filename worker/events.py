@@ -40,6 +40,7 @@ NAMES: Final = frozenset(
         "images.removed",  # retention
         "explanation.failed",  # the findings are reported all the same
         "spool.swept",
+        "file.damaged",  # found by reading it again, once each time round
         "destination.down",  # not reached several times in a row: left alone between tries
         "destination.reached",
         "certificate.expires",  # once a day, from 30 days before

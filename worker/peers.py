@@ -12,6 +12,7 @@ from worker.tls import client_context
 
 if TYPE_CHECKING:
     from worker.deliver.cstore import Peer
+    from worker.store.studies import Line, Pending
 
 #: A sender that is asked for a count has this long; the quiet period comes anyway.
 ASK_S: Final = 10.0
@@ -48,6 +49,23 @@ def peer_to_ask(sender: Sender, *, host: str, own_ae_title: str) -> Peer:
         tls=client_context(sender),
         tls_server_name=sender.tls_server_name,
     )
+
+
+def count_of(config: Config, one: Pending | Line) -> int | None:
+    """Ask a study's sender how many instances it has; None if it is not one that may be asked, or does not know.
+
+    Raises
+    ------
+    PeerUnavailable
+        No association, or no answer in time.
+    """
+    from worker.deliver import cstore
+
+    for sender in config.senders:
+        if sender.ae_title == one.calling_ae and sender.query_port:
+            peer = peer_to_ask(sender, host=one.address, own_ae_title=config.receive.ae_title)
+            return cstore.count_instances(peer, study_instance_uid=one.study_instance_uid)
+    return None
 
 
 def peers_of(config: Config) -> list[Peer]:

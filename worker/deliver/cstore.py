@@ -21,7 +21,7 @@ Not here: STOW-RS, storage commitment (commitment.py), jobs (send.py).
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
 from typing import Final
@@ -35,7 +35,7 @@ from worker.deliver.wire import EncodedObject, Response, open_file
 from worker.domain import Document
 from worker.errors import NotReadBack, PatientConflict, PeerRefused, PeerUnavailable, WorkerError
 
-__all__ = ["NO_RESPONSE", "Outcome", "Peer", "count_instances", "echo", "find_document", "find_instance", "send"]
+__all__ = ["NO_RESPONSE", "Outcome", "Peer", "count_instances", "echo", "find_document", "find_documents", "find_instance", "send"]
 
 #: Stands in `Outcome.status` where the peer gave none; no DICOM status has this value.
 NO_RESPONSE: Final = 0xFFFF
@@ -146,7 +146,8 @@ def count_instances(peer: Peer, *, study_instance_uid: str) -> int | None:
         No association, or no answer in time.
     """
     keys = {"QueryRetrieveLevel": "STUDY", "StudyInstanceUID": study_instance_uid, "NumberOfStudyRelatedInstances": ""}
-    answers = _query(peer, keys)
+    with associate(peer, [(STUDY_ROOT_FIND, NATIVE)]) as line:
+        answers = _answers(line, keys)
     counts = [a["NumberOfStudyRelatedInstances"] for a in answers or () if a["StudyInstanceUID"] == study_instance_uid]
     return int(counts[0]) if len(counts) == 1 and counts[0].isdecimal() else None
 
@@ -167,8 +168,20 @@ def find_document(peer: Peer, document: Document) -> bool | None:
     return _find(peer, _open(document).keys)
 
 
+def find_documents(peer: Peer, documents: Iterable[Document]) -> Iterator[bool | None]:
+    """Ask for one document after the other, each when its answer is wanted, over one association; as `find_instance`."""
+    with associate(peer, [(STUDY_ROOT_FIND, NATIVE)]) as line:
+        for document in documents:
+            yield _asked(line, _open(document).keys)
+
+
 def _find(peer: Peer, keys: Mapping[str, str]) -> bool | None:
-    answers = _query(peer, keys)
+    with associate(peer, [(STUDY_ROOT_FIND, NATIVE)]) as line:
+        return _asked(line, keys)
+
+
+def _asked(line: Association, keys: Mapping[str, str]) -> bool | None:
+    answers = _answers(line, keys)
     return None if answers is None else any(_is_same(answer, keys) for answer in answers)
 
 
@@ -242,12 +255,11 @@ def _ask(
     return line if line.is_open else None, replace(asked, warning=warning)
 
 
-def _query(peer: Peer, keys: Mapping[str, str]) -> list[dict[str, str]] | None:
-    with associate(peer, [(STUDY_ROOT_FIND, NATIVE)]) as line:
-        if line.context(STUDY_ROOT_FIND, NATIVE) is None:
-            return None
-        response, answers = line.find(keys)
-        return answers if response.status == 0 else None
+def _answers(line: Association, keys: Mapping[str, str]) -> list[dict[str, str]] | None:
+    if line.context(STUDY_ROOT_FIND, NATIVE) is None:
+        return None
+    response, answers = line.find(keys)
+    return answers if response.status == 0 else None
 
 
 def _open(document: Document) -> _Parcel:

@@ -39,7 +39,7 @@ WARNINGS: Final = frozenset(
         "destination.down",
     }
 )
-ERRORS: Final = frozenset({"job.discarded", "sweep.failed", "certificate.unusable", "heartbeat.died"})
+ERRORS: Final = frozenset({"job.discarded", "sweep.failed", "certificate.unusable", "heartbeat.died", "file.damaged"})
 
 #: Libraries whose words may hold patient data, at any level.
 SILENCED: Final = ("pynetdicom", "pydicom", "highdicom", "sqlalchemy", "alembic", "apscheduler", "hl7", "py.warnings", "monai", "ignite")
