@@ -39,8 +39,16 @@ def test_the_one_that_has_kept_us_waiting_longest_gives_way() -> None:
 def test_who_works_keeps_its_place_and_the_newcomer_is_turned_away() -> None:
     places, held = Places(2, 2), [Peer("a", 0), Peer("a", PATIENCE_S - 1)]
     assert all(places.take(one) for one in held)
-    assert not places.take(Peer("b", 0))
+    assert not places.take(Peer("a", 0))
     assert [one.lost for one in held] == [0, 0]
+
+
+def test_an_address_without_any_place_is_served_sooner() -> None:
+    places, held = Places(2, 2), [Peer("a", PATIENCE_S / 2), Peer("a", 0)]
+    assert all(places.take(one) for one in held)
+    assert places.take(Peer("b", 0))
+    assert not places.take(Peer("c", 0))
+    assert [one.lost for one in held] == [1, 0]
 
 
 def test_an_address_with_all_its_places_takes_none_of_another_one() -> None:

@@ -55,7 +55,9 @@ class Places:
             if len(neighbors) >= self.per_address or len(self._held) >= self.total:
                 rivals = neighbors if len(neighbors) >= self.per_address else self._held
                 waited_s, last = max(((one.waited_s(), one) for one in rivals), key=lambda pair: pair[0])
-                if waited_s < PATIENCE_S:
+                if waited_s < (
+                    PATIENCE_S if neighbors else PATIENCE_S / 5
+                ):  # an address that has none competes with who comes by the hundred
                     return False
                 self._held.remove(last)
                 last.give_way()
