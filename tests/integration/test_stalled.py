@@ -19,6 +19,7 @@ from tests.installation import wait_until
 from tests.integration.conftest import Start
 from tests.receivers import QUICK, Receiver
 from tests.scu import CT, EXPLICIT, Scu, encoded, pdu, pdv, slice_of
+from worker.errors import PeerUnavailable
 from worker.intake import mllp, places, scp
 from worker.store.spool import Spool
 
@@ -66,7 +67,7 @@ def test_a_trickle_of_bytes_is_no_work_and_gives_way(four: Receiver) -> None:
         for scu in slow:
             scu.associate()
             half_a_pdu(scu)
-        came = []
+        came: list[int] = []
 
         def is_in() -> bool:
             for scu in slow:
@@ -178,7 +179,7 @@ def test_a_hospital_system_gets_the_place_of_an_hl7_peer_that_stalls(listener: m
         def is_answered() -> bool:
             try:
                 codes.extend(mllp.send(address, [MESSAGE]))
-            except mllp.PeerUnavailable:
+            except PeerUnavailable:
                 return False
             return True
 
