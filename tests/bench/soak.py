@@ -155,7 +155,6 @@ class Watch:
 
     def plot(self, path: Path) -> None:
         """Draw RSS over time."""
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(8, 4), layout="constrained")
@@ -164,7 +163,7 @@ class Watch:
             axes.plot([one[0] for one in samples], [one[1] for one in samples], label=name, linewidth=1)
         axes.legend(fontsize="small")
         path.parent.mkdir(parents=True, exist_ok=True)
-        FigureCanvasAgg(figure).print_png(path)
+        figure.savefig(path, format="png")
 
 
 def processes_of(installation: Installation) -> dict[str, psutil.Process]:
