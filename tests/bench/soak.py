@@ -6,9 +6,9 @@ whole, and exits 1 where a process has grown. Half of the instances are CT serie
 HL7 message before it. One modality sends as fast as it is answered; inference follows behind, and the end is when the last report was
 found in the PACS.
 
-"start", "middle", "end" are medians over the first, the middle and the last tenth of the time, after a warm-up; memory is the unique
-set size (USS), what the process alone holds, with the resident one (RSS) beside it. Flat is an end of at most `GROWTH_MB` and
-`DESCRIPTORS` above the start.
+"start", "middle", "end" are medians over the first, the middle and the last tenth of the time, after a warm-up; memory is the
+resident set (RSS), and its own share, without pages of files. Not the unique set (USS): of inference that rose by 122 MB while RSS rose by
+8, as other programs that had torch's libraries mapped ended. Flat is an end of at most `GROWTH_MB`, resident and own, and `DESCRIPTORS` above the start.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class Modality:
 
 @dataclass
 class Watch:
-    """Samples of each process: seconds since the start, RSS and USS in MiB, open descriptors."""
+    """Samples of each process: seconds since the start, RSS and its own share in MiB, open descriptors."""
 
     processes: Mapping[str, psutil.Process]
     every_s: float
@@ -127,10 +127,10 @@ class Watch:
             while not stop.wait(self.every_s):
                 for name, process in self.processes.items():
                     try:
-                        memory, descriptors = process.memory_full_info(), process.num_fds()
+                        memory, descriptors = process.memory_info(), process.num_fds()
                     except psutil.Error:
                         continue
-                    sample = time.monotonic() - began, memory.rss / 2**20, memory.uss / 2**20, descriptors
+                    sample = time.monotonic() - began, memory.rss / 2**20, (memory.rss - memory.shared) / 2**20, descriptors
                     self.samples.setdefault(name, []).append(sample)
 
         thread = threading.Thread(target=look)
@@ -148,9 +148,9 @@ class Watch:
             tenth = max(1, len(samples) // 10)
             half = (len(samples) - tenth) // 2
             parts = samples[:tenth], samples[half : half + tenth], samples[-tenth:]
-            rss, uss, descriptors = ([round(statistics.median(one[column] for one in part), 1) for part in parts] for column in (1, 2, 3))
-            is_flat = uss[2] - uss[0] <= GROWTH_MB and descriptors[2] - descriptors[0] <= DESCRIPTORS
-            rows.append({"process": name, "rss_mb": rss, "uss_mb": uss, "descriptors": descriptors, "is_flat": is_flat})
+            rss, own, descriptors = ([round(statistics.median(one[column] for one in part), 1) for part in parts] for column in (1, 2, 3))
+            is_flat = max(rss[2] - rss[0], own[2] - own[0]) <= GROWTH_MB and descriptors[2] - descriptors[0] <= DESCRIPTORS
+            rows.append({"process": name, "rss_mb": rss, "own_mb": own, "descriptors": descriptors, "is_flat": is_flat})
         return rows
 
     def plot(self, path: Path) -> None:
@@ -158,9 +158,10 @@ class Watch:
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(8, 4), layout="constrained")
-        axes = figure.add_subplot(xlabel="seconds", ylabel="RSS, MiB", ylim=(0, None))
+        axes = figure.add_subplot(xlabel="seconds", ylabel="RSS, MiB")
         for name, samples in self.samples.items():
             axes.plot([one[0] for one in samples], [one[1] for one in samples], label=name, linewidth=1)
+        axes.set_ylim(bottom=0)
         axes.legend(fontsize="small")
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, format="png")
