@@ -3,7 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 MINUTES ?= 3
 PROCESSES ?= 2
-.PHONY: demo test verify check fix bench gate fuzz clean
+INSTANCES ?= 10000
+.PHONY: demo test verify check fix bench gate fuzz abuse soak clean
 
 .venv/.installed: pyproject.toml .constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Synoptic needs Python 3.11 or newer; say: make PYTHON=python3.11 ...")'
@@ -43,6 +44,12 @@ gate: .venv/.installed  ## every validator, PixelMed too, on all 188 reports of 
 
 fuzz: .venv/.installed  ## faults put into real files for MINUTES=3, through the receiver's reader and the decoders; the result is quoted in deploy/IMAGES.md
 	$(BIN)/python -m tests.fuzz $(MINUTES)
+
+abuse: .venv/.installed  ## 200 stalled peers and worse beside one honest modality: a minute; the result is quoted in deploy/README.md
+	$(BIN)/python -m tests.bench.abuse
+
+soak: .venv/.installed  ## INSTANCES=10000 through a real installation at line rate, memory and descriptors of each process: a quarter of an hour; the result is quoted in deploy/README.md
+	$(BIN)/python -m tests.bench.soak --instances $(INSTANCES) --plot var/soak.png
 
 clean:
 	rm -rf .venv var/demo var/demo-*

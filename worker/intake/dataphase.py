@@ -41,6 +41,8 @@ Reports = Callable[[CommitmentReport, Peer], str]
 _PDU_SLACK: Final = 1024
 #: PS3.7: the longest command set has a few hundred bytes.
 _MAX_COMMAND_BYTES: Final = 64 * 1024
+#: Of a data set that has no end, so much may come before the disk's mark is looked at again.
+_LOOK_BYTES: Final = 16 * 2**20
 
 OUT_OF_RESOURCES, DOES_NOT_MATCH, OUR_BUG = 0xA700, 0xA900, 0xC211
 
@@ -200,7 +202,7 @@ class DataPhase:
         elif not command.has_data_set:
             message.refusal = InstanceRefused(0xC002, "The request has no data set")
         elif self._spool.is_low:
-            message.refusal = InstanceRefused(OUT_OF_RESOURCES, "The spool is nearly full: send again later")
+            message.refusal = _nearly_full()
         else:
             try:
                 message.incoming = self._spool.begin(
@@ -212,12 +214,16 @@ class DataPhase:
                 message.refusal = _out_of_disk(error)
 
     def _write(self, message: _Message, incoming: Incoming, piece: memoryview) -> None:
+        before, refusal = incoming.size_bytes // _LOOK_BYTES, None
         try:
             incoming.write(piece)
+            if incoming.size_bytes // _LOOK_BYTES > before and self._spool.is_low:
+                refusal = _nearly_full()
         except OSError as error:
+            refusal = _out_of_disk(error)
+        if refusal is not None:
             incoming.abort()
-            message.incoming = None
-            message.refusal = _out_of_disk(error)
+            message.incoming, message.refusal = None, refusal
 
     def _store(self, message: _Message) -> tuple[int, str]:
         """Return the status and Error Comment of a C-STORE whose data set is all here."""
@@ -301,6 +307,10 @@ class DataPhase:
             part = command_set[start : start + limit]
             control = 3 if start + limit >= len(command_set) else 1
             self._wire.send(pdu(wire.P_DATA_TF, _PDV.pack(len(part) + 2, context_id, control) + part))
+
+
+def _nearly_full() -> InstanceRefused:
+    return InstanceRefused(OUT_OF_RESOURCES, "The spool is nearly full: send again later")
 
 
 def _out_of_disk(error: OSError) -> InstanceRefused:

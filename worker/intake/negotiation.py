@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ipaddress
 import struct
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -144,14 +144,14 @@ class Policy:
         self._takes_commitments = takes_commitments
         self._transfer_syntaxes = frozenset(transfer_syntaxes)
 
-    def negotiate(self, body: bytes, address: str, *, is_full: bool) -> Accepted | Rejected:
-        """Answer the body of an A-ASSOCIATE-RQ; raises ProtocolError if it is not one."""
+    def negotiate(self, body: bytes, address: str, *, has_room: Callable[[], bool]) -> Accepted | Rejected:
+        """Answer the body of an A-ASSOCIATE-RQ; raises ProtocolError if it is not one. Room is asked for once it is known who calls."""
         try:
-            return self._negotiate(_Request(body), address, is_full)
+            return self._negotiate(_Request(body), address, has_room)
         except (struct.error, IndexError, UnicodeDecodeError):
             raise ProtocolError("The association request cannot be read.") from None
 
-    def _negotiate(self, request: _Request, address: str, is_full: bool) -> Accepted | Rejected:
+    def _negotiate(self, request: _Request, address: str, has_room: Callable[[], bool]) -> Accepted | Rejected:
         peer = Peer(request.calling_ae, request.called_ae, address)
         if not request.version & 1:
             return _rejected(peer, BAD_VERSION, "protocol version not supported")
@@ -161,7 +161,7 @@ class Policy:
             return _rejected(peer, UNKNOWN_CALLED, "called AE title not recognized")
         if not self._may_call(request.calling_ae, address):
             return _rejected(peer, UNKNOWN_CALLING, "calling AE title not recognized from this address")
-        if is_full:
+        if not has_room():
             return _rejected(peer, LOCAL_LIMIT, "local limit exceeded")
         contexts = {number: self._choose(request, sop_class_uid, syntaxes) for number, sop_class_uid, syntaxes in request.contexts}
         items = b"".join(_context_item(number, result) for number, result in contexts.items())
