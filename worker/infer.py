@@ -63,7 +63,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Raw:
-    """Of a batch: log-odds (B, L), their Shapley shares (M, B, L), and whether each study (B,) is atypical and has what the head looks at."""
+    """Of a batch: log-odds (B, L), their Shapley shares (M, B, L), whether each study (B,) is atypical, and has what the head sees."""
 
     logits: NDArray[np.float64]
     shares: NDArray[np.float64]

@@ -7,6 +7,8 @@ import math
 import operator
 import re
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -30,7 +32,7 @@ from models.bundle import settle
 from models.network import FusionNetwork
 from tests.conftest import Captured
 from tests.phantom_line import PHANTOM, PhantomLine, phantom_line, told
-from worker import __version__, doctor, roles
+from worker import __version__, doctor, pipeline, roles
 from worker.errors import BundleError, DeviceLost, NoSuitableSeries, Reject
 from worker.imaging.decoding import DecoderPool
 from worker.infer import Model
@@ -163,6 +165,58 @@ def test_a_device_lost_in_the_middle_ends_the_process_and_gives_the_study_back(s
     assert case.error is None
 
 
+# --- M6: a network that never answers
+
+#: A `run` role whose network hangs on its first study: asleep, so that its leases are renewed, or with the interpreter's lock held.
+HANGING = """
+import re, sys, threading, time
+from pathlib import Path
+from models.network import FusionNetwork
+from tests.phantom_line import PhantomLine
+from worker import roles
+from worker.store.database import Store
+
+healthy, is_warm = FusionNetwork.encode, []
+hang = {"asleep": lambda: time.sleep(3600), "locked": lambda: re.match("(a+)+$", "a" * 99 + "b")}[sys.argv[2]]
+
+def encode(network, batch):
+    if is_warm:
+        hang()
+    is_warm.append(True)
+    return healthy(network, batch)
+
+FusionNetwork.encode = encode
+folder = Path(sys.argv[1])
+store = Store(f"sqlite:///{folder / 'data' / 'synoptic.db'}")
+config = PhantomLine(folder, None, None).config
+object.__setattr__(config.run, "study_limit_s", 4.0)
+object.__setattr__(config.run, "batch", 1)
+roles.run(config, store, threading.Event())
+"""
+
+
+@pytest.mark.requirement("M6")
+@pytest.mark.parametrize("how", ["asleep", "locked"])
+def test_a_network_that_hangs_ends_its_process_gives_its_study_back_and_the_others_go_on(
+    tmp_path: Path, site: PhantomLine, shipped: Model, how: str
+) -> None:
+    poor, other = site.receive(30, 31)
+    with site.store.begin() as conn:  # the role has a clock of its own
+        conn.execute(sa.update(schema.job).values(not_before=roles.clock()))
+    command = [sys.executable, "-c", HANGING, str(tmp_path / "site"), how]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 1
+    assert re.search(r"Timeout .*in encode", done.stderr, re.DOTALL), "where it hung, for whoever must find out why"
+    assert [state for state, *_ in site.jobs()] == ["leased", "available"]
+    site.now += timedelta(hours=1)
+    with site.store.begin() as conn:
+        assert len(queue.rescue(conn, now=site.now)) == 1
+    assert site.jobs()[0] == ("available", 1, "The worker stopped without a verdict in attempt 1.")
+    both = site.analyse(shipped) + site.analyse(shipped)  # what a process died of goes alone
+    assert [case.error for case in both] == [None, None]
+    assert set(site.reports()) == {poor, other}
+
+
 # --- M5: answers that are none
 
 
@@ -244,7 +298,7 @@ def test_a_pickle_in_the_place_of_weights_is_refused_and_not_run_though_its_sha2
     shutil.copy(PHANTOM / "weights.safetensors", folder / "other.safetensors")
     raw = (folder / "weights.safetensors").read_bytes()
     settle(folder, {}, sha256=hashlib.sha256(raw).hexdigest())
-    with pytest.raises(BundleError, match="no safetensors file .* pickles and other formats are never opened"):
+    with pytest.raises(BundleError, match=r"no safetensors file .* pickles and other formats are never opened"):
         Model(folder)
     assert not canary.exists()
     shutil.copy(folder / "weights.safetensors", tmp_path / "weights.pt")  # by this name torch opens it
@@ -346,6 +400,46 @@ def test_a_bundle_that_is_exchanged_while_studies_wait_is_named_by_those_it_answ
             mine, others = operator.attrgetter(said)(answered), operator.attrgetter(said)(other)
             assert mine in lines
             assert not re.search(rf"(?<![0-9.]){re.escape(others)}(?![0-9.])", lines), said
+
+
+# --- M11: the golden set
+
+#: Of the shipped bundle and phantoms 40 to 47: what the line answered on 2026-11-29, in the bundle's order of findings.
+#: A change of code that moves them is a change of what radiologists read: it is said in its commit, with the new numbers.
+GOLDEN: tuple[tuple[float, float], ...] = (
+    (0.012110, 0.000001),
+    (0.993923, 0.000001),
+    (0.055986, 0.999999),
+    (0.996440, 1.000000),
+    (0.996873, 1.000000),
+    (0.003554, 0.000001),
+    (0.003725, 0.000002),
+    (0.978837, 0.999999),
+)
+#: Kernels of other processors round float32 otherwise; what a report prints is a whole per cent.
+TOLERANCE = 1e-3
+
+
+def drifted(cases: Iterable[pipeline.Case]) -> list[int]:
+    """Which of the golden studies have another answer than before, by their place."""
+    found = [[finding.probability for finding in case.findings] for case in cases]
+    assert len(found) == len(GOLDEN)
+    return [n for n, (now, was) in enumerate(zip(found, GOLDEN, strict=True)) if np.abs(np.subtract(now, was)).max() > TOLERANCE]
+
+
+@pytest.mark.requirement("M11")
+def test_the_golden_set_is_answered_as_before(site: PhantomLine, shipped: Model) -> None:
+    """From files and messages through decoding, selection and preprocessing to the printed probability."""
+    site.receive(*range(40, 48))
+    assert drifted(site.analyse(shipped)) == []
+
+
+@pytest.mark.requirement("M11")
+def test_a_drift_that_would_move_a_printed_per_cent_is_seen(site: PhantomLine, model: Model) -> None:
+    """0.05 of log-odds is 1 % where a study is uncertain."""
+    answering(model, lambda logits: logits + 0.05)
+    site.receive(*range(40, 48))
+    assert drifted(site.analyse(model))
 
 
 def _items(content: Iterable[Dataset]) -> Iterator[Dataset]:
