@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 MINUTES ?= 3
 PROCESSES ?= 2
-.PHONY: demo test verify check fix bench gate fuzz clean
+.PHONY: demo test verify check fix bench gate fuzz verified lock sbom audit-deps clean
 
 .venv/.installed: pyproject.toml .constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Synoptic needs Python 3.11 or newer; say: make PYTHON=python3.11 ...")'
@@ -26,6 +26,7 @@ check: .venv/.installed  ## lint, types, import rules, length of files
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	@wc -l $$(git ls-files 'worker/*.py' 'models/*.py' | grep -v migrations/versions) | awk '$$2 != "total" && $$1 > 400 { print $$2 ": " $$1 " lines; the ceiling is 400"; bad = 1 } END { exit bad }'
+	@$(MAKE) --no-print-directory audit-deps
 
 fix: .venv/.installed  ## format and mend what can be mended by itself
 	$(BIN)/ruff check --fix .
@@ -43,6 +44,25 @@ gate: .venv/.installed  ## every validator, PixelMed too, on all 188 reports of 
 
 fuzz: .venv/.installed  ## faults put into real files for MINUTES=3, through the receiver's reader and the decoders; the result is quoted in deploy/IMAGES.md
 	$(BIN)/python -m tests.fuzz $(MINUTES)
+
+# The tools of the supply chain have an environment of their own, so that they are no part of what they list.
+.venv/tools/.installed: .venv/.installed
+	$(PYTHON) -m venv .venv/tools
+	.venv/tools/bin/python -m pip install --quiet uv==0.13.9 pip-audit==2.10.1 cyclonedx-bom==7.5.0
+	@touch $@
+
+verified:  ## before the first make: install each pinned version, but torch, from files whose sha256 is in .constraints.lock
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --require-hashes --no-deps --requirement .constraints.lock
+
+lock: .venv/tools/.installed  ## the sha256 of every published file of each version in .constraints.txt but torch, which comes from several indexes
+	grep -v '^torch==' .constraints.txt | .venv/tools/bin/uv pip compile - --quiet --generate-hashes --no-deps --no-header --no-annotate --python-version 3.11 -o .constraints.lock
+
+sbom: .venv/tools/.installed  ## sbom.json: what is installed here, CycloneDX 1.6
+	.venv/tools/bin/cyclonedx-py environment $(BIN)/python --sv 1.6 --of JSON -o sbom.json
+
+audit-deps: .venv/tools/.installed  ## known vulnerabilities of the pinned versions, by pip-audit; says so where its service is not reached
+	$(BIN)/python -m tests.audit .venv/tools/bin/pip-audit
 
 clean:
 	rm -rf .venv var/demo var/demo-*
