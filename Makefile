@@ -4,7 +4,7 @@ BIN := .venv/bin
 MINUTES ?= 3
 PROCESSES ?= 2
 INSTANCES ?= 10000
-.PHONY: demo test verify check fix bench gate fuzz abuse soak clean
+.PHONY: demo test verify check fix bench gate fuzz abuse soak verified lock sbom audit-deps clean
 
 .venv/.installed: pyproject.toml .constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Synoptic needs Python 3.11 or newer; say: make PYTHON=python3.11 ...")'
@@ -27,6 +27,7 @@ check: .venv/.installed  ## lint, types, import rules, length of files
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	@wc -l $$(git ls-files 'worker/*.py' 'models/*.py' | grep -v migrations/versions) | awk '$$2 != "total" && $$1 > 400 { print $$2 ": " $$1 " lines; the ceiling is 400"; bad = 1 } END { exit bad }'
+	@$(MAKE) --no-print-directory audit-deps
 
 fix: .venv/.installed  ## format and mend what can be mended by itself
 	$(BIN)/ruff check --fix .
@@ -45,11 +46,8 @@ gate: .venv/.installed  ## every validator, PixelMed too, on all 188 reports of 
 fuzz: .venv/.installed  ## faults put into real files for MINUTES=3, through the receiver's reader and the decoders; the result is quoted in deploy/IMAGES.md
 	$(BIN)/python -m tests.fuzz $(MINUTES)
 
-abuse: .venv/.installed  ## 200 stalled peers and worse beside one honest modality: a minute; the result is quoted in deploy/README.md
-	$(BIN)/python -m tests.bench.abuse
 
-soak: .venv/.installed  ## INSTANCES=10000 through a real installation at line rate, memory and descriptors of each process: a quarter of an hour; the result is quoted in deploy/README.md
-	$(BIN)/python -m tests.bench.soak --instances $(INSTANCES) --plot var/soak.png
+.PHONY: clean
 
 clean:
 	rm -rf .venv var/demo var/demo-*

@@ -169,6 +169,7 @@ class Run:
     decoder_timeout_s: float = 60.0
     lease_s: float = 60.0
     poll_s: float = 0.1
+    study_limit_s: float = 600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

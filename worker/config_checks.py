@@ -88,6 +88,8 @@ def _check_tls(config: Config) -> None:
 def _check_numbers(config: Config) -> None:
     if min(config.run.batch, config.deliver.batch, config.run.decoders) < 1 or min(config.run.lease_s, config.deliver.lease_s) < 3:
         raise ConfigError("run.batch, deliver.batch and run.decoders are at least 1; run.lease_s and deliver.lease_s at least 3.")
+    if config.run.study_limit_s <= 0:
+        raise ConfigError("run.study_limit_s is more than 0.")
     if min(config.receive.verify_mb_per_h, *dataclasses.astuple(config.retention)) < 0:
         raise ConfigError("retention: days are 0 (never) or more, and so is receive.verify_mb_per_h.")
     if config.log.level.upper() not in {"DEBUG", "INFO", "WARNING", "ERROR"} or config.log.format not in {"json", "human"}:

@@ -11,7 +11,8 @@
     │   │   └── PeerUnreachable        no connection, no TLS, no association
     │   ├── NotReadBack            Success was answered but the object cannot be found
     │   ├── DecoderDied            the decoding process was killed by its limits
-    │   └── DeviceOutOfMemory      the accelerator is full even for one study
+    │   ├── DeviceOutOfMemory      the accelerator is full even for one study
+    │   └── DeviceLost             the accelerator answers no more: the process ends, a new one looks for it
     └── Reject      the input is wrong     → discard; tell a person
         ├── PeerRefused            a status that a resend cannot change
         ├── PatientConflict        whose study is this?
@@ -78,6 +79,10 @@ class DecoderDied(Retry):
 
 class DeviceOutOfMemory(Retry):
     """The accelerator cannot hold even one study now."""
+
+
+class DeviceLost(Retry):
+    """The accelerator failed (reset, fallen off the bus): nothing that this process asks of it will be answered again."""
 
 
 class Reject(WorkerError):

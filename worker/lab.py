@@ -93,7 +93,7 @@ def _open(bundle: Path, given: Path | None, threads: int, *, device: str = "cpu"
 
     log.silence()
     torch.set_num_threads(threads)
-    guards.check_device(device)
+    infer.check_device(device)
     with guards.advising(bundle):
         spec = infer.read(bundle, verify=verify)
     if not spec.network.fusion.startswith("single:"):

@@ -12,6 +12,7 @@ Imports are late on purpose: a role loads only what it needs, the receiver never
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import socket
 import sys
@@ -27,7 +28,7 @@ import psutil
 from worker import events
 from worker.config import Config, Destination
 from worker.domain import CommitmentReport, Header, Job, Received
-from worker.errors import BundleError, DecoderDied
+from worker.errors import BundleError, DecoderDied, DeviceLost
 from worker.ops.log import places
 from worker.peers import peer_of
 from worker.record_feeds import clock, identified
@@ -232,6 +233,17 @@ def run(config: Config, store: Store, stop: threading.Event) -> None:
             must_agree=config.records.must_agree,
             pull=Puller(config, store) if config.fhir.url else None,
         )
+
+        def do(jobs: list[Job]) -> None:
+            # The heartbeat would renew the lease of what hangs for ever. This needs no interpreter lock; it prints places, no values.
+            faulthandler.dump_traceback_later(settings.study_limit_s * len(jobs), exit=True)
+            try:
+                cases = process(line, jobs)
+            finally:
+                faulthandler.cancel_dump_traceback_later()
+            if lost := next((case.error for case in cases if isinstance(case.error, DeviceLost)), None):
+                raise lost
+
         started("run", bundles={model.name: model.digest[:12] for model in loaded})
         _work(
             store,
@@ -239,7 +251,7 @@ def run(config: Config, store: Store, stop: threading.Event) -> None:
             poll_s=settings.poll_s,
             lease_s=settings.lease_s,
             take=_take(store, config, sorted(line.models)),
-            do=lambda jobs: process(line, jobs),
+            do=do,
         )
 
 
