@@ -7,9 +7,9 @@ HL7 message before it. One modality sends as fast as it is answered; inference f
 found in the PACS.
 
 "start", "middle", "end" are medians over the first, the middle and the last tenth of the time, after a warm-up; memory is the
-resident set (RSS), and its own share, without pages of files. Not the unique set (USS): of inference that rose by 122 MB while RSS rose
-by 8, as other programs that had torch's libraries mapped ended. Flat is an end of at most `GROWTH_MB`, resident and own, and
-`DESCRIPTORS` above the start.
+resident set (RSS), and its own share, without pages of files. Not the unique set (USS): inference's rose by 122 MB while its RSS rose
+by 8, as other programs that had torch's libraries mapped ended. Flat is an end of at most `GROWTH_MB` above the start, resident and own,
+and at most `DESCRIPTORS`.
 """
 
 from __future__ import annotations
