@@ -91,14 +91,14 @@ class PhantomLine:
         """State, attempts and reason of each job, oldest first."""
         wanted = sa.select(schema.job.c.state, schema.job.c.attempt, schema.job.c.reason).where(schema.job.c.kind == kind)
         with self.store.read() as conn:
-            return [tuple(row) for row in conn.execute(wanted.order_by(schema.job.c.id))]  # type: ignore[misc]
+            return [tuple(row) for row in conn.execute(wanted.order_by(schema.job.c.id))]
 
     def reports(self) -> dict[str, bytes]:
         """The bytes of the one report of each study, by the study's UID."""
         both = sa.select(schema.study.c.study_instance_uid, schema.document.c.data).join_from(schema.document, schema.study)
         with self.store.read() as conn:
             rows = list(conn.execute(both))
-        found: dict[str, bytes] = dict(rows)  # type: ignore[arg-type]
+        found: dict[str, bytes] = dict(rows)
         assert len(found) == len(rows), "two reports of one study"
         return found
 

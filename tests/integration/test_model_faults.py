@@ -36,6 +36,7 @@ from worker import __version__, doctor, pipeline, roles
 from worker.errors import BundleError, DeviceLost, NoSuitableSeries, Reject
 from worker.imaging.decoding import DecoderPool
 from worker.infer import Model
+from worker.record_feeds import clock
 from worker.report.codes import RECORD_MISSING
 from worker.report.content import percent
 from worker.store import queue, schema
@@ -144,8 +145,9 @@ def test_a_device_lost_in_the_middle_ends_the_process_and_gives_the_study_back(s
     """An accelerator that fell off the bus answers no later call of the same process either: only a new one may find it again."""
     site.receive(1)
     with site.store.begin() as conn:  # the role has a clock of its own
-        conn.execute(sa.update(schema.job).values(not_before=roles.clock()))
-    healthy, is_warm = FusionNetwork.encode, []
+        conn.execute(sa.update(schema.job).values(not_before=clock()))
+    healthy = FusionNetwork.encode
+    is_warm: list[bool] = []
 
     def encode(network: FusionNetwork, batch: Tensors) -> Any:
         if is_warm:
@@ -202,7 +204,7 @@ def test_a_network_that_hangs_ends_its_process_gives_its_study_back_and_the_othe
 ) -> None:
     poor, other = site.receive(30, 31)
     with site.store.begin() as conn:  # the role has a clock of its own
-        conn.execute(sa.update(schema.job).values(not_before=roles.clock()))
+        conn.execute(sa.update(schema.job).values(not_before=clock()))
     command = [sys.executable, "-c", HANGING, str(tmp_path / "site"), how]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 1

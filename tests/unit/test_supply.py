@@ -1,4 +1,4 @@
-"""What the worker is made of: no pickle is read, no GPL is imported, no version with a known hole is pinned, and every file has its hash."""
+"""What the worker is made of: no pickle is read, no GPL is imported, no version with a known hole is pinned, each file has its hash."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_a_version_with_a_known_hole_is_neither_pinned_nor_allowed_nor_here(name
 
 @pytest.mark.requirement("X12")
 def test_each_pinned_version_but_torchs_has_its_files_hashes() -> None:
-    """torch comes as a CPU wheel from another index, a disk or as a CUDA build: each has a hash of its own."""
+    """Torch comes as a CPU wheel from another index, a disk or as a CUDA build: each has a hash of its own."""
     text = (ROOT / ".constraints.lock").read_text("utf-8")
     locked = re.findall(r"^([\w.-]+)==(\S+) \\\n((?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n?)+)", text, re.MULTILINE)
     assert {name_of(name): version for name, version, _ in locked} == {k: v for k, v in pinned().items() if k != "torch"}
