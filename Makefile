@@ -46,8 +46,30 @@ gate: .venv/.installed  ## every validator, PixelMed too, on all 188 reports of 
 fuzz: .venv/.installed  ## faults put into real files for MINUTES=3, through the receiver's reader and the decoders; the result is quoted in deploy/IMAGES.md
 	$(BIN)/python -m tests.fuzz $(MINUTES)
 
+abuse: .venv/.installed  ## 200 stalled peers and worse beside one honest modality: a minute; the result is quoted in deploy/README.md
+	$(BIN)/python -m tests.bench.abuse
 
-.PHONY: clean
+soak: .venv/.installed  ## INSTANCES=10000 through a real installation at line rate, memory and descriptors of each process: a quarter of an hour; the result is quoted in deploy/README.md
+	$(BIN)/python -m tests.bench.soak --instances $(INSTANCES) --plot var/soak.png
+
+# The tools of the supply chain have an environment of their own, so that they are no part of what they list.
+.venv/tools/.installed: .venv/.installed
+	$(PYTHON) -m venv .venv/tools
+	.venv/tools/bin/python -m pip install --quiet uv==0.13.9 pip-audit==2.10.1 cyclonedx-bom==7.5.0
+	@touch $@
+
+verified:  ## before the first make: install each pinned version, but torch, from files whose sha256 is in .constraints.lock
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --require-hashes --no-deps --requirement .constraints.lock
+
+lock: .venv/tools/.installed  ## the sha256 of every published file of each version in .constraints.txt but torch, which comes from several indexes
+	grep -v '^torch==' .constraints.txt | .venv/tools/bin/uv pip compile - --quiet --generate-hashes --no-deps --no-header --no-annotate --python-version 3.11 -o .constraints.lock
+
+sbom: .venv/tools/.installed  ## sbom.json: what is installed here, CycloneDX 1.6
+	.venv/tools/bin/cyclonedx-py environment $(BIN)/python --sv 1.6 --of JSON -o sbom.json
+
+audit-deps: .venv/tools/.installed  ## known vulnerabilities of the pinned versions, by pip-audit; says so where its service is not reached
+	$(BIN)/python -m tests.audit .venv/tools/bin/pip-audit
 
 clean:
 	rm -rf .venv var/demo var/demo-*
