@@ -15,7 +15,7 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BytesIO
 from types import TracebackType
 from typing import Final, Self
@@ -55,6 +55,8 @@ class Peer:
     ``read_back`` off is for archives without C-FIND: Success alone then counts as delivered.
     ``tls`` gives the context for a new connection; with it nothing is ever sent in the clear. The peer's certificate
     must be for ``tls_server_name``, or where that is empty for ``host``.
+    With a ``stow_url`` it is called by DICOMweb there (stow.py), ``authorization`` is the header's value, and nothing here has a meaning
+    but name, host, port, time-out, read-back and TLS.
     """
 
     name: str
@@ -66,6 +68,8 @@ class Peer:
     read_back: bool = True
     tls: Callable[[], ssl.SSLContext] | None = None
     tls_server_name: str = ""
+    stow_url: str = ""
+    authorization: str = field(default="", repr=False)
 
 
 def connect(peer: Peer) -> socket.socket:
