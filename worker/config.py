@@ -58,7 +58,7 @@ class Receive:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sender:
-    """Somebody who may send to us; with a port, it can be asked how many images a study has."""
+    """Somebody who may send to us; with ports, it is asked how many images a study has, and may ask us to commit to what it sent."""
 
     ae_title: str
     addresses: tuple[str, ...] = ("127.0.0.1",)
@@ -69,6 +69,7 @@ class Sender:
     tls_certificate: str = ""
     tls_key: str = ""
     tls_server_name: str = ""
+    commitment_port: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

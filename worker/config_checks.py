@@ -129,6 +129,7 @@ def _check_numbers(config: Config) -> None:
 def _check_ports(config: Config) -> None:
     ports = [("receive", config.receive.port), ("records", config.records.port)]
     ports += [(f"destinations {peer.name}", peer.port) for peer in config.destinations if not peer.stow_url]
+    ports += [(f"senders {sender.ae_title}", sender.commitment_port) for sender in config.senders if sender.commitment_port]
     for where, port in ports:
         if not 1 <= port <= 65535:
             raise ConfigError(f"{where}: {port} is no TCP port; ports are 1 to 65535.")

@@ -6,6 +6,7 @@ Not here: who calls us (intake/negotiation.py), certificates (tls.py).
 from __future__ import annotations
 
 import base64
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
@@ -60,6 +61,15 @@ def peer_to_ask(sender: Sender, *, host: str, own_ae_title: str) -> Peer:
         tls=client_context(sender),
         tls_server_name=sender.tls_server_name,
     )
+
+
+def peer_to_report(config: Config, calling_ae: str, address: str) -> Peer | None:
+    """A sender as we report to it what we commit to; None where nobody by that title may ask."""
+    for sender in config.senders:
+        if sender.commitment_port and sender.ae_title in (calling_ae, "*"):
+            peer = peer_to_ask(sender, host=address, own_ae_title=config.receive.ae_title)
+            return replace(peer, name=calling_ae, ae_title=calling_ae, port=sender.commitment_port)
+    return None
 
 
 def peers_of(config: Config) -> list[Peer]:

@@ -26,11 +26,11 @@ import psutil
 
 from worker import events
 from worker.config import Config, Destination
-from worker.domain import CommitmentReport, Header, Job, Received
+from worker.domain import CommitmentReport, CommitmentRequest, Header, Job, Received
 from worker.errors import BundleError, DecoderDied
-from worker.peers import peer_of
+from worker.peers import peer_of, peer_to_report
 from worker.record_feeds import clock, identified
-from worker.store import commitments, queue, studies
+from worker.store import commitments, promises, queue, studies
 from worker.store.database import Connection, DatabaseUnavailable, Store
 from worker.store.group import GroupCommit
 from worker.store.spool import Spool, Stored
@@ -133,6 +133,7 @@ def receive(config: Config, store: Store, listener: socket.socket, stop: threadi
         max_pdu=settings.max_pdu_bytes,
         accepts_unknown=settings.accept_unknown_sop_classes,
         takes_commitments=any(destination.commitment for destination in config.destinations),
+        commits_to=[sender.ae_title for sender in config.senders if sender.commitment_port],
         transfer_syntaxes=decodable_transfer_syntaxes(_loadable_codecs()),
     )
     limits = Limits(
@@ -147,8 +148,8 @@ def receive(config: Config, store: Store, listener: socket.socket, stop: threadi
         header, stored, sender = item
         return add_instance(conn, config, header, stored, calling_ae=sender.calling_ae, address=sender.address)
 
-    def report(said: CommitmentReport, archive: Caller) -> str:
-        return take_report(config, store, said, archive)
+    def report(said: CommitmentReport | CommitmentRequest, caller: Caller) -> str:
+        return (take_request if isinstance(said, CommitmentRequest) else take_report)(config, store, said, caller)
 
     commit = GroupCommit(store.begin, add, order=lambda item: item[0].study_instance_uid)
 
@@ -180,6 +181,15 @@ def take_report(config: Config, store: Store, said: CommitmentReport, archive: C
     for change in changes:
         commitments.say(change)
     return ""
+
+
+def take_request(config: Config, store: Store, asked: CommitmentRequest, sender: Caller) -> str:
+    """Note what a sender asks us to commit to, for a sweep to look at and report; returns why not, or ''."""
+    if peer_to_report(config, sender.calling_ae, sender.address) is None:
+        return "This AE title may not ask for commitment"
+    with store.begin() as conn:
+        is_noted = promises.ask(conn, asked, calling_ae=sender.calling_ae, address=sender.address, now=clock())
+    return "" if is_noted else "The transaction UID was used for other instances"
 
 
 def _loadable_codecs() -> Mapping[str, str] | None:

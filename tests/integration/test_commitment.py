@@ -478,8 +478,8 @@ def event_report_command() -> bytes:
 
 
 @pytest.mark.parametrize(("scp_role", "takes"), [(False, True), (True, False)])
-def test_a_caller_that_wants_us_to_commit_is_offered_nothing(tmp_path: Path, *, scp_role: bool, takes: bool) -> None:
-    """Without the role of SCP it would ask, and we do not answer; and no site gets a door it did not ask for."""
+def test_a_caller_that_may_not_ask_or_is_not_to_report_is_offered_nothing(tmp_path: Path, *, scp_role: bool, takes: bool) -> None:
+    """Without the role of SCP it would ask, which needs `commits_to` (test_promises.py); and no site gets a door it did not ask for."""
     ae = AE("SENDER")
     ae.add_requested_context(STORAGE_COMMITMENT)
     role = build_role(STORAGE_COMMITMENT, scu_role=not scp_role, scp_role=scp_role)
