@@ -20,7 +20,12 @@ from worker.errors import PatientConflict, ReportInvalid
 
 # PS3.16 TID 1500, 1501: what each measurement group says of itself, and what the root says.
 _GROUP: Final = "125007"
-_OF_GROUP: Final = {"112039": "Tracking Identifier", "112040": "Tracking Unique Identifier", "111001": "Algorithm Name"}
+_OF_GROUP: Final = {
+    "112039": "Tracking Identifier",
+    "112040": "Tracking Unique Identifier",
+    "111001": "Algorithm Name",
+    "111003": "Algorithm Version",
+}
 _OF_ROOT: Final = {"121058": "Procedure Reported", "121005": "Observer Type", "121012": "Device Observer UID"}
 
 
@@ -38,7 +43,7 @@ def check(data: bytes, *, study: Study) -> None:
         with config.disable_value_validation():
             ds = pydicom.dcmread(BytesIO(data))
             is_theirs, broken = _is_of(ds, study), next(_broken(ds), "")
-    except Exception as error:  # pydicom raises whatever bytes make it raise
+    except Exception as error:  # noqa: BLE001  pydicom raises whatever bytes make it raise
         raise ReportInvalid(f"The report that was written cannot be read again ({type(error).__name__}).") from None
     if not is_theirs:
         raise PatientConflict("The report that was written names another patient or study than its study: it is not sent.")
