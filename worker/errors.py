@@ -17,6 +17,7 @@
         ├── PeerRefused            a status that a resend cannot change
         ├── PatientConflict        whose study is this?
         ├── StoredFileLost         our own disk lost or changed what was received, or [retention] removed it: send it again, then retry
+        ├── ReportInvalid          what we wrote may not be sent: our fault, and nobody is told anything
         ├── BundleError            weights, digest or metadata are not what they should be
         ├── RecordError            a message or resource that cannot be understood
         │   └── PatientAmbiguous   a server has several patients under one identifier
@@ -99,6 +100,10 @@ class PatientConflict(Reject):
 
 class StoredFileLost(Reject):
     """A spool file is missing, removed or not what was received: our doing, which no report may pass on as the study's."""
+
+
+class ReportInvalid(Reject):
+    """A report that we wrote breaks a rule of its kind and may not be sent."""
 
 
 class BundleError(Reject):

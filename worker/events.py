@@ -35,6 +35,8 @@ NAMES: Final = frozenset(
         "commitment.denied",  # it did not, and the document is sent again
         "commitment.missing",  # no report in time; a query found the document, or was not answered
         "commitment.turned_away",  # a report that changed nothing: a stranger's, of an unknown transaction, not to be read
+        "commitment.promised",  # a sender took our report on what it asked us to keep
+        "commitment.unreported",  # it did not: at the first try, and when it is given up
         "report.outdated",  # the record changed after it
         "record.expired",  # retention
         "images.removed",  # retention

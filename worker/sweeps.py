@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from worker import consistency, events, reissue, tables_feed, tls
 from worker.config import Config, ConfigError, Table
 from worker.errors import WorkerError
 from worker.ops.log import places
-from worker.peers import count_of, peers_of
+from worker.peers import count_of, peer_to_report, peers_of
 from worker.record_feeds import clock
 from worker.roles import read_bundles
 from worker.silence import Silence
@@ -34,6 +35,7 @@ SPOOL_SWEEP_S: Final = 1800.0
 RENEW_S: Final = 5.0
 EXPIRE_S: Final = 3600.0
 RETAIN_S: Final = 600.0
+PROMISE_S: Final = 1.0
 LISTEN_S: Final = 60.0
 CERTIFICATES_S: Final = 86400.0
 VERIFY_S: Final = 60.0
@@ -58,13 +60,9 @@ def scheduler(config: Config, store: Store, spool: Spool) -> BackgroundScheduler
         for bundle in bundles
     ]
     limit_s = config.assembly.incomplete_limit_s
-    asking = {sender.ae_title: sender for sender in config.senders if sender.query_port}
 
     def complete() -> None:
         assembly.sweep(store, wants=wants, limit_s=limit_s, now=clock())
-
-    def ask() -> None:
-        assembly.ask_senders(store, ask=lambda one: _expected(config, one), after_s=config.assembly.ask_sender_after_s, now=clock())
 
     def rescue() -> None:
         with store.begin() as conn:
@@ -74,11 +72,9 @@ def scheduler(config: Config, store: Store, spool: Spool) -> BackgroundScheduler
 
     made = BackgroundScheduler(timezone=UTC, job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": None})
     made.add_job(_spared(complete), "interval", seconds=config.assembly.sweep_s)
-    for sweep, seconds in _of_records(config, store, bundles):
+    for sweep, seconds in _of_records(config, store, bundles) + _of_senders(config, store):
         made.add_job(_spared(sweep), "interval", seconds=seconds)
     made.add_job(_spared(rescue), "interval", seconds=max(1.0, config.run.lease_s / 6))
-    if asking:
-        made.add_job(_spared(ask), "interval", seconds=config.assembly.sweep_s)
     # At once but in the background: with 100 000 files, or peers that are away, it must not delay the first association.
     made.add_job(_spared(lambda: sweep_spool(store, spool), name="clean"), "interval", seconds=SPOOL_SWEEP_S, next_run_time=clock())
     made.add_job(_spared(lambda: _retain(config, store, spool), name="remove"), "interval", seconds=RETAIN_S)
@@ -124,6 +120,21 @@ def _of_records(config: Config, store: Store, bundles: Sequence[Bundle]) -> list
     views = [(reader(table), table.every_s) for table in config.tables if table.every_s > 0]
     alarms = [(listen, min(LISTEN_S, settings.silent_after_s / 2))] if settings.silent_after_s > 0 else []
     return [(renew, RENEW_S), (expire, EXPIRE_S), *alarms, *views]
+
+
+def _of_senders(config: Config, store: Store) -> list[tuple[Callable[[], None], float]]:
+    """What senders are asked and told, and every how many seconds."""
+    from worker.deliver import commitment
+    from worker.intake import assembly
+
+    def ask() -> None:
+        assembly.ask_senders(store, ask=lambda one: _expected(config, one), after_s=config.assembly.ask_sender_after_s, now=clock())
+
+    def promise() -> None:
+        commitment.report_all(store=store, instances=config.spool / "instances", peer_of=partial(peer_to_report, config), clock=clock)
+
+    asks = [(ask, config.assembly.sweep_s)] if any(sender.query_port for sender in config.senders) else []
+    return asks + ([(promise, PROMISE_S)] if any(sender.commitment_port for sender in config.senders) else [])
 
 
 def _certificates(config: Config) -> Callable[[], None]:

@@ -22,7 +22,8 @@ What a C-STORE is answered (PS3.4 Table B.2-1, PS3.7 Annex C); each comes with a
 
 And an archive's N-EVENT-REPORT on storage commitment (PS3.7 §10.1.1.1.8), where the association agreed that it is SCP of that class:
 0x0000 taken, repeated ones too; 0x0112 another SOP instance; 0x0113 another event type; 0x0115 cannot be read, or the transaction is
-unknown or another archive's; 0x0213 too long, or the database is away: report again later.
+unknown or another archive's; 0x0213 too long, or the database is away: report again later. A sender's N-ACTION, where it may be SCU: 0x0000
+our report follows, whatever it will say; 0x0112, 0x0115, 0x0213 likewise, 0x0123 another action type.
 
 Several processes may share one listening socket (`listen`): an idle one accepts first. Emits
 ``association.rejected``, ``association.closed``, ``instance.refused`` and ``commitment.turned_away``.
@@ -109,7 +110,7 @@ class StorageScp:
     ssl_context
         Gives the server context for one connection; then nothing but TLS is spoken. The handshake runs in the connection's own thread.
     reports
-        Takes what archives say of storage commitment; goes with the policy's `takes_commitments`.
+        Takes what archives say of storage commitment and senders ask; goes with the policy's `takes_commitments` and `commits_to`.
     """
 
     def __init__(

@@ -35,6 +35,7 @@ WARNINGS: Final = frozenset(
         "commitment.denied",
         "commitment.missing",
         "commitment.turned_away",
+        "commitment.unreported",
         "certificate.expires",
         "destination.down",
     }

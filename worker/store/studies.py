@@ -116,7 +116,8 @@ def add_instance(
         known = conn.execute(_KNOWN, {"uid": header.sop_instance_uid}).one()
         if known.sha256 == sha256:
             return Received.DUPLICATE if known.removed_at is None else _returned(conn, study_row, known.id, quiet_s=quiet_s, now=now)
-        history.note(conn, study_row.id, name="instance.quarantined", now=now, reason="same SOP Instance UID, other bytes")
+        reason = "same SOP Instance UID, other bytes"
+        history.note(conn, study_row.id, name="instance.quarantined", now=now, instance=known.id, reason=reason)
         return Received.CONFLICT
     result = Received.STORED
     if PatientKey(study_row.issuer, study_row.patient_id) != header.patient.key:
