@@ -5,7 +5,7 @@
     run       lease → pipeline.process, a heartbeat beside it    (the only one that loads torch)
     deliver   lease → deliver.send, one thread a destination
 
-The third is in receiving.py. Imports are late on purpose: a role loads only what it needs.
+The third is in reception.py. Imports are late on purpose: a role loads only what it needs.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from tests.conftest import Captured
 from tests.installation import BUNDLES
 from tests.proxy import Cut, Proxy
 from tests.scu import CT, EXPLICIT, VERIFICATION, Heard, Scu, encoded, hearing, slice_of
-from worker import consistency, importing, pipeline, receiving, record_feeds, sweeps
+from worker import consistency, importing, pipeline, reception, record_feeds, sweeps
 from worker.config import Config, Receive, Records, Sender, Site
 from worker.domain import PatientKey
 from worker.intake import assembly, mllp
@@ -69,7 +69,7 @@ class Ward:
 
 @contextmanager
 def receiving(folder: Path, url: str) -> Iterator[Ward]:
-    """Run `receiving.receive` on a migrated database of its own connections."""
+    """Run `reception.receive` on a migrated database of its own connections."""
     config = Config(
         site=Site(data=folder, database=url, issuer="SITE"),
         receive=Receive(low_water_mb=1),
@@ -79,7 +79,7 @@ def receiving(folder: Path, url: str) -> Iterator[Ward]:
     store, listener, stop = Store(url), listen(("127.0.0.1", 0)), threading.Event()
     host, port = listener.getsockname()
     with hearing() as heard:
-        thread = threading.Thread(target=receiving.receive, args=(config, store, listener, stop))
+        thread = threading.Thread(target=reception.receive, args=(config, store, listener, stop))
         thread.start()
         try:
             heard.next("role.started", timeout_s=120)

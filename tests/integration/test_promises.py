@@ -25,7 +25,7 @@ from tests.installation import wait_until
 from tests.peers import dcmtk, free_port, orthanc
 from tests.receivers import Receiver, receiving
 from tests.scu import CT, slice_of
-from worker import receiving, sweeps
+from worker import reception, sweeps
 from worker.config import Config, Receive, Sender
 from worker.config import Site as SiteSettings
 from worker.deliver import commitment
@@ -96,7 +96,7 @@ class Site:
     def receiver(self) -> Iterator[Receiver]:
         def take(said: CommitmentReport | CommitmentRequest, caller: Caller) -> str:
             assert isinstance(said, CommitmentRequest)
-            return receiving.take_request(self.config, self.store, said, caller)
+            return reception.take_request(self.config, self.store, said, caller)
 
         calling = {"MODALITY": ["127.0.0.1"], "STRANGER": ["127.0.0.1"]}
         with receiving(self.images.spool.root, calling=calling, spool=self.images.spool, reports=take, commits_to=["MODALITY"]) as running:
@@ -132,7 +132,7 @@ def made(store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
     site = Site(Images(store, Spool(folder / "spool", low_water_bytes=0)))
     for number in (1, 2, 3):
         site.images.receive(number)
-    monkeypatch.setattr(receiving, "clock", lambda: site.now)
+    monkeypatch.setattr(reception, "clock", lambda: site.now)
     return site
 
 
@@ -423,7 +423,7 @@ def test_orthanc_stores_asks_and_is_told(sqlite: Store, tmp_path: Path) -> None:
             senders=(Sender(ae_title="*", commitment_port=pacs.dicom_port),),
         )
         periodic = sweeps.scheduler(config, sqlite, Spool(config.spool, low_water_bytes=0))
-        receiver = threading.Thread(target=receiving.receive, args=(config, sqlite, listener, stop))
+        receiver = threading.Thread(target=reception.receive, args=(config, sqlite, listener, stop))
         receiver.start()
         periodic.start()
         try:
