@@ -91,6 +91,7 @@ def receiving(
     accepts_unknown: bool = False,
     reports: Reports | None = None,
     tls_names: Mapping[str, Sequence[str]] | None = None,
+    commits_to: Sequence[str] = (),
     address: tuple[str, int] = ("127.0.0.1", 0),
 ) -> Iterator[Receiver]:
     """Run a receiver called SYNOPTIC, which SENDER may call, while the block runs."""
@@ -103,6 +104,7 @@ def receiving(
         accepts_unknown=accepts_unknown,
         takes_commitments=reports is not None,
         tls_names=tls_names,
+        commits_to=commits_to,
     )
     scp = StorageScp(listen(address), policy=policy, spool=spool, sink=store.sink, limits=limits, ssl_context=ssl_context, reports=reports)
     with hearing() as heard:

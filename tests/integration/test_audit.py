@@ -18,7 +18,7 @@ from pynetdicom.pdu import A_ASSOCIATE_AC, A_ASSOCIATE_RJ
 
 from tests import audit as expected
 from tests import factories
-from tests.audit import Repository, details, objects, outcome, trail
+from tests.atna import Repository, details, objects, outcome, trail
 from tests.conftest import Captured
 from tests.installation import Installation, wait_until
 from tests.peers import dcmtk, orthanc

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.audit import details, lines, objects, outcome, trail
+from tests.atna import details, lines, objects, outcome, trail
 from tests.conftest import Captured
 from worker import events
 from worker.domain import Patient, PatientKey

@@ -15,7 +15,7 @@ from pydicom import dcmread
 from pydicom.uid import generate_uid
 
 from worker import events
-from worker.deliver import commitment, cstore
+from worker.deliver import commitment, cstore, stow
 from worker.domain import Document, Job, Patient, PatientKey
 from worker.errors import Reject, Retry
 from worker.ops import audit
@@ -27,7 +27,7 @@ from worker.store.database import Store
 def deliver(
     jobs: Sequence[Job], *, store: Store, peer: cstore.Peer, clock: Callable[[], datetime], commitment_wait_s: float | None = None
 ) -> list[cstore.Outcome]:
-    """Send leased jobs' documents over one association and settle each on its own; returns what became of each.
+    """Send leased jobs' documents by the destination's door, C-STORE or STOW-RS, and settle each on its own; returns what became of each.
 
     With `commitment_wait_s` the peer is asked to commit to what it took, and its report is waited for so long.
     """
@@ -39,7 +39,7 @@ def deliver(
         for document, job in zip(loaded, jobs, strict=True):
             subjects.append(_subject(document, job))
             audit.begun(subjects[-1], destination=to)
-        outcomes = cstore.send(loaded, peer=peer)
+        outcomes = (stow if peer.stow_url else cstore).send(loaded, peer=peer)
     except Exception as exc:  # noqa: BLE001  one document must not end the deliveries of a destination
         outcomes = [cstore.Outcome(document.sop_instance_uid, error=Retry(_unforeseen(exc))) for document in loaded]
     for subject, outcome in zip(subjects, outcomes, strict=False):

@@ -35,12 +35,15 @@ WARNINGS: Final = frozenset(
         "commitment.denied",
         "commitment.missing",
         "commitment.turned_away",
+        "commitment.unreported",
         "certificate.expires",
         "destination.down",
         "audit.unsent",
     }
 )
-ERRORS: Final = frozenset({"job.discarded", "sweep.failed", "certificate.unusable", "audit.failed", "audit.dropped"})
+ERRORS: Final = frozenset(
+    {"job.discarded", "sweep.failed", "certificate.unusable", "heartbeat.died", "file.damaged", "audit.failed", "audit.dropped"}
+)
 
 #: Libraries whose words may hold patient data, at any level.
 SILENCED: Final = ("pynetdicom", "pydicom", "highdicom", "sqlalchemy", "alembic", "apscheduler", "hl7", "py.warnings", "monai", "ignite")
