@@ -31,7 +31,7 @@ def deliver(
     with store.read() as conn:
         loaded = [documents.load(conn, job.document_id or 0) for job in jobs]
     try:
-        outcomes = (stow if peer.stow_url else cstore).send(loaded, peer=peer)
+        outcomes = stow.send(loaded, peer=peer) if peer.stow_url else cstore.send(loaded, peer=peer)
     except Exception as exc:  # noqa: BLE001  one document must not end the deliveries of a destination
         outcomes = [cstore.Outcome(document.sop_instance_uid, error=Retry(_unforeseen(exc))) for document in loaded]
     transaction_uid = str(generate_uid(prefix=None))  # of random bits: none is ever used twice
