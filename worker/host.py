@@ -66,11 +66,12 @@ def _orders(config: Config, config_file: Path | None) -> Iterator[Path]:
 
 
 def _keys(config: Config) -> Iterator[Path]:
-    for one in (config.receive, config.records, *config.destinations, *config.senders):
-        if name := one.tls_key or one.tls_certificate:  # without a key of its own, a certificate's file holds it
-            yield Path(name)
-    if config.fhir.key_file:
-        yield Path(config.fhir.key_file)
+    doors = [(one.tls_key, one.tls_certificate) for one in (config.receive, config.records)]
+    peers = [(one.tls_key, one.tls_certificate) for one in config.destinations]
+    peers += [(one.tls_key, one.tls_certificate) for one in config.senders]
+    for key, certificate in (*doors, *peers, (config.fhir.key_file, "")):
+        if key or certificate:  # without a key of its own, a certificate's file holds it
+            yield Path(key or certificate)
 
 
 def _is_read(path: Path) -> bool:
