@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
-from worker import doctor, events, host, watch_cli
+from worker import __version__, doctor, events, host, watch_cli
 from worker.config import Config, ConfigError
 from worker.errors import WorkerError
 from worker.record_feeds import clock
@@ -83,7 +83,7 @@ def write(path: Path, config: Config, config_file: Path | None, *, log_file: Pat
             ("log.json", "the last events of the log; lines that are no events of ours are counted", _log(log_file, lines, mask, now))
         )
     texts = [(name, meaning, json.dumps(content, indent=1, default=str)) for name, meaning, content in parts]
-    readme = _README.format(version=doctor.__version__, parts="\n".join(f"{name:20s} {meaning}" for name, meaning, _ in texts))
+    readme = _README.format(version=__version__, parts="\n".join(f"{name:20s} {meaning}" for name, meaning, _ in texts))
     with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file, zipfile.ZipFile(file, "w") as made:
         for name, text in [("README.txt", readme), *((name, text) for name, _, text in texts)]:
             made.writestr(zipfile.ZipInfo(name), text, zipfile.ZIP_DEFLATED)  # an entry without a date
@@ -174,7 +174,7 @@ def _versions(config: Config) -> object:
     packages = {one.name: one.version for one in distributions()}
     is_ready = Store(config.database_url).is_ready()
     return {
-        "synoptic": doctor.__version__,
+        "synoptic": __version__,
         "schema": schema.REVISION,
         "database_is_of_it": is_ready,
         "packages": dict(sorted(packages.items())),
