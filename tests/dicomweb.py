@@ -124,10 +124,11 @@ class Archive:
         self.authorizations.add(handler.headers["Authorization"])
         body = handler.rfile.read(int(handler.headers["Content-Length"]))
         whole = message_from_bytes(f"Content-Type: {handler.headers['Content-Type']}\r\n\r\n".encode() + body, policy=HTTP)
-        (part,) = whole.iter_parts()  # type: ignore[attr-defined]
+        (part,) = whole.iter_parts()
         assert (whole.get_content_type(), whole.get_param("type")) == ("multipart/related", "application/dicom")
         assert part.get_content_type() == "application/dicom"
         file = part.get_payload(decode=True)
+        assert isinstance(file, bytes)
         step = self.steps[len(self.received)] if len(self.received) < len(self.steps) else None
         self.received.append(file)
         ds = dcmread(BytesIO(file))

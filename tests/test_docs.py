@@ -27,7 +27,7 @@ def test_every_link_of_a_page_leads_somewhere(page: str) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_every_verb_a_page_names_exists(page: str) -> None:
     verbs = set(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
-    named = set(re.findall(r"`(?:\.venv/bin/)?synoptic ([a-z]+)", (ROOT / page).read_text("utf-8")))
+    named = set(re.findall(r"`(?:\.venv/bin/)?synoptic ([a-z-]+)", (ROOT / page).read_text("utf-8")))
     assert named <= verbs
 
 

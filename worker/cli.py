@@ -17,9 +17,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from worker import __version__, config, lab, record_cli, watch_cli
+from worker import __version__, config, host, lab, record_cli, watch_cli
 from worker.config import Config, ConfigError, config_file
 from worker.errors import WorkerError
+from worker.ops import log
 from worker.store.database import DatabaseUnavailable, Store
 from worker.store.spool import Spool, SpoolError
 
@@ -56,6 +57,9 @@ StudyArg = Annotated[str, typer.Argument(help="Its number in `synoptic studies`,
 def main() -> NoReturn:
     """Run the command line; every foreseen error is one sentence and an exit code."""
     os.umask(0o077)
+    host.confine()
+    log.silence()
+    log.on_crash(_crashed)
     try:
         app()
     except ConfigError as exc:
@@ -72,6 +76,12 @@ def main() -> NoReturn:
 def _fail(sentence: str, code: int) -> NoReturn:
     err.print(f"[red]{escape(sentence)}[/red]", soft_wrap=True)
     sys.exit(code)
+
+
+def _crashed(kind: str, where: list[str]) -> None:
+    err.print(
+        f"[red]A fault of ours, {kind}, at {escape(' < '.join(reversed(where)))}: tell us, with `synoptic doctor`.[/red]", soft_wrap=True
+    )
 
 
 def _needed(given: Path | None) -> Path | None:
@@ -93,7 +103,6 @@ def _open(given: Path | None) -> tuple[Config, Store]:
 
 def _serve(given: Path | None, wanted: tuple[str, ...]) -> None:
     from worker import daemon
-    from worker.ops import log
 
     path = _needed(given)
     settings = config.read(path)
@@ -135,7 +144,6 @@ def role(
 ) -> None:
     """One child of the supervisor."""
     from worker import daemon
-    from worker.ops import log
 
     settings = config.read(given)
     log.setup(level=settings.log.level, human=settings.log.format == "human" and not is_check)
@@ -267,9 +275,7 @@ def import_(
 ) -> None:
     """Take in files as if they had come over the network. Repeating it changes nothing."""
     from worker import importing
-    from worker.ops import log
 
-    log.silence()
     settings, store = _open(given)
     if mapping is not None:
         _import_tables(paths, mapping, settings, store, dry_run=dry_run)
@@ -330,12 +336,33 @@ class bar:  # noqa: N801  used as a context manager, like a function
 def doctor(given: ConfigFile = None) -> None:
     """Check everything an installation needs; paste its output into a bug report. Exit 1 if a check fails."""
     from worker import doctor as checks
-    from worker.ops import log
 
-    log.silence()
     path = config_file(given)
     if not checks.report(out, config.read(path), path):
         sys.exit(EXIT_FAILED)
+
+
+@app.command(name="support-bundle")
+def support_bundle(
+    path: Annotated[Path, typer.Argument(help="The zip file to make.")],
+    given: ConfigFile = None,
+    log_file: Annotated[
+        Path | None, typer.Option("--log", exists=True, dir_okay=False, help="The log, as `journalctl -u synoptic -o cat` writes it.")
+    ] = None,
+    lines: Annotated[int, typer.Option(min=1, max=20_000, help="With --log: so many of its last lines.")] = 5000,
+) -> None:
+    """Everything a vendor needs to help, in one file that names no patient and no site: look at it, then send it.
+
+    Versions, the configuration with its texts masked, `doctor`, `status`, the ledger's sums, causes of refusal and the log's events.
+    """
+    from worker import support
+
+    found = config_file(given)
+    parts = support.write(path, config.read(found), found, log_file=log_file, lines=lines)
+    table = Table("part", "what it is", "bytes")
+    for name, meaning, size in parts:
+        table.add_row(name, meaning, str(size))
+    out.print(table)
 
 
 lab.register(app)

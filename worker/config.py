@@ -31,7 +31,7 @@ class Site:
     """What is true of the whole installation."""
 
     data: Path = Path("var")
-    database: str = ""
+    database: str = field(default="", repr=False)
     timezone: str = "UTC"
     issuer: str = ""
 
@@ -138,7 +138,7 @@ class FhirServer:
     issuer_system: str = ""
     token_url: str = ""
     client_id: str = ""
-    client_secret: str = ""
+    client_secret: str = field(default="", repr=False)
     key_file: str = ""
     key_id: str = ""
     scope: str = "system/*.read"
@@ -153,7 +153,7 @@ class Table:
     """A view or query of the site's data warehouse, read again and again from where it ended; not at all where `every_s` is 0."""
 
     name: str
-    database: str
+    database: str = field(repr=False)
     query: str
     mapping: Path
     every_s: float = 0.0

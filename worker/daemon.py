@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from worker import events, reception, record_feeds, roles, sweeps, tls
+from worker import events, host, reception, record_feeds, roles, sweeps, tls
 from worker.config import Config, ConfigError
 from worker.ops import audit, forwarding
 from worker.peers import repository_of
@@ -146,6 +146,10 @@ def supervise(config: Config, config_file: Path | None, *, wanted: Sequence[str]
     """Run the wanted roles until SIGTERM. `receive` brings the sweeps and the HL7 listener with it."""
     supervisor = Supervisor()
     on_signal(supervisor.stop)
+    if refused := host.changeable(config, config_file):
+        raise ConfigError(" ".join(refused))
+    for reason in host.exposed(config, config_file):
+        events.emit("host.exposed", reason=reason)
     tls.check(config, wanted=wanted)
     roles.read_bundles(config)  # a bad bundle is a sentence now, not a child that dies again and again
     store = open_store(config)

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from worker import __version__, daemon, guards, peers, tls
+from worker import __version__, daemon, guards, host, peers, tls
 from worker.config import Config, ConfigError
 from worker.errors import PeerRefused, PeerUnavailable, WorkerError
 from worker.imaging.codecs import unloadable
@@ -65,6 +65,8 @@ def checks(config: Config, config_file: Path | None) -> Iterator[Check]:
     yield "synoptic", f"{__version__} on Python {platform.python_version()}, {platform.platform()}", True
     yield "libraries", ", ".join(f"{name} {version(name)}" for name in LIBRARIES), True
     yield "configuration", str(config_file or "none: the defaults"), True
+    risks = [*host.changeable(config, config_file), *host.exposed(config, config_file)]
+    yield "protection", " ".join(risks) or "no core dumps; a user of its own; nothing here that other users may change", not risks
     yield _tried("codecs", _codecs)
     yield _tried("database", lambda: _database(config))
     yield _tried("spool", lambda: _spool(config))

@@ -49,6 +49,7 @@ NAMES: Final = frozenset(
         "certificate.reloaded",
         "certificate.unusable",  # a new file cannot be used; what was loaded before stays
         "codec.missing",  # at start: a decoder cannot be loaded, and its transfer syntaxes are not offered
+        "host.exposed",  # at start: root, or a secret that every user can read
         "role.started",
         "role.stopped",
         "role.restarted",

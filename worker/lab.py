@@ -89,9 +89,7 @@ def _open(bundle: Path, given: Path | None, threads: int, *, device: str = "cpu"
     import torch
 
     from worker import infer
-    from worker.ops import log
 
-    log.silence()
     torch.set_num_threads(threads)
     infer.check_device(device)
     with guards.advising(bundle):

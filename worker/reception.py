@@ -102,7 +102,9 @@ def receive(config: Config, store: Store, listener: socket.socket, stop: threadi
         return add_instance(conn, config, header, stored, calling_ae=sender.calling_ae, address=sender.address)
 
     def report(said: CommitmentReport | CommitmentRequest, caller: Caller) -> str:
-        return (take_request if isinstance(said, CommitmentRequest) else take_report)(config, store, said, caller)
+        if isinstance(said, CommitmentRequest):
+            return take_request(config, store, said, caller)
+        return take_report(config, store, said, caller)
 
     commit = GroupCommit(store.begin, add, order=lambda item: item[0].study_instance_uid)
 

@@ -60,10 +60,8 @@ class _Installed:
 
 
 def _installed(opener: Opener, given: Path | None) -> _Installed:
-    from worker.ops import log
     from worker.roles import read_bundles
 
-    log.silence()  # at DEBUG a database driver logs the rows it reads
     config, store = opener(given)
     return _Installed(
         store,

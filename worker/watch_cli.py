@@ -88,9 +88,6 @@ def register(app: typer.Typer, opener: Opener) -> None:
         sends again, the same bytes under the same UIDs. Senders with a query_port are asked how many images their studies have; what they
         have more than came here is named. It is no fault: archives keep objects that they do not send.
         """
-        from worker.ops import log
-
-        log.silence()
         settings, store = opener(given)
         spool = Spool(settings.spool, low_water_bytes=settings.receive.low_water_mb * 2**20)
         is_well = _check(store, spool, with_digests=with_digests, is_repair=is_repair)
@@ -116,7 +113,8 @@ def register(app: typer.Typer, opener: Opener) -> None:
 # --- status
 
 
-def _status(store: Store, spool: Spool, trail: Path, *, as_json: bool) -> None:
+def status_facts(store: Store, spool: Spool, trail: Path) -> dict[str, Any]:
+    """What `synoptic status --json` says."""
     with store.read() as conn:
         facts: dict[str, Any] = {
             "version": __version__,
@@ -128,9 +126,13 @@ def _status(store: Store, spool: Spool, trail: Path, *, as_json: bool) -> None:
         }
     facts["spool_free_gb"] = round(spool.free_bytes / 2**30, 1)
     facts["spool_low"] = spool.is_low
-    kept = forwarding.state(trail)
-    facts["audit"] = {name: kept[name] for name in ("kept_bytes", "waiting_bytes", "dropped")}
-    facts["audit_trouble"] = kept["trouble"]
+    facts["audit"] = forwarding.state(trail)
+    facts["audit_trouble"] = facts["audit"].pop("trouble")
+    return facts
+
+
+def _status(store: Store, spool: Spool, trail: Path, *, as_json: bool) -> None:
+    facts = status_facts(store, spool, trail)
     if as_json:
         out.print_json(json.dumps(facts))
         return
@@ -143,7 +145,8 @@ def _status(store: Store, spool: Spool, trail: Path, *, as_json: bool) -> None:
         out.print("There are dead letters: `synoptic studies --discarded`, then `synoptic show STUDY`, then `synoptic retry STUDY`.")
 
 
-def _ledger(store: Store, zone: tzinfo, *, days: int, as_json: bool) -> None:
+def ledger_facts(store: Store, zone: tzinfo, *, days: int) -> dict[str, Any]:
+    """What `synoptic status --ledger --json` says, of so many days one by one."""
     today = clock().astimezone(zone).date()
     midnights = [datetime.combine(today - timedelta(days=ago), datetime.min.time(), tzinfo=zone) for ago in range(days)]
     with store.read() as conn:
@@ -151,13 +154,17 @@ def _ledger(store: Store, zone: tzinfo, *, days: int, as_json: bool) -> None:
         lost = ledger.lost(conn, limit=_NAMED) if any(one.account == ledger.LOST for one in found) else []
     names = [*(f"{midnight:%Y-%m-%d}" for midnight in midnights), "older"]
     rows = {name: _summed([one for one in found if one.day == day]) for day, name in enumerate(names)}
-    facts = {
+    return {
         "days": {name: row for name, row in rows.items() if row["received"]},
         "all": _summed(found),
         "failed_because": _reasons(found),
         "adds_up": not any(one.account == ledger.LOST for one in found),
         "lost_studies": lost,
     }
+
+
+def _ledger(store: Store, zone: tzinfo, *, days: int, as_json: bool) -> None:
+    facts = ledger_facts(store, zone, days=days)
     if as_json:
         out.print_json(json.dumps(facts))
     else:

@@ -32,7 +32,7 @@ from worker.deliver.association import Peer
 from worker.deliver.commitment import STORAGE_COMMITMENT
 from worker.deliver.send import deliver
 from worker.demo.pacs import forward
-from worker.domain import CommitmentReport, PatientKey
+from worker.domain import CommitmentReport, CommitmentRequest, PatientKey
 from worker.intake.negotiation import Peer as Caller
 from worker.store import commitments, documents, erasure, queue, schema
 from worker.store.commitments import SENDINGS
@@ -131,7 +131,8 @@ class Site:
     def receiver(self, store: Store | None = None) -> Iterator[Receiver]:
         """Our receiver, which takes reports of SCRIPTED and TESTPACS and lets STRANGER in too."""
 
-        def take(said: CommitmentReport, archive: Caller) -> str:
+        def take(said: CommitmentReport | CommitmentRequest, archive: Caller) -> str:
+            assert isinstance(said, CommitmentReport)
             return reception.take_report(config, store or self.store, said, archive)
 
         pacs = [Destination(name="pacs", ae_title=title, host="127.0.0.1", port=1, commitment=True) for title in ("SCRIPTED", "TESTPACS")]
@@ -449,7 +450,7 @@ def test_a_report_that_is_none_is_refused_by_its_own_status_and_the_next_is_take
 
 
 def test_a_report_while_the_database_is_away_is_to_come_again(tmp_path: Path) -> None:
-    def away(_said: CommitmentReport, _archive: Caller) -> str:
+    def away(_said: CommitmentReport | CommitmentRequest, _archive: Caller) -> str:
         raise DatabaseUnavailable("The database is away.")
 
     with receiving(tmp_path / "spool", calling=CALLING, reports=away) as receiver:

@@ -28,7 +28,7 @@ from tests.scu import CT, slice_of
 from worker import reception, sweeps
 from worker.config import Config, Receive, Sender
 from worker.config import Site as SiteSettings
-from worker.deliver import commitment
+from worker.deliver import association, commitment
 from worker.deliver.commitment import STORAGE_COMMITMENT
 from worker.domain import CommitmentReport, CommitmentRequest
 from worker.intake.commitment import MAX_REQUEST_BYTES
@@ -67,6 +67,7 @@ class Modality:
         try:
             yield
         finally:
+            assert server is not None
             server.shutdown()
 
     def outcome(self, index: int = -1) -> dict[str, int]:
@@ -182,7 +183,7 @@ def ask(
     """Ask as a modality does; returns our status, or None where the context is refused."""
     ae = AE(ae_title)
     ae.add_requested_context(STORAGE_COMMITMENT, syntax)
-    negotiated = [build_role(STORAGE_COMMITMENT, scu_role=roles_of[0], scp_role=roles_of[1])] if roles_of else []
+    negotiated: list[Any] = [build_role(STORAGE_COMMITMENT, scu_role=roles_of[0], scp_role=roles_of[1])] if roles_of else []
     line = ae.associate(*receiver.scp.address, ae_title="SYNOPTIC", ext_neg=negotiated)
     if not line.accepted_contexts:
         line.abort()
@@ -333,7 +334,7 @@ def test_one_sender_that_is_away_holds_up_no_other_and_is_tried_once(site: Site,
         for title in ("GONE", "GONE", "GONE", "MODALITY"):
             asked = CommitmentRequest(str(generate_uid()), ((CT, site.uids()[0]),))
             assert promises.ask(conn, asked, calling_ae=title, address="127.0.0.1", now=NOW)
-    real = commitment.associate
+    real = association.associate
 
     def counted(peer: Any, *arguments: Any, **options: Any) -> Any:
         tried.append(peer.ae_title)

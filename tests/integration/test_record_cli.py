@@ -17,6 +17,7 @@ from tests import factories
 from tests.conftest import Captured
 from tests.record_site import Site, installed, line_with
 from worker.domain import Code, Merge, Observation, Patient, PatientKey, RecordUpdate
+from worker.ops import log
 from worker.record_feeds import clock
 from worker.store import feeds, records, studies
 from worker.store.database import Store
@@ -278,7 +279,6 @@ def test_none_of_these_verbs_writes_of_a_patient_to_the_log(told: Site, captured
     _complete(told)
     captured.clear()
     caplog.clear()
-    logging.getLogger().addHandler(caplog.handler)  # `import` took all handlers away
     for name in ("sqlalchemy", "sqlalchemy.engine"):
         logging.getLogger(name).setLevel(logging.DEBUG)
         logging.getLogger(name).propagate = True
@@ -289,6 +289,7 @@ def test_none_of_these_verbs_writes_of_a_patient_to_the_log(told: Site, captured
     loud.close()
     assert "Zyxhuber" in caplog.text, "the log holds no rows: the test would prove nothing"
     caplog.clear()
+    log.silence()  # as `main` does, before any verb
     said = told.run("patient", KEY.patient_id, "--full")[1]
     told.run("patient", KEY.patient_id, "--study", "1", "--bundle", "cxr-severity")
     told.run("patient", KEY.patient_id, "--issuer", "NOBODY")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import io
 import json
 import logging
@@ -9,11 +10,14 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
 from worker import events
 from worker.ops import log
+from worker.store.database import DatabaseUnavailable, Store
 
 PLANTED = "Zyx^Planted"
 
@@ -21,13 +25,14 @@ PLANTED = "Zyx^Planted"
 @pytest.fixture
 def stream() -> Iterator[io.StringIO]:
     """The log as a text; the process's hooks are put back afterwards."""
-    hooks, listeners = (sys.excepthook, threading.excepthook), list(events._listeners)
+    hooks, listeners = (sys.excepthook, threading.excepthook, sys.unraisablehook), list(events._listeners)
     out = io.StringIO()
     log.setup(level="DEBUG", stream=out)
     yield out
-    sys.excepthook, threading.excepthook = hooks
+    sys.excepthook, threading.excepthook, sys.unraisablehook = hooks
     events._listeners[:] = listeners
     logging.captureWarnings(False)
+    logging.disable(logging.NOTSET)
 
 
 def test_an_event_is_one_json_line_with_its_level(stream: io.StringIO) -> None:
@@ -41,27 +46,81 @@ def test_an_unknown_event_is_a_bug_at_once() -> None:
         events.emit("something.happened")
 
 
+#: Whoever of our dependencies speaks by `logging`, some with handlers of their own.
+LIBRARIES = (
+    "pynetdicom", "pydicom", "highdicom", "sqlalchemy.engine", "sqlalchemy.pool", "alembic", "apscheduler", "hl7", "py.warnings", "monai",
+    "ignite", "httpx2", "httpcore2", "psycopg", "transformers", "matplotlib", "asyncio", "concurrent.futures", "urllib3", "anything",
+)  # fmt: skip
+
+
 @pytest.mark.requirement("X2")
-def test_libraries_warnings_and_crashes_say_nothing_of_a_patient(stream: io.StringIO, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in log.SILENCED:
-        logging.getLogger(name).critical(PLANTED)
-        logging.getLogger(f"{name}.child").critical(PLANTED)
-    logging.getLogger("anything").error(PLANTED)
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_no_library_has_a_voice_whatever_its_level_and_handlers(stream: io.StringIO, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    """Handlers and levels that a library sets for itself when it is imported later do not matter."""
+    heard = io.StringIO()
+    handler, logger = logging.StreamHandler(heard), logging.getLogger(name)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    try:
+        for say in (logger.debug, logger.info, logger.warning, logger.critical, logging.getLogger(f"{name}.child").critical):
+            say(PLANTED)
+        logging.disable(logging.NOTSET)
+        logger.warning("heard")
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+    assert heard.getvalue() == "heard\n", "the handler hears nothing: the test would prove nothing"
+    assert PLANTED not in stream.getvalue() + "".join(capsys.readouterr())
+
+
+@pytest.mark.requirement("X2")
+def test_warnings_and_what_nobody_foresaw_say_nothing_of_a_patient(stream: io.StringIO, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the main thread, in another and in a finalizer: the type and the places, never the words."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("always")
         warnings.warn(PLANTED, stacklevel=1)
 
     def crash() -> None:
         raise ValueError(PLANTED)
 
+    class Finalized:
+        def __del__(self) -> None:
+            crash()
+
     thread = threading.Thread(target=crash)
     thread.start()
     thread.join()
+    one = Finalized()
+    del one
     try:
         crash()
     except ValueError as exc:
         sys.excepthook(ValueError, exc, exc.__traceback__)
     said = stream.getvalue() + "".join(capsys.readouterr())
     assert PLANTED not in said
-    assert said.count('"crashed"') == 2
-    assert "in crash" in said
+    assert said.count('"crashed"') == 3
+    assert said.count("in crash") == 3
+
+
+@pytest.mark.requirement("X2")
+def test_a_dump_of_the_interpreter_names_places_only(tmp_path: Path) -> None:
+    """The interpreter writes files, lines and functions; a value there would be a patient's."""
+    told = tmp_path / "dump"
+    with told.open("w") as file:
+
+        def look(name: str) -> None:
+            faulthandler.dump_traceback(file)
+
+        look(PLANTED)
+    assert "in look" in told.read_text()
+    assert PLANTED not in told.read_text()
+
+
+@pytest.mark.requirement("X2")
+def test_the_database_repeats_no_value_in_its_errors_and_echoes_nothing(store: Store) -> None:
+    assert store.engine.hide_parameters
+    assert not store.engine.echo
+    with pytest.raises((sa.exc.StatementError, DatabaseUnavailable)) as caught, store.begin() as conn:
+        conn.execute(sa.text("SELECT no_such_column FROM patient WHERE patient_id = :one"), {"one": PLANTED})
+    assert PLANTED not in str(caught.value)

@@ -39,7 +39,7 @@ def deliver(
         for document, job in zip(loaded, jobs, strict=True):
             subjects.append(_subject(document, job))
             audit.begun(subjects[-1], destination=to)
-        outcomes = (stow if peer.stow_url else cstore).send(loaded, peer=peer)
+        outcomes = stow.send(loaded, peer=peer) if peer.stow_url else cstore.send(loaded, peer=peer)
     except Exception as exc:  # noqa: BLE001  one document must not end the deliveries of a destination
         outcomes = [cstore.Outcome(document.sop_instance_uid, error=Retry(_unforeseen(exc))) for document in loaded]
     for subject, outcome in zip(subjects, outcomes, strict=False):

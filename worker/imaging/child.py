@@ -31,6 +31,7 @@ from worker.imaging import pixels
 from worker.imaging.codecs import CODECS, DISTRIBUTIONS, PLUGINS
 
 _PR_SET_PDEATHSIG: Final = 1  # prctl(2)
+_PR_SET_DUMPABLE: Final = 4
 
 
 def main(fd: int, memory_bytes: int, parent: int) -> None:
@@ -50,7 +51,9 @@ def main(fd: int, memory_bytes: int, parent: int) -> None:
 
 def _confine(memory_bytes: int, parent: int) -> None:
     """Die with the parent, leave no core, take no more memory than allowed, and say nothing of what is read."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    libc = ctypes.CDLL(None)
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    libc.prctl(_PR_SET_DUMPABLE, 0)
     if os.getppid() != parent:
         sys.exit(1)
     for what, most in ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_AS, memory_bytes), (resource.RLIMIT_FSIZE, memory_bytes)):

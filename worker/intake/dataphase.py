@@ -283,7 +283,9 @@ class DataPhase:
             facts["error"] = type(error).__name__
         if error is not None and refusal.status == OUR_BUG:
             # Where, but not the words of an exception nobody foresaw: they may quote the data set.
-            facts["at"] = [f"{PurePath(frame.filename).name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)[-6:]]
+            facts["places"] = [
+                f"{PurePath(frame.filename).name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)[-6:]
+            ]
         facts |= {"calling_ae": self._peer.calling_ae, "status": f"0x{refusal.status:04X}", "reason": refusal.comment}
         events.emit("instance.refused", **facts)
         outcome = audit.AGAIN if refusal.status == OUT_OF_RESOURCES else audit.FAILED

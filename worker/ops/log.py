@@ -1,6 +1,6 @@
 """The log: one JSON line for each thing that happened (worker/events.py), on standard output.
 
-Patient data never pass: events carry none, and the libraries that print some are silenced here
+Patient data never pass: events carry none, and all libraries are silenced here
 (measured: pynetdicom logs C-FIND identifiers at INFO, pydicom's warnings quote values, tracebacks
 quote elements). Of an exception that nobody foresaw, its type and the places it passed are kept, not its words.
 """
@@ -12,6 +12,7 @@ import sys
 import threading
 import traceback
 import warnings
+from collections.abc import Callable
 from types import TracebackType
 from typing import Final, TextIO
 
@@ -39,14 +40,12 @@ WARNINGS: Final = frozenset(
         "certificate.expires",
         "destination.down",
         "audit.unsent",
+        "host.exposed",
     }
 )
 ERRORS: Final = frozenset(
     {"job.discarded", "sweep.failed", "certificate.unusable", "heartbeat.died", "file.damaged", "audit.failed", "audit.dropped"}
 )
-
-#: Libraries whose words may hold patient data, at any level.
-SILENCED: Final = ("pynetdicom", "pydicom", "highdicom", "sqlalchemy", "alembic", "apscheduler", "hl7", "py.warnings", "monai", "ignite")
 
 
 def setup(*, level: str = "INFO", human: bool = False, stream: TextIO | None = None) -> None:
@@ -72,29 +71,29 @@ def setup(*, level: str = "INFO", human: bool = False, stream: TextIO | None = N
 
     events.listen(write)
     silence()
-    sys.excepthook = _hook
-    threading.excepthook = lambda args: _hook(args.exc_type, args.exc_value or args.exc_type(), args.exc_traceback)
+    on_crash(lambda kind, where: log.error("crashed", error=kind, places=where))
 
 
 def silence() -> None:
-    """Take the voice of every library that may speak of patients."""
+    """Take the voice of every library, whatever its level and handlers: none of them is asked to keep patients to itself."""
     warnings.simplefilter("ignore")
     logging.captureWarnings(True)
-    logging.getLogger().handlers[:] = [logging.NullHandler()]
-    for name in SILENCED:
-        logger = logging.getLogger(name)
-        logger.handlers[:] = [logging.NullHandler()]
-        logger.propagate = False
-        logger.setLevel(logging.CRITICAL + 1)
+    logging.disable(logging.CRITICAL)
+
+
+def on_crash(say: Callable[[str, list[str]], object]) -> None:
+    """Give `say` the type and places of what nobody foresaw, in any thread and in finalizers, in place of a traceback with its words."""
+
+    def hook(kind: type[BaseException], error: BaseException | None, _trace: TracebackType | None = None) -> None:
+        if not issubclass(kind, KeyboardInterrupt):
+            say(kind.__name__, places(error) if error else [])
+
+    sys.excepthook = hook
+    threading.excepthook = lambda args: hook(args.exc_type, args.exc_value)
+    sys.unraisablehook = lambda args: hook(args.exc_type, args.exc_value)
 
 
 def places(error: BaseException, *, limit: int = 6) -> list[str]:
     """Where an exception passed, innermost last: ``file.py:12 in name``. Its message is left out on purpose."""
     frames = traceback.extract_tb(error.__traceback__)[-limit:]
     return [f"{frame.filename.rsplit('/', 1)[-1]}:{frame.lineno} in {frame.name}" for frame in frames]
-
-
-def _hook(kind: type[BaseException], error: BaseException, _trace: TracebackType | None) -> None:
-    if issubclass(kind, KeyboardInterrupt):
-        return
-    structlog.get_logger().error("crashed", error=kind.__name__, places=places(error))

@@ -45,7 +45,7 @@ class Store:
     """A database and how to talk to it: ``with store.begin() as conn`` writes, ``store.read()`` reads."""
 
     def __init__(self, url: str) -> None:
-        self.url = sa.make_url(url)
+        self.url = _parsed(url)
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
         if self.is_sqlite:
             # A pooled connection outlives its file's deletion; checking in is cheap.
@@ -190,6 +190,20 @@ def rows_of(dialect: str, several: Iterable[Sequence[object]]) -> str:
         return value.astimezone(UTC).replace(tzinfo=None).isoformat(" ", "microseconds") if dialect == "sqlite" else value.isoformat()
 
     return json.dumps([list(one) for one in several], default=time)
+
+
+def _parsed(url: str) -> sa.URL:
+    """A URL of a database; one that cannot be is not repeated, for it may hold a password."""
+    try:
+        parsed = sa.make_url(url)
+        parsed.get_dialect()
+    except (sa.exc.ArgumentError, ValueError, ImportError):
+        parsed = None
+    if parsed is None or "@" in (parsed.host or ""):  # of two @ the first would end the password, and the rest be shown as a host
+        raise DatabaseUnavailable(
+            "[site] database is no URL of a database: write postgresql+psycopg://user:password@host/name, with an @ of the password as %40."
+        )
+    return parsed
 
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:

@@ -121,6 +121,13 @@ def rejected(conn: Connection, *, limit: int) -> list[tuple[int, datetime, str, 
     return [tuple(row) for row in rows]
 
 
+def refused_because(conn: Connection, *, limit: int) -> list[tuple[str, int]]:
+    """Why messages were refused, and how many for each reason, the most frequent first."""
+    count = sa.func.count()
+    wanted = sa.select(message.c.reason, count).where(message.c.result == "refused").group_by(message.c.reason)
+    return list(conn.execute(wanted.order_by(count.desc()).limit(limit)).tuples().all())
+
+
 def result_of(conn: Connection, number: int) -> str | None:
     """What came of a message: applied, ignored, refused; None if there is none of this number."""
     return conn.execute(sa.select(message.c.result).where(message.c.id == number)).scalar()
