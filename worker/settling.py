@@ -69,7 +69,7 @@ def _audit(case: Case, outcome: str, reason: str) -> None:
     if study is None:
         return
     read = Counter(one.sop_class_uid for series in (inputs.series.values() if inputs else ()) for one in series.instances)
-    subject = audit.Subject(study.study_instance_uid, study.patient, study.accession_number, read, case.job.study_id)
+    subject = audit.Subject(study.study_instance_uid, study.patient, study.accession_number, read)
     if inputs is not None and inputs.record_found:
         audit.record("R", [study.patient], outcome=audit.SUCCESS, user=case.job.bundle)
     # A report that says why there is no answer is a failure of the analysis, told once.

@@ -16,7 +16,7 @@ import pytest
 from pydicom.uid import generate_uid
 from pynetdicom.pdu import A_ASSOCIATE_AC, A_ASSOCIATE_RJ
 
-from tests import audit as expected
+from tests import atna as expected
 from tests import factories
 from tests.atna import Repository, details, objects, outcome, trail
 from tests.conftest import Captured

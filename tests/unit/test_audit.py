@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -16,11 +17,12 @@ from tests.atna import details, lines, objects, outcome, trail
 from tests.conftest import Captured
 from worker import events
 from worker.domain import Patient, PatientKey
+from worker.errors import PeerUnavailable
 from worker.ops import audit, forwarding
 from worker.ops.trail import CALLERS, Trail
 
 WHOSE = Patient(PatientKey("HOSPITAL", "0012"), "Müller^Jörg", "19700101", "M")
-STUDY = audit.Subject("1.2.3", WHOSE, "A-77", {"1.2.840.10008.5.1.4.1.1.2": 90}, 12)
+STUDY = audit.Subject("1.2.3", WHOSE, "A-77", {"1.2.840.10008.5.1.4.1.1.2": 90})
 PACS = audit.Party("PACS", "10.0.0.7")
 
 
@@ -38,7 +40,10 @@ def write_each() -> None:
     audit.transferred(None, source=PACS, action="C", outcome=audit.FAILED, reason="The data set cannot be read")
     audit.begun(STUDY, destination=PACS)
     audit.transferred(STUDY, destination=PACS, action="C", outcome=audit.AGAIN, reason="PACS cannot store now: 0xA700.")
-    audit.queried(PACS, sop_class_uid="1.2", identifier=b"\x08\x00", transfer_syntax_uid="1.2.840.10008.1.2", outcome=audit.SUCCESS)
+    with audit.asking(PACS, b"\x08\x00", of="1.2", syntax="1.2.840.10008.1.2"):
+        pass
+    with suppress(PeerUnavailable), audit.asking(audit.Party("https://pacs/", is_ae=False), b"?x", of="https://pacs/"):
+        raise PeerUnavailable("PACS gives no answer.")
     audit.accessed(STUDY, user="cxr-severity", outcome=audit.SUCCESS)
     audit.record("R", [WHOSE], outcome=audit.SUCCESS, user="cxr-severity")
     audit.record("U", [WHOSE], outcome=audit.SUCCESS, source=audit.Party("LAB|SITE", is_ae=False), message="MSG1")
@@ -51,17 +56,17 @@ def test_each_message_is_what_the_standard_wants(folder: Path) -> None:
     write_each()
     found = trail(folder)
     assert [one[0][0].attrib["csd-code"] for one in found] == (
-        ["110100", "110104", "110104", "110102", "110104", "110112", "110103", "110110", "110110", "110113", "110100", "110100"]
+        ["110100", "110104", "110104", "110102", "110104", "110112", "110112", "110103", "110110", "110110", "110113", "110100", "110100"]
     )
-    assert [outcome(one) for one in found] == ["0", "0", "8", "0", "4", "0", "0", "0", "0", "4", "12", "0"]
+    assert [outcome(one) for one in found] == ["0", "0", "8", "0", "4", "0", "4", "0", "0", "0", "4", "12", "0"]
     assert objects(found[1]) == ["1.2.3", "0012^^^HOSPITAL"]
     assert objects(found[2]) == []
     assert "Müller^Jörg" in [one.text for one in found[1].iter("ParticipantObjectName")]
     sender, us = found[1].iter("ActiveParticipant")
     assert (sender.attrib["AlternativeUserID"], sender.attrib["NetworkAccessPointID"]) == ("AETITLES=PACS", "10.0.0.7")
     assert (us.attrib["AlternativeUserID"], us.attrib["UserIsRequestor"]) == ("AETITLES=SYNOPTIC", "false")
-    assert details(found[8]) == {"MSH-10": "MSG1"}
-    assert details(found[9]) == {"Alert Description": "calling AE title not recognized"}
+    assert details(found[9]) == {"MSH-10": "MSG1"}
+    assert details(found[10]) == {"Alert Description": "calling AE title not recognized"}
     assert {path.stat().st_mode & 0o777 for path in folder.glob("*.log")} == {0o600}
     assert folder.stat().st_mode & 0o777 == 0o700
 

@@ -16,7 +16,6 @@ import ssl
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from io import BytesIO
 from types import TracebackType
 from typing import Final, Self
@@ -214,16 +213,9 @@ class Association:
         for keyword, value in keys.items():
             setattr(identifier, keyword, value)
         encoded = encode(identifier, is_implicit, True) or b""
-        asked = partial(audit.queried, sop_class_uid=STUDY_ROOT_FIND, identifier=encoded, transfer_syntax_uid=NATIVE[is_implicit])
-        destination = audit.Party(self._peer.ae_title, self._peer.host)
-        try:
-            response, matches = self._found(context_id, encoded, keys, is_implicit=is_implicit)
-        except PeerUnavailable as error:
-            asked(destination, outcome=audit.AGAIN, reason=str(error))
-            raise
-        failure = f"It answers with 0x{response.status:04X}." if response.status else ""
-        asked(destination, outcome=audit.FAILED if failure else audit.SUCCESS, reason=failure)
-        return response, matches
+        to = audit.Party(self._peer.ae_title, self._peer.host)
+        with audit.asking(to, encoded, of=STUDY_ROOT_FIND, syntax=NATIVE[is_implicit]):
+            return self._found(context_id, encoded, keys, is_implicit=is_implicit)
 
     def _found(
         self, context_id: int, encoded: bytes, keys: Mapping[str, str], *, is_implicit: bool

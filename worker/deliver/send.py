@@ -34,10 +34,10 @@ def deliver(
     with store.read() as conn:
         loaded = [documents.load(conn, job.document_id or 0) for job in jobs]
     subjects: list[audit.Subject] = []
-    to = audit.Party(peer.ae_title, peer.host)
+    to = audit.Party(peer.stow_url or peer.ae_title, peer.host, is_ae=not peer.stow_url)
     try:
-        for document, job in zip(loaded, jobs, strict=True):
-            subjects.append(_subject(document, job))
+        for document in loaded:
+            subjects.append(_subject(document))
             audit.begun(subjects[-1], destination=to)
         outcomes = stow.send(loaded, peer=peer) if peer.stow_url else cstore.send(loaded, peer=peer)
     except Exception as exc:  # noqa: BLE001  one document must not end the deliveries of a destination
@@ -59,12 +59,12 @@ def deliver(
     return outcomes
 
 
-def _subject(document: Document, job: Job) -> audit.Subject:
+def _subject(document: Document) -> audit.Subject:
     tags = ["SpecificCharacterSet", "StudyInstanceUID", "AccessionNumber", "PatientID", "IssuerOfPatientID", "PatientName"]
     ds = dcmread(BytesIO(document.data), stop_before_pixels=True, specific_tags=list(tags))
     uid, accession, *whose = (str(ds.get(tag) or "") for tag in tags[1:])
     patient = Patient(PatientKey(whose[1], whose[0]), whose[2])
-    return audit.Subject(uid, patient, accession, {document.sop_class_uid: 1}, job.study_id)
+    return audit.Subject(uid, patient, accession, {document.sop_class_uid: 1})
 
 
 def _unforeseen(exc: Exception) -> str:

@@ -4,7 +4,7 @@
 Application Activity           a role's process starts, stops, or dies (outcome 12)
 DICOM Instances Transferred    received: one a study, action and outcome of an association; a report sent
 Begin Transferring             a report is about to be sent
-Query                          each C-FIND of ours
+Query                          each C-FIND or QIDO-RS of ours
 DICOM Instances Accessed       an analysis: its network read the images. Not Procedure Record, which is of the order's procedure
 Patient Record                 R: an analysis joined the record; U, D: an HL7 message changed it, or merged it away
 Security Alert                 a caller was rejected (Node Authentication), counted where there are many
@@ -21,15 +21,18 @@ import ipaddress
 import os
 import re
 import socket
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Final
 from xml.etree.ElementTree import Element, SubElement, tostring
 
 from worker import events
 from worker.domain import Patient
+from worker.errors import WorkerError
 from worker.ops.trail import Tally, Trail
 
 SUCCESS, AGAIN, FAILED, GONE = "0", "4", "8", "12"
@@ -44,6 +47,7 @@ _TRANSFERRED, _RECORD, _QUERY = ("110104", "DICOM Instances Transferred"), ("110
 _ALERT, _START, _STOP = ("110113", "Security Alert"), ("110120", "Application Start"), ("110121", "Application Stop")
 _NODE_AUTHENTICATION, _RECORDING = ("110126", "Node Authentication"), ("110134", "Audit Recording Started")
 _APPLICATION, _DESTINATION, _SOURCE = ("110150", "Application"), ("110152", "Destination Role ID"), ("110153", "Source Role ID")
+_URI: Final = ("12", "URI")
 _STUDY_UID, _CLASS_UID, _NODE_ID = ("110180", "Study Instance UID"), ("110181", "SOP Class UID"), ("110182", "Node ID")
 
 #: Of one text; nothing honest is longer, and a message of ours stays far below the 32768 octets of §A.6.
@@ -63,13 +67,12 @@ class Party:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A study and whose it is; ``sop_classes`` counts the instances spoken of. ``number`` is the study's row, 0 unknown."""
+    """A study and whose it is; ``sop_classes`` counts the instances spoken of."""
 
     study_instance_uid: str
     patient: Patient
     accession_number: str = ""
     sop_classes: Mapping[str, int] = field(default_factory=dict)
-    number: int | None = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,11 +148,20 @@ def record(
         )
 
 
-def queried(destination: Party, *, sop_class_uid: str, identifier: bytes, transfer_syntax_uid: str, outcome: str, reason: str = "") -> None:
-    """We asked `destination` with a C-FIND; `identifier` is its data set as it was sent."""
-    details = {"TransferSyntax": transfer_syntax_uid.encode()}
-    one = _object("2", "3", _CLASS_UID, sop_class_uid, query=identifier, details=details)
-    _write(_QUERY, "E", outcome, [(_SOURCE, None, True), (_DESTINATION, destination, False)], [one], reason=reason)
+@contextmanager
+def asking(destination: Party, query: bytes, *, of: str, syntax: str = "") -> Iterator[None]:
+    """Ask `destination` within the block: by the C-FIND of a SOP class in a transfer syntax, or below a URL. Its answer is not recorded."""
+    if syntax:
+        one = _object("2", "3", _CLASS_UID, of, query=query, details={"TransferSyntax": syntax.encode()})
+    else:
+        one = _object("2", "3", _URI, of, query=query, scheme="RFC-3881")
+    say = partial(_write, _QUERY, "E", parties=[(_SOURCE, None, True), (_DESTINATION, destination, False)], objects=[one])
+    try:
+        yield
+    except WorkerError as error:
+        say(outcome=AGAIN, reason=str(error))
+        raise
+    say(outcome=SUCCESS)
 
 
 # --- what events say
@@ -234,7 +246,7 @@ def _participant(root: Element, role: tuple[str, str] | None, party: Party, is_r
 def _study(subject: Subject | None) -> list[Element]:
     if subject is None:
         return []
-    one = _object("2", "3", _STUDY_UID, subject.study_instance_uid, name=f"study {subject.number}" if subject.number else "study")
+    one = _object("2", "3", _STUDY_UID, subject.study_instance_uid, name="study")
     about = SubElement(one, "ParticipantObjectDescription")
     if subject.accession_number:
         SubElement(about, "Accession", Number=_clean(subject.accession_number))
