@@ -172,14 +172,8 @@ def supervise(config: Config, config_file: Path | None, *, wanted: Sequence[str]
         store.close()
 
 
-def record_audit(config: Config) -> None:
-    """Begin to write this process's audit messages."""
-    if config.audit.enabled:
-        audit.begin(config.trail, ae_title=config.receive.ae_title, limit_bytes=config.audit.limit_mb * 2**20)
-
-
 def _audited(config: Config) -> list[Callable[[], object]]:
-    record_audit(config)
+    roles.record_audit(config)
     if not config.audit.enabled:
         return []
     limit_bytes, keep_days = config.audit.limit_mb * 2**20, config.audit.keep_days
@@ -228,7 +222,7 @@ def role(name: str, config: Config, *, descriptor: int | None, parent: int, is_c
     store = Store(config.database_url)
     store.check()
     if not is_check:
-        record_audit(config)
+        roles.record_audit(config)
     try:
         if name == "receive":
             assert descriptor is not None  # noqa: S101  our own command line

@@ -22,8 +22,9 @@ from rich.table import Table
 from worker import __version__, consistency, peers, progress
 from worker.domain import Document
 from worker.errors import PeerUnavailable
-from worker.ops import forwarding
+from worker.ops import audit, forwarding
 from worker.record_feeds import clock
+from worker.roles import record_audit
 from worker.store import documents, feeds, ledger, queue, studies
 from worker.store.database import Store
 from worker.store.images import StoredFile
@@ -93,15 +94,17 @@ def register(app: typer.Typer, opener: Opener) -> None:
         is_well = _check(store, spool, with_digests=with_digests, is_repair=is_repair)
         if with_archives:
             since = clock() - timedelta(days=days)
+            record_audit(settings)
             for destination in settings.destinations:
                 peer = peers.peer_of(destination, own_ae_title=settings.receive.ae_title)
                 is_well &= _check_archive(store, peer, since=since, is_repair=is_repair)
             _count_at_senders(settings, store, since=since)
+            audit.end()
         if not is_well:
             raise typer.Exit(1)
 
-    @app.command()
-    def audit(
+    @app.command(name="audit")
+    def audit_(
         given: ConfigFile = None,
         since: Annotated[datetime | None, typer.Option(help="UTC; else all that is kept.", formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M"])] = None,
         study: Annotated[int, typer.Option(min=0, help="Its number in `synoptic studies`; 0: all.")] = 0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import socket
 import ssl
@@ -20,7 +21,9 @@ from tests import atna as expected
 from tests import factories
 from tests.atna import Repository, details, objects, outcome, trail
 from tests.conftest import Captured
+from tests.dicomweb import Answer, archive, response
 from tests.installation import Installation, wait_until
+from tests.integration.test_commitment import Site
 from tests.peers import dcmtk, orthanc
 from tests.pki import Authority, Pair, listening
 from tests.receivers import receiving
@@ -31,6 +34,7 @@ from worker.errors import Retry
 from worker.intake import mllp
 from worker.ops import audit, forwarding
 from worker.peers import repository_of
+from worker.store.database import Store
 from worker.tls import server_context
 
 SUBJECT = audit.Subject("1.2.3", Patient(PatientKey("SITE", "P1"), "Doe^Jane"))
@@ -192,6 +196,31 @@ def test_a_node_that_fails_the_handshake_is_an_alert_and_one_that_only_knocks_is
         server.stop()
     (alert,) = [one for one in trail(folder, "110113") if "certificate is refused" in details(one)["Alert Description"]]
     assert objects(alert) == ["127.0.0.1"]
+
+
+# --- sent ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.requirement("X11")
+def test_a_report_sent_by_stow_is_begun_and_ended_and_its_queries_are_recorded_below_their_url(
+    folder: Path, store: Store, tmp_path: Path
+) -> None:
+    site = Site(store, tmp_path)
+    site.add(3)
+    refused, later = (
+        Answer(200, lambda uid: response(failed=uid, reason=0xA900)),
+        Answer(200, lambda uid: response(failed=uid, reason=0xA700)),
+    )
+    with archive(Answer(200, lambda uid: response(stored=uid), keeps=True), refused, later) as web:
+        site.deliver(web.peer(), wait_s=None)
+    assert [outcome(one) for one in trail(folder, "110102")] == ["0"] * 3
+    sent = trail(folder, "110104")
+    assert [outcome(one) for one in sent] == ["0", "8", "4"]
+    assert {one.attrib["UserID"] for one in list(sent[0].iter("ActiveParticipant"))[1:]} == {web.peer().stow_url}
+    first, second = trail(folder, "110112")
+    assert objects(first) == objects(second) == [web.peer().stow_url]
+    asked = [base64.b64decode(next(one.iter("ParticipantObjectQuery")).text or "").decode() for one in (first, second)]
+    assert [("SOPInstanceUID=" in one, "?StudyInstanceUID=" in one) for one in asked] == [(True, False), (False, True)]
 
 
 # --- the repository -----------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ Patient Record                 R: an analysis joined the record; U, D: an HL7 me
 Security Alert                 a caller was rejected (Node Authentication), counted where there are many
 =============================  ==============================================================================
 
-What goes well and what fails is never one message (§A.5.2). Outcome 4: it is tried again; 8: it is not; 12: the process is gone.
+What goes well and what fails is never one message (§A.5.2). Outcome 4: it may be tried again; 8: it is not; 12: the process is gone.
 Events that name nobody are listened to; the others' callers call here. Without `begin` nothing is written.
 """
 
