@@ -45,7 +45,7 @@ def deliver(
     for subject, outcome in zip(subjects, outcomes, strict=False):
         error = outcome.error
         verdict = audit.SUCCESS if error is None else audit.FAILED if isinstance(error, Reject) else audit.AGAIN
-        audit.transferred(subject, destination=to, action="C", outcome=verdict, reason=str(error or outcome.warning))
+        audit.transferred(subject, destination=to, outcome=verdict, reason=str(error or outcome.warning))
     transaction_uid = str(generate_uid(prefix=None))  # of random bits: none is ever used twice
     taken = []
     for job, document, outcome in zip(jobs, loaded, outcomes, strict=True):

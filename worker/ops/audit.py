@@ -103,31 +103,32 @@ def end() -> None:
 
 
 def transferred(
-    subject: Subject | None, *, source: Party | None = None, destination: Party | None = None, action: str, outcome: str, reason: str = ""
+    subject: Subject | None,
+    *,
+    source: Party | None = None,
+    destination: Party | None = None,
+    action: str = "C",
+    outcome: str,
+    reason: str = "",
+    event: tuple[str, str] = _TRANSFERRED,
 ) -> None:
     """Instances came from `source` or went to `destination`; the other is us. `action`: C created there, R were there already.
 
     Of what could not be read no subject is known.
     """
-    _transfer(_TRANSFERRED, subject, source, destination, action, outcome, reason)
+    # Who opens the association asks for it: the sender, always.
+    parties = [(_SOURCE, source, True), (_DESTINATION, destination, False)]
+    _write(event, action, outcome, parties, [_study(subject), _patient(subject.patient)] if subject else [], reason=reason)
 
 
 def begun(subject: Subject, *, destination: Party) -> None:
     """Instances are about to be sent."""
-    _transfer(_BEGIN, subject, None, destination, "E", SUCCESS, "")
-
-
-def _transfer(
-    event: tuple[str, str], subject: Subject | None, source: Party | None, destination: Party | None, action: str, outcome: str, reason: str
-) -> None:
-    # Who opens the association asks for it: the sender, always.
-    parties = [(_SOURCE, source, True), (_DESTINATION, destination, False)]
-    _write(event, action, outcome, parties, [*_study(subject), *([_patient(subject.patient)] if subject else [])], reason=reason)
+    transferred(subject, destination=destination, action="E", outcome=SUCCESS, event=_BEGIN)
 
 
 def accessed(subject: Subject, *, user: str, outcome: str, reason: str = "") -> None:
     """`user`, a bundle of ours, read a study's images and analysed them."""
-    _write(_ACCESSED, "R", outcome, [(None, None, True)], [*_study(subject), _patient(subject.patient)], reason=reason, user=user)
+    _write(_ACCESSED, "R", outcome, [(None, None, True)], [_study(subject), _patient(subject.patient)], reason=reason, user=user)
 
 
 def record(
@@ -243,16 +244,14 @@ def _participant(root: Element, role: tuple[str, str] | None, party: Party, is_r
         _code(element, "RoleIDCode", role)
 
 
-def _study(subject: Subject | None) -> list[Element]:
-    if subject is None:
-        return []
+def _study(subject: Subject) -> Element:
     one = _object("2", "3", _STUDY_UID, subject.study_instance_uid, name="study")
     about = SubElement(one, "ParticipantObjectDescription")
     if subject.accession_number:
         SubElement(about, "Accession", Number=_clean(subject.accession_number))
     for sop_class_uid, count in sorted(subject.sop_classes.items()):
         SubElement(about, "SOPClass", UID=_clean(sop_class_uid), NumberOfInstances=str(count))
-    return [one]
+    return one
 
 
 def _patient(patient: Patient, details: Mapping[str, bytes] | None = None) -> Element:
