@@ -66,9 +66,9 @@ def _orders(config: Config, config_file: Path | None) -> Iterator[Path]:
 
 
 def _keys(config: Config) -> Iterator[Path]:
-    doors = [(one.tls_key, one.tls_certificate) for one in (config.receive, config.records)]
+    doors = [(one.tls_key, one.tls_certificate) for one in (config.receive, config.records, config.audit)]
     peers = [(one.tls_key, one.tls_certificate) for one in config.destinations]
-    peers += [(one.tls_key, one.tls_certificate) for one in (*config.senders, config.audit)]
+    peers += [(one.tls_key, one.tls_certificate) for one in config.senders]
     for key, certificate in (*doors, *peers, (config.fhir.key_file, "")):
         if key or certificate:  # without a key of its own, a certificate's file holds it
             yield Path(key or certificate)
