@@ -36,6 +36,7 @@ ALGORITHM = Algorithm(
     weights_sha256="cd" * 32,
     input_sha256="ef" * 32,
     code_version="0.1.0",
+    code_sha256="ef" * 32,
     procedure=Code("43468-8", "LN", "XR unspecified body region"),
     quality_statement="Trained on 188 radiographs of one hospital; AUROC 0.76 in cross-validation.",
 )

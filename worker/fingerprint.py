@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 
 from worker.domain import Inputs
 
@@ -16,6 +18,15 @@ def digest(bundle: str, inputs: Inputs | None, instances: Sequence[tuple[str, st
     """Hash all that an answer and its report rest on; `instances` are SOP Instance UIDs with their sha256."""
     facts: dict[str, object] = {"bundle": bundle, "instances": sorted(instances), "failure": failure}
     return _sha256(facts | _of_record(inputs) | _messages(inputs))
+
+
+@cache
+def code_digest(root: Path = Path(__file__).parents[1]) -> str:
+    """Hash the program as it is here, worker/ and models/: a version alone does not tell a patched installation from another."""
+    found = hashlib.sha256()
+    for path in sorted(path for part in ("worker", "models") for path in (root / part).rglob("*.py")):
+        found.update(f"{path.relative_to(root)}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return found.hexdigest()
 
 
 def record_digest(inputs: Inputs | None) -> str:

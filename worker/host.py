@@ -51,9 +51,10 @@ def exposed(config: Config, config_file: Path | None) -> list[str]:
 
 
 def secrets(config: Config) -> set[str]:
-    """What must never be shown: the passwords within URLs of databases, and the secret for the FHIR server."""
+    """What must never be shown: the passwords within URLs of databases, the secrets for the FHIR server and for STOW-RS."""
+    told = [one.stow_secret for one in config.destinations]
     urls = [config.site.database, *(table.database for table in config.tables)]
-    return {secret for secret in (config.fhir.client_secret, *(urlsplit(url).password for url in urls)) if secret}
+    return {secret for secret in (config.fhir.client_secret, *told, *(urlsplit(url).password for url in urls)) if secret}
 
 
 def _orders(config: Config, config_file: Path | None) -> Iterator[Path]:

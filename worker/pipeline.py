@@ -34,7 +34,7 @@ from worker.errors import (
     Superseded,
     Unanalysable,
 )
-from worker.fingerprint import digest
+from worker.fingerprint import code_digest, digest
 from worker.imaging import volume
 from worker.imaging.decoding import DecoderPool
 from worker.infer import places
@@ -233,6 +233,7 @@ def report(line: Line, case: Case) -> Case:
         weights_sha256=bundle.weights.sha256,
         input_sha256=input_sha256,
         code_version=__version__,
+        code_sha256=code_digest(),
         procedure=Code(bundle.procedure.value, bundle.procedure.scheme, bundle.procedure.meaning),
         quality_statement=bundle.quality_statement,
         research_use=bundle.research_use,

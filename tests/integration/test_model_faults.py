@@ -34,6 +34,7 @@ from tests.conftest import Captured
 from tests.phantom_line import PHANTOM, PhantomLine, phantom_line, told
 from worker import __version__, doctor, pipeline, roles
 from worker.errors import BundleError, DeviceLost, NoSuitableSeries, Reject
+from worker.fingerprint import code_digest
 from worker.imaging.decoding import DecoderPool
 from worker.infer import Model
 from worker.record_feeds import clock
@@ -402,6 +403,7 @@ def test_a_bundle_that_is_exchanged_while_studies_wait_is_named_by_those_it_answ
             mine, others = operator.attrgetter(said)(answered), operator.attrgetter(said)(other)
             assert mine in lines
             assert not re.search(rf"(?<![0-9.]){re.escape(others)}(?![0-9.])", lines), said
+        assert f"code-sha256:{code_digest()}" in lines
 
 
 # --- M11: the golden set

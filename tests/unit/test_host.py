@@ -34,7 +34,11 @@ def safe(tmp_path: Path) -> Config:
         site=Site(data=tmp_path / "data", database=f"postgresql+psycopg://us:{PASSWORD}@localhost/synoptic"),
         run=Run(bundles=(tmp_path / "bundle",)),
         receive=Receive(tls_certificate=str(tmp_path / "keys/receive.pem")),
-        destinations=(Destination(name="pacs", ae_title="P", host="h", port=1, tls=True, tls_key=str(tmp_path / "keys/pacs.pem")),),
+        destinations=(
+            Destination(
+                name="pacs", ae_title="P", host="h", port=1, tls=True, tls_key=str(tmp_path / "keys/pacs.pem"), stow_secret=f"{SECRET}3"
+            ),
+        ),
         fhir=FhirServer(url="https://f", client_id="me", client_secret=SECRET, key_file=str(tmp_path / "keys/fhir.pem")),
         tables=(Table(name="labs", database=f"postgresql://t:{SECRET}2@h/w", query="q", mapping=tmp_path / "mappings/labs.toml"),),
     )
@@ -139,7 +143,7 @@ def test_no_error_repeats_a_secret(safe: Config, tmp_path: Path, make: Callable[
 @pytest.mark.requirement("X10")
 def test_a_configuration_that_is_shown_shows_no_secret(safe: Config) -> None:
     """In a debugger, a traceback with values, a test's report."""
-    assert host.secrets(safe) == {SECRET, f"{SECRET}2", PASSWORD}
+    assert host.secrets(safe) == {SECRET, f"{SECRET}2", f"{SECRET}3", PASSWORD}
     assert SECRET not in repr(safe)
     assert PASSWORD not in repr(safe)
 

@@ -86,7 +86,14 @@ def test_every_group_names_algorithm_weights_input_and_code(example: Example) ->
     assert len(groups) == 4  # two findings, two times at which blood was drawn
     for group in groups:
         said = {item.TextValue for item in group.ContentSequence if item.ValueType == "TEXT"}
-        assert {"chest-fusion", "0.1.0", f"weights-sha256:{'cd' * 32}", f"input-sha256:{'ef' * 32}", "code:0.1.0"} <= said
+        assert {
+            "chest-fusion",
+            "0.1.0",
+            f"weights-sha256:{'cd' * 32}",
+            f"input-sha256:{'ef' * 32}",
+            "code:0.1.0",
+            f"code-sha256:{'ef' * 32}",
+        } <= said
 
 
 def test_tracking_uids_differ_by_finding_and_outlive_a_new_version(tmp_path: Path) -> None:

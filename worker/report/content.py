@@ -62,6 +62,7 @@ class Algorithm:
     weights_sha256: str
     input_sha256: str
     code_version: str
+    code_sha256: str
     procedure: Code
     quality_statement: str
     research_use: bool = True
@@ -252,6 +253,7 @@ def _identification(algorithm: Algorithm, *more: str) -> sr.AlgorithmIdentificat
             f"weights-sha256:{algorithm.weights_sha256}",
             f"input-sha256:{algorithm.input_sha256}",
             f"code:{algorithm.code_version}",
+            f"code-sha256:{algorithm.code_sha256}",
             *more,
         ],
     )
