@@ -158,7 +158,8 @@ class Forwarder:
     # --- to the repository
 
     def _forward(self, sizes: dict[str, int]) -> None:
-        if time.monotonic() < self._again_at or (self._sock is None and self._sent_all(sizes)):
+        is_all_sent = all(self._kept["offsets"].get(name, 0) >= size for name, size in sizes.items())
+        if time.monotonic() < self._again_at or (self._sock is None and is_all_sent):
             return
         try:
             if self._sock is None:
@@ -175,9 +176,6 @@ class Forwarder:
             self._trouble(str(error))
         except OSError as error:
             self._trouble(f"The audit repository broke the connection: {cause_of(error)}.")
-
-    def _sent_all(self, sizes: dict[str, int]) -> bool:
-        return all(self._kept["offsets"].get(name, 0) >= size for name, size in sizes.items())
 
     def _has_arrived(self, sock: socket.socket) -> bool:
         """Whether the peer's system has everything sent so far, and is still there."""
