@@ -1,0 +1,110 @@
+"""The power goes, and the disk forgets what was not synced: what was acknowledged is there, and the daemon starts on what is left."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import shutil
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from pydicom.dataset import Dataset
+
+from tests.files import below
+from tests.installation import Installation
+from tests.scu import CT, EXPLICIT, Scu, encoded, slice_of
+from tests.shim import Shim
+from worker import consistency
+from worker.store.database import Store
+from worker.store.spool import Spool, digest_of, file_meta
+
+pytestmark = [pytest.mark.timeout(300)]
+
+INSTANCES = 16
+
+
+@dataclass(frozen=True)
+class Acknowledged:
+    """A 0x0000, and how many syncs there had been when it came."""
+
+    sop_instance_uid: str
+    sha256: str
+    syncs: int
+    is_conflict: bool
+
+
+def sha256_of(ds: Dataset) -> str:
+    return hashlib.sha256(file_meta(CT, ds.SOPInstanceUID, EXPLICIT) + encoded(ds)).hexdigest()
+
+
+def send(scu: Scu, shim: Shim, ds: Dataset, *, is_conflict: bool = False) -> Acknowledged:
+    assert scu.store(ds) == 0x0000
+    return Acknowledged(ds.SOPInstanceUID, sha256_of(ds), shim.syncs, is_conflict)
+
+
+@pytest.mark.requirement("S2")
+def test_a_power_cut_at_any_sync_loses_nothing_acknowledged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The daemon's own syncs, its database's among them, are recorded; each is then the last that the disk heard of, or half of it."""
+    installation = Installation(tmp_path / "worker", bundles=(), quiet_s=0.5, ask_sender=False, processes=1)
+    data = installation.folder / "data"
+    data.mkdir(parents=True, mode=0o700)  # as a package or systemd makes it, long before
+    with monkeypatch.context() as preloaded:
+        shim = Shim(tmp_path / "shim", data, preloaded, has_journal=True)
+        installation.start()
+    first, told = shim.syncs, []
+    try:
+        with Scu(("127.0.0.1", installation.port)) as scu:
+            scu.associate(called="WORKER", calling="MODALITY")
+            for number in range(INSTANCES):
+                study = slice_of(PatientName=f"Made^Up{number}") if number % 8 == 0 else study
+                ds = slice_of(study.StudyInstanceUID, SeriesInstanceUID=study.SeriesInstanceUID, InstanceNumber=number)
+                told.append(send(scu, shim, ds))
+                if number % 6 == 0:
+                    ds.ImageComments = "other bytes"
+                    told.append(send(scu, shim, ds, is_conflict=True))
+        installation.wait_for_event("study.excluded", timeout_s=30, count=INSTANCES // 8)
+    finally:
+        installation.stop()
+    chance, last = random.Random(2026), shim.syncs
+    cuts = range(first, last + 1)
+    assert len(cuts) > 3 * INSTANCES
+    at = chance.choice(cuts)
+    for cut in cuts:
+        left = tmp_path / "left"
+        left.mkdir()
+        shim.journal.rebuild(left / "data", cut, chance)
+        must_be = [one for one in told if one.syncs <= cut]
+        check(left / "data", must_be)
+        if cut == at:
+            start(installation, left)
+        shutil.rmtree(left)
+    print(json.dumps({"syncs": last, "cuts": len(cuts), "acknowledged": len(told)}))
+
+
+def check(data: Path, must_be: list[Acknowledged]) -> None:
+    """Files and rows of all that was acknowledged; no row whose file is missing or changed; nothing that is not what it is called."""
+    found = {digest_of(path) for path in below(data / "spool")}
+    assert {one.sha256 for one in must_be} <= found
+    store = Store(f"sqlite:///{data / 'synoptic.db'}")
+    try:
+        store.check()
+        with store.read() as conn:
+            assert conn.exec_driver_sql("PRAGMA integrity_check").scalar() == "ok"
+            rows = set(conn.exec_driver_sql("SELECT sop_instance_uid, sha256 FROM instance").tuples())
+        assert {(one.sop_instance_uid, one.sha256) for one in must_be if not one.is_conflict} <= rows
+        spool = Spool(data / "spool", low_water_bytes=0)
+        assert consistency.check(store, spool, with_digests=True, now=datetime.now(UTC), progress=lambda _done, _of: None).faults == ()
+    finally:
+        store.close()
+
+
+def start(before: Installation, folder: Path) -> None:
+    """The daemon is ready on what is left, and takes the next image."""
+    with Installation(folder, bundles=(), ask_sender=False, processes=1) as installation:
+        assert installation.port != before.port
+        with Scu(("127.0.0.1", installation.port)) as scu:
+            scu.associate(called="WORKER", calling="MODALITY")
+            assert scu.store(slice_of()) == 0x0000
