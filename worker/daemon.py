@@ -2,7 +2,7 @@
 
 ::
 
-    synoptic all ── this process ──┬── sweeps (APScheduler) and the HL7 listener, in threads
+    synoptic all ── this process ──┬── sweeps and the HL7 listener, in threads
                                    ├── receive × n   one listening socket, shared; no torch
                                    ├── run × n       the only processes with torch
                                    └── deliver       one thread a destination
@@ -187,7 +187,7 @@ def _front(config: Config, config_file: Path | None, store: Store, supervisor: S
         closers.append(server.stop)
     scheduler = sweeps.scheduler(config, store, spool)
     scheduler.start()
-    closers.append(lambda: scheduler.shutdown(wait=False))
+    closers.append(scheduler.stop)
     return closers
 
 

@@ -48,7 +48,7 @@ class DecoderMissing(WorkerError):
 #: (what, found, is it well)
 Check = tuple[str, str, bool]
 
-LIBRARIES: Final = ("pydicom", "pynetdicom", "highdicom", "torch", "monai", "sqlalchemy", "apscheduler", "numpy")
+LIBRARIES: Final = ("pydicom", "pynetdicom", "highdicom", "torch", "monai", "sqlalchemy", "numpy")
 
 
 def report(out: Console, config: Config, config_file: Path | None) -> bool:

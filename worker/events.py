@@ -53,6 +53,7 @@ NAMES: Final = frozenset(
         "role.stopped",
         "role.restarted",
         "sweep.failed",
+        "clock.jumped",  # by a minute and more; nothing is removed for its age for a day
     }
 )
 

@@ -1,13 +1,15 @@
-"""Everything periodic, by APScheduler: each sweep is idempotent and never runs twice at once.
+"""Everything periodic: each sweep is idempotent, has a thread of its own, and never runs twice at once.
 
 Completeness, the senders' own counts, the rescue of jobs whose worker died, retention, and a clean-up of the spool,
-the first at the start. The scheduler holds no state of ours: what must survive a restart is a row.
+the first at the start. No state of ours is here: what must survive a restart is a row.
 """
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -19,13 +21,11 @@ from worker.peers import count_of, peer_to_report, peers_of
 from worker.record_feeds import clock
 from worker.roles import read_bundles
 from worker.silence import Silence
-from worker.store import erasure, feeds, queue, retention
+from worker.store import ahead, erasure, feeds, queue, retention
 from worker.store.database import Store
 from worker.store.spool import Spool
 
 if TYPE_CHECKING:
-    from apscheduler.schedulers.background import BackgroundScheduler
-
     from models.bundle import Bundle
     from worker.store.studies import Pending
 
@@ -39,12 +39,77 @@ PROMISE_S: Final = 1.0
 LISTEN_S: Final = 60.0
 CERTIFICATES_S: Final = 86400.0
 VERIFY_S: Final = 60.0
+CLOCK_S: Final = 1.0
+#: A clock that is put right by less is slewed, or a leap second.
+JUMP: Final = timedelta(minutes=1)
+#: For so long after a jump nothing is removed for its age: somebody may put the clock right.
+DOUBT_S: Final = 86400.0
 
 
-def scheduler(config: Config, store: Store, spool: Spool) -> BackgroundScheduler:
+def _steady() -> float:
+    """Seconds of a clock that nobody sets, and that counts while the machine sleeps."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+class Clock:
+    """Knows when the wall clock was set, by comparing it with one that only goes forward."""
+
+    def __init__(self, wall: Callable[[], datetime] = clock, steady: Callable[[], float] = _steady) -> None:
+        self._wall, self._steady = wall, steady
+        self._began = self._origin()
+        self._doubted_until = 0.0
+
+    def _origin(self) -> datetime:
+        return self._wall() - timedelta(seconds=self._steady())
+
+    @property
+    def is_trusted(self) -> bool:
+        """Whether ages are what they seem: no jump for a day."""
+        return abs(self._origin() - self._began) < JUMP and self._steady() >= self._doubted_until
+
+    def look(self, store: Store, *, lease_s: float) -> None:
+        """Say that the clock jumped; if back, put back with it what waits."""
+        began = self._origin()
+        jump = began - self._began
+        if abs(jump) >= JUMP:
+            if jump < timedelta():
+                with store.begin() as conn:
+                    ahead.put_back(conn, -jump, lease_s=lease_s, now=self._wall())
+            self._doubted_until = self._steady() + DOUBT_S
+            events.emit("clock.jumped", seconds=round(jump.total_seconds()))
+        self._began = began
+
+
+class Periodic:
+    """Sweeps, each in its own thread and by a clock that nobody sets: APScheduler's slept for a day when that was put back by one."""
+
+    def __init__(self) -> None:
+        self._stop = threading.Event()
+        self._threads: list[threading.Thread] = []
+
+    def add(self, sweep: Callable[[], None], *, every_s: float, is_first_at_once: bool = False) -> None:
+        """`sweep` so many seconds after its last end."""
+
+        def run() -> None:
+            if is_first_at_once:
+                sweep()
+            while not self._stop.wait(every_s):
+                sweep()
+
+        self._threads.append(threading.Thread(target=run, name="sweep"))
+
+    def start(self) -> None:
+        """Returns at once."""
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Begin no more; what runs goes on to its end."""
+        self._stop.set()
+
+
+def scheduler(config: Config, store: Store, spool: Spool) -> Periodic:
     """Everything periodic, each run idempotent, never two of a kind at once; not started yet."""
-    from apscheduler.schedulers.background import BackgroundScheduler
-
     from worker.intake import assembly
 
     bundles = read_bundles(config)
@@ -70,21 +135,31 @@ def scheduler(config: Config, store: Store, spool: Spool) -> BackgroundScheduler
         for job in rescued:
             events.emit("job.rescued", job=job)
 
-    made = BackgroundScheduler(timezone=UTC, job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": None})
-    made.add_job(_spared(complete), "interval", seconds=config.assembly.sweep_s)
-    for sweep, seconds in _of_records(config, store, bundles) + _of_senders(config, store):
-        made.add_job(_spared(sweep), "interval", seconds=seconds)
-    made.add_job(_spared(rescue), "interval", seconds=max(1.0, config.run.lease_s / 6))
+    watched = Clock()
+
+    def watch() -> None:
+        watched.look(store, lease_s=max(config.run.lease_s, config.deliver.lease_s))
+
+    def remove() -> None:
+        if watched.is_trusted:
+            _retain(config, store, spool)
+
+    made = Periodic()
+    made.add(_spared(watch), every_s=CLOCK_S)
+    made.add(_spared(complete), every_s=config.assembly.sweep_s)
+    for sweep, seconds in _of_records(config, store, bundles, watched) + _of_senders(config, store):
+        made.add(_spared(sweep), every_s=seconds)
+    made.add(_spared(rescue), every_s=max(1.0, config.run.lease_s / 6))
     # At once but in the background: with 100 000 files, or peers that are away, it must not delay the first association.
-    made.add_job(_spared(lambda: sweep_spool(store, spool), name="clean"), "interval", seconds=SPOOL_SWEEP_S, next_run_time=clock())
-    made.add_job(_spared(lambda: _retain(config, store, spool), name="remove"), "interval", seconds=RETAIN_S)
+    made.add(_spared(lambda: sweep_spool(store, spool), name="clean"), every_s=SPOOL_SWEEP_S, is_first_at_once=True)
+    made.add(_spared(remove), every_s=RETAIN_S)
     if config.receive.verify_mb_per_h > 0:
-        made.add_job(_spared(verifier(store, spool, mb_per_h=config.receive.verify_mb_per_h)), "interval", seconds=VERIFY_S)
-    made.add_job(_spared(_certificates(config)), "interval", seconds=CERTIFICATES_S, next_run_time=clock())
+        made.add(_spared(verifier(store, spool, mb_per_h=config.receive.verify_mb_per_h)), every_s=VERIFY_S)
+    made.add(_spared(_certificates(config)), every_s=CERTIFICATES_S, is_first_at_once=True)
     return made
 
 
-def _of_records(config: Config, store: Store, bundles: Sequence[Bundle]) -> list[tuple[Callable[[], None], float]]:
+def _of_records(config: Config, store: Store, bundles: Sequence[Bundle], watched: Clock) -> list[tuple[Callable[[], None], float]]:
     """What is periodic about the patients' records, and every how many seconds."""
     settings = config.records
 
@@ -94,6 +169,8 @@ def _of_records(config: Config, store: Store, bundles: Sequence[Bundle]) -> list
         reissue.sweep(store, specs, within=within, is_wanted=settings.reissue, must_agree=settings.must_agree, now=clock())
 
     def expire() -> None:
+        if not watched.is_trusted:
+            return
         gone = erasure.expire(
             store,
             now=clock(),
@@ -173,7 +250,7 @@ def _retain(config: Config, store: Store, spool: Spool) -> None:
 
 
 def _spared(sweep: Callable[[], None], *, name: str = "") -> Callable[[], None]:
-    """A sweep that fails says so and comes again; the scheduler would keep it to itself."""
+    """A sweep that fails says so and comes again."""
 
     def run() -> None:
         try:

@@ -30,6 +30,7 @@ WARNINGS: Final = frozenset(
         "job.rescued",
         "job.fenced",
         "role.restarted",
+        "clock.jumped",
         "explanation.failed",
         "feed.silent",
         "commitment.denied",
@@ -43,7 +44,7 @@ WARNINGS: Final = frozenset(
 ERRORS: Final = frozenset({"job.discarded", "sweep.failed", "certificate.unusable", "heartbeat.died", "file.damaged"})
 
 #: Libraries whose words may hold patient data, at any level.
-SILENCED: Final = ("pynetdicom", "pydicom", "highdicom", "sqlalchemy", "alembic", "apscheduler", "hl7", "py.warnings", "monai", "ignite")
+SILENCED: Final = ("pynetdicom", "pydicom", "highdicom", "sqlalchemy", "alembic", "hl7", "py.warnings", "monai", "ignite")
 
 
 def setup(*, level: str = "INFO", human: bool = False, stream: TextIO | None = None) -> None:
