@@ -140,10 +140,6 @@ def scheduler(config: Config, store: Store, spool: Spool) -> Periodic:
     def watch() -> None:
         watched.look(store, lease_s=max(config.run.lease_s, config.deliver.lease_s))
 
-    def remove() -> None:
-        if watched.is_trusted:
-            _retain(config, store, spool)
-
     made = Periodic()
     made.add(_spared(watch), every_s=CLOCK_S)
     made.add(_spared(complete), every_s=config.assembly.sweep_s)
@@ -152,7 +148,7 @@ def scheduler(config: Config, store: Store, spool: Spool) -> Periodic:
     made.add(_spared(rescue), every_s=max(1.0, config.run.lease_s / 6))
     # At once but in the background: with 100 000 files, or peers that are away, it must not delay the first association.
     made.add(_spared(lambda: sweep_spool(store, spool), name="clean"), every_s=SPOOL_SWEEP_S, is_first_at_once=True)
-    made.add(_spared(remove), every_s=RETAIN_S)
+    made.add(_spared(lambda: _retain(config, store, spool, watched), name="remove"), every_s=RETAIN_S)
     if config.receive.verify_mb_per_h > 0:
         made.add(_spared(verifier(store, spool, mb_per_h=config.receive.verify_mb_per_h)), every_s=VERIFY_S)
     made.add(_spared(_certificates(config)), every_s=CERTIFICATES_S, is_first_at_once=True)
@@ -242,7 +238,9 @@ def verifier(store: Store, spool: Spool, *, mb_per_h: float) -> Callable[[], Non
     return verify
 
 
-def _retain(config: Config, store: Store, spool: Spool) -> None:
+def _retain(config: Config, store: Store, spool: Spool, watched: Clock) -> None:
+    if not watched.is_trusted:
+        return
     kept = config.retention
     days = {"delivered": kept.delivered_days, "excluded": kept.excluded_days, "failed": kept.failed_days}
     committing = [one.name for one in config.destinations if one.commitment]
