@@ -20,6 +20,7 @@ from worker.ops.log import places
 from worker.peers import count_of, peer_to_report, peers_of
 from worker.record_feeds import clock
 from worker.roles import read_bundles
+from worker.selection import takes_captures
 from worker.silence import Silence
 from worker.store import ahead, erasure, feeds, queue, retention
 from worker.store.database import Store
@@ -121,6 +122,7 @@ def scheduler(config: Config, store: Store, spool: Spool) -> Periodic:
             if all(image.modalities for image in bundle.images)
             else frozenset(),
             sum(image.min_instances for image in bundle.images if image.required),
+            any(takes_captures(image) for image in bundle.images),
         )
         for bundle in bundles
     ]
