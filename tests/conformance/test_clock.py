@@ -149,7 +149,9 @@ def test_daylight_saving_moves_no_deadline_and_dates_each_study_once(store: Stor
     berlin = parse_zone("Europe/Berlin")
 
     def at(date: str, time: str, offset: str = "") -> datetime | None:
-        one = Header("1", "1.1", "1", "1.9", "1.9.1", Patient(PatientKey("", "P")), study_date=date, study_time=time, timezone_offset=offset)
+        one = Header(
+            "1", "1.1", "1", "1.9", "1.9.1", Patient(PatientKey("", "P")), study_date=date, study_time=time, timezone_offset=offset
+        )
         return study_time(one, berlin)
 
     assert at("20261025", "023000") == datetime(2026, 10, 25, 0, 30, tzinfo=UTC)

@@ -200,7 +200,7 @@ def _prepare_sqlite(connection: Any, _record: object) -> None:
 
 
 def _forget_read_only(failed: sa.engine.ExceptionContext) -> None:
-    # SQLite opens for reading alone, without a word, what it cannot open for writing: kept, the connection would fail when the disk is well.
+    # SQLite opens for reading alone, without a word, what it cannot open for writing; kept, it would fail on a disk that is well.
     if "readonly" in str(failed.original_exception):
         failed.is_disconnect = True
 
