@@ -6,6 +6,8 @@ import hashlib
 import json
 import random
 import shutil
+import subprocess
+import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,7 +26,7 @@ from worker.store.spool import Spool, digest_of, file_meta
 pytestmark = [pytest.mark.timeout(300)]
 
 #: Sent, and of each study.
-INSTANCES, STUDY = 16, 8
+INSTANCES, STUDY = 12, 4
 
 
 @dataclass(frozen=True)
@@ -108,3 +110,25 @@ def start(before: Installation, folder: Path) -> None:
         with Scu(("127.0.0.1", installation.port)) as scu:
             scu.associate(called="WORKER", calling="MODALITY")
             assert scu.store(slice_of()) == 0x0000
+
+
+FIRST = """
+import sys
+from pathlib import Path
+from worker.store.spool import Spool
+incoming = Spool(Path(sys.argv[1]), low_water_bytes=0).begin(sop_class_uid="1.2", sop_instance_uid="1.2.3", transfer_syntax_uid="1.2.4")
+incoming.write(memoryview(b"the first image"))
+print(incoming.commit().sha256)
+"""
+
+
+@pytest.mark.requirement("S2")
+def test_the_first_image_of_a_new_spool_survives_a_power_cut_whatever_the_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SQLite syncs the folder that both are in; PostgreSQL is elsewhere."""
+    (data := tmp_path / "data").mkdir()
+    with monkeypatch.context() as preloaded:
+        shim = Shim(tmp_path / "shim", data, preloaded, has_journal=True)
+        command = [sys.executable, "-c", FIRST, str(data / "spool")]
+        sha256 = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    shim.journal.rebuild(tmp_path / "left", shim.syncs, random.Random(2026))
+    assert [digest_of(path) for path in below(tmp_path / "left")] == [sha256]
