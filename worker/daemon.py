@@ -203,7 +203,7 @@ def _front(config: Config, config_file: Path | None, store: Store, supervisor: S
         closers.append(server.stop)
     scheduler = sweeps.scheduler(config, store, spool)
     scheduler.start()
-    closers.append(lambda: scheduler.shutdown(wait=False))
+    closers.append(scheduler.stop)
     return closers
 
 

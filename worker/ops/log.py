@@ -31,6 +31,7 @@ WARNINGS: Final = frozenset(
         "job.rescued",
         "job.fenced",
         "role.restarted",
+        "clock.jumped",
         "explanation.failed",
         "feed.silent",
         "commitment.denied",
