@@ -6,10 +6,9 @@ the first at the start. The scheduler holds no state of ours: what must survive 
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -28,6 +27,7 @@ from worker.store.spool import Spool
 
 if TYPE_CHECKING:
     from models.bundle import Bundle
+    from worker.periodic import Periodic
     from worker.store.studies import Pending
 
 #: What a crash left is gone within the hour.
@@ -82,50 +82,10 @@ class Clock:
         return has_jumped
 
 
-class Periodic:
-    """Sweeps by APScheduler, which plans by the wall clock: when that was set, beside it a thread begins the plan anew.
-
-    Put back by a day, APScheduler sleeps for a day.
-    """
-
-    def __init__(self, watch: Callable[[], None]) -> None:
-        from apscheduler.schedulers.background import BackgroundScheduler
-
-        defaults = {"coalesce": True, "max_instances": 1, "misfire_grace_time": None}
-        self._scheduler = BackgroundScheduler(timezone=UTC, job_defaults=defaults)
-        self._watch = watch
-        self._is_over = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="clock", daemon=True)
-
-    def add(self, sweep: Callable[[], None], *, every_s: float, is_first_at_once: bool = False) -> None:
-        """`sweep` every so many seconds."""
-        self._scheduler.add_job(sweep, "interval", seconds=every_s, **({"next_run_time": clock()} if is_first_at_once else {}))
-
-    def start(self) -> None:
-        """Returns at once."""
-        self._scheduler.start()
-        self._thread.start()
-
-    def begin_anew(self) -> None:
-        """Every sweep at once, and then at its interval."""
-        for job in self._scheduler.get_jobs():
-            job.modify(next_run_time=clock())
-
-    def stop(self, *, wait: bool = False) -> None:
-        """Begin no more; what runs goes on to its end, which may be waited for."""
-        self._is_over.set()
-        self._scheduler.shutdown(wait=wait)
-        if wait:
-            self._thread.join()
-
-    def _run(self) -> None:
-        while not self._is_over.wait(CLOCK_S):
-            self._watch()
-
-
 def scheduler(config: Config, store: Store, spool: Spool) -> Periodic:
     """Everything periodic, each run idempotent, never two of a kind at once; not started yet."""
     from worker.intake import assembly
+    from worker.periodic import Periodic
 
     bundles = read_bundles(config)
     wants = [
@@ -157,7 +117,7 @@ def scheduler(config: Config, store: Store, spool: Spool) -> Periodic:
         if watched.look(store, lease_s=max(config.run.lease_s, config.deliver.lease_s)):
             made.begin_anew()
 
-    made = Periodic(_spared(watch))
+    made = Periodic(_spared(watch), every_s=CLOCK_S)
     made.add(_spared(complete), every_s=config.assembly.sweep_s)
     for sweep, seconds in _of_records(config, store, bundles, watched) + _of_senders(config, store):
         made.add(_spared(sweep), every_s=seconds)
