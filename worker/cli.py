@@ -61,7 +61,7 @@ def main() -> NoReturn:
     log.silence()
     log.on_crash(_crashed)
     try:
-        app()
+        typer.main.get_command(app)()  # app() would put typer's own hook, which prints an exception's words, in place of ours
     except ConfigError as exc:
         _fail(f"Configuration: {exc}", EXIT_CONFIG)
     except (DatabaseUnavailable, SpoolError) as exc:
@@ -156,10 +156,9 @@ def role(
 @app.command()
 def migrate(given: ConfigFile = None) -> None:
     """Bring the database to this program's version; makes it if there is none. Back it up first."""
-    settings = config.read(_needed(given))
-    store = Store(settings.database_url)
-    store.migrate()
-    store.check()
+    from worker import daemon
+
+    daemon.open_store(config.read(_needed(given)), migrate=True)
     out.print("The database is at this program's version.")
 
 

@@ -121,8 +121,8 @@ def on_signal(stop: threading.Event) -> None:
     signal.signal(signal.SIGHUP, handle)  # a closed terminal is an orderly end, too
 
 
-def open_store(config: Config) -> Store:
-    """The database, checked; the embedded one is made at the very first start.
+def open_store(config: Config, *, migrate: bool = False) -> Store:
+    """The database, checked; the embedded one is made at the very first start, and with `migrate` an older one is brought up to date.
 
     Raises
     ------
@@ -132,9 +132,13 @@ def open_store(config: Config) -> Store:
     """
     store = Store(config.database_url)
     database = config.site.data / "synoptic.db"
-    if not config.site.database and not database.exists():
-        if any((config.spool / "instances").glob("*/*.dcm")):
-            raise DatabaseUnavailable(f"{database} is gone but the spool holds studies: restore it from its backup (deploy/README.md).")
+    is_new = not config.site.database and not (database.exists() and database.stat().st_size)
+    if is_new and any((config.spool / "instances").glob("*/*.dcm")):
+        raise DatabaseUnavailable(
+            f"{database} is not there but the spool holds studies: restore it from its backup (deploy/README.md); "
+            "or the database is another, and [site] database, or SYNOPTIC_SITE__DATABASE, is not said here."
+        )
+    if is_new or migrate:
         store.migrate()
     store.check()
     return store

@@ -6,6 +6,7 @@ import faulthandler
 import io
 import json
 import logging
+import subprocess
 import sys
 import threading
 import warnings
@@ -124,3 +125,17 @@ def test_the_database_repeats_no_value_in_its_errors_and_echoes_nothing(store: S
     with pytest.raises((sa.exc.StatementError, DatabaseUnavailable)) as caught, store.begin() as conn:
         conn.execute(sa.text("SELECT no_such_column FROM patient WHERE patient_id = :one"), {"one": PLANTED})
     assert PLANTED not in str(caught.value)
+
+
+@pytest.mark.requirement("X1")
+def test_a_fault_of_ours_in_a_verb_tells_its_type_and_places_and_none_of_its_words(tmp_path: Path) -> None:
+    """Typer sets a hook of its own, which prints a traceback with all that an exception quotes."""
+    (tmp_path / "c.toml").write_text("[site]\ndata = '.'\n")
+    Store(f"sqlite:///{tmp_path}/synoptic.db").migrate()
+    script = f"import worker.cli as c, worker.store.studies as s\ndef counts(_): raise KeyError({PLANTED!r})\ns.counts = counts\nc.main()"
+    done = subprocess.run(
+        [sys.executable, "-c", script, "status", "-c", str(tmp_path / "c.toml")], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 1
+    assert "A fault of ours, KeyError" in done.stderr
+    assert PLANTED not in done.stdout + done.stderr
