@@ -108,6 +108,13 @@ def _serve(given: Path | None, wanted: tuple[str, ...]) -> None:
     settings = config.read(path)
     log.setup(level=settings.log.level, human=settings.log.format == "human")
     daemon.supervise(settings, path, wanted=wanted)
+    _end()
+
+
+def _end() -> NoReturn:
+    """End at once: all is committed and closed, and an interpreter would take torch apart, or wait for a sweep that waits for a peer."""
+    sys.stdout.flush()
+    os._exit(0)
 
 
 @app.command(name="all")
@@ -148,9 +155,8 @@ def role(
     settings = config.read(given)
     log.setup(level=settings.log.level, human=settings.log.format == "human" and not is_check)
     daemon.role(name, settings, descriptor=descriptor, parent=parent, is_check=is_check)
-    if name == "run":  # all is committed and closed; an interpreter with torch takes seconds to take itself apart
-        sys.stdout.flush()
-        os._exit(0)
+    if name == "run":
+        _end()
 
 
 @app.command()

@@ -39,10 +39,13 @@ PROMISE_S: Final = 1.0
 LISTEN_S: Final = 60.0
 CERTIFICATES_S: Final = 86400.0
 VERIFY_S: Final = 60.0
+#: Kinds of sweeps, but for the tables', at most.
+MAX_SWEEPS: Final = 16
 
 
 def scheduler(config: Config, store: Store, spool: Spool) -> BackgroundScheduler:
     """Everything periodic, each run idempotent, never two of a kind at once; not started yet."""
+    from apscheduler.executors.pool import ThreadPoolExecutor
     from apscheduler.schedulers.background import BackgroundScheduler
 
     from worker.intake import assembly
@@ -70,7 +73,10 @@ def scheduler(config: Config, store: Store, spool: Spool) -> BackgroundScheduler
         for job in rescued:
             events.emit("job.rescued", job=job)
 
-    made = BackgroundScheduler(timezone=UTC, job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": None})
+    # A thread for each: a view of a warehouse may take ten minutes, and studies must be completed beside any number of them.
+    pool = ThreadPoolExecutor(MAX_SWEEPS + len(config.tables))
+    once = {"coalesce": True, "max_instances": 1, "misfire_grace_time": None}
+    made = BackgroundScheduler(executors={"default": pool}, timezone=UTC, job_defaults=once)
     made.add_job(_spared(complete), "interval", seconds=config.assembly.sweep_s)
     for sweep, seconds in _of_records(config, store, bundles) + _of_senders(config, store):
         made.add_job(_spared(sweep), "interval", seconds=seconds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import faulthandler
 import io
 import json
@@ -40,6 +41,20 @@ def test_an_event_is_one_json_line_with_its_level(stream: io.StringIO) -> None:
     events.emit("job.discarded", study=1, reason="a sentence")
     found = json.loads(stream.getvalue())
     assert (found["event"], found["level"], found["study"]) == ("job.discarded", "error", 1)
+
+
+@pytest.mark.requirement("S3")
+def test_a_log_whose_disk_is_full_stops_nobody_and_goes_on_when_there_is_room(stream: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_text: str) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stream, "write", full)
+        log.setup(stream=stream)  # a listener more, whose logger is bound to what is full
+        events.emit("job.rescued", job=1)
+    log.setup(stream=stream)
+    events.emit("job.rescued", job=2)
+    assert [json.loads(line)["job"] for line in stream.getvalue().splitlines()][-1:] == [2]
 
 
 def test_an_unknown_event_is_a_bug_at_once() -> None:
