@@ -162,6 +162,8 @@ class Store:
         config = Config()
         config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
         with self.begin() as conn:
+            if not self.is_sqlite:
+                conn.exec_driver_sql("SET LOCAL statement_timeout = 0")  # an index of ten million facts takes minutes
             config.attributes["connection"] = conn
             command.upgrade(config, "head")
 
