@@ -75,15 +75,19 @@ class Supervisor:
             code = child.process.poll()
             if code is None:
                 return
-            child.pause_s = RESTART_S if now - child.started_at > RESTART_CAP_S else min(RESTART_CAP_S, child.pause_s * 2)
-            child.start_after = now + child.pause_s
-            child.process = None
-            events.emit("role.restarted", role=child.role, code=code, pause_s=child.pause_s)
+            self._wait(child, code, now=now)
         if now >= child.start_after:
             child.started_at = now
-            child.process = subprocess.Popen(  # noqa: S603  our own interpreter and module
-                child.command, pass_fds=child.descriptors
-            )
+            try:
+                child.process = subprocess.Popen(child.command, pass_fds=child.descriptors)  # noqa: S603  our own interpreter and module
+            except OSError as exc:  # no memory, no process left: the other roles go on
+                self._wait(child, exc.errno, now=now)
+
+    def _wait(self, child: Child, code: int | None, *, now: float) -> None:
+        child.pause_s = RESTART_S if now - child.started_at > RESTART_CAP_S else min(RESTART_CAP_S, child.pause_s * 2)
+        child.start_after = now + child.pause_s
+        child.process = None
+        events.emit("role.restarted", role=child.role, code=code, pause_s=child.pause_s)
 
     def _end(self) -> None:
         alive = [child.process for child in self.children if child.process is not None and child.process.poll() is None]

@@ -258,6 +258,8 @@ class Spool:
         limit, files, size_bytes = put_before.timestamp(), 0, 0
         for path in self._quarantine.iterdir():
             found = path.stat()
+            if stat.S_ISDIR(found.st_mode):
+                continue  # a person's
             if found.st_ctime < limit:  # a rename sets it
                 path.unlink(missing_ok=True)
                 files, size_bytes = files + 1, size_bytes + found.st_size
