@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import subprocess
 import sys
 from datetime import UTC, datetime, timedelta, timezone
 from importlib import import_module
@@ -87,7 +88,7 @@ def test_a_role_for_which_there_is_no_process_now_waits_and_the_others_go_on(cap
         tries.append(0)
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
-    monkeypatch.setattr(daemon.subprocess, "Popen", popen)
+    monkeypatch.setattr(subprocess, "Popen", popen)
     supervisor = daemon.Supervisor([daemon.Child("run", ["none"])])
     for _ in range(3):
         supervisor._look_after(supervisor.children[0])
