@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from datetime import datetime
+from io import BytesIO
 
+from pydicom import dcmread
 from pydicom.uid import generate_uid
 
 from worker import events
 from worker.deliver import commitment, cstore, stow
-from worker.domain import Job
+from worker.domain import Document, Job, Patient, PatientKey
 from worker.errors import Reject, Retry
+from worker.ops import audit
 from worker.ops.log import places
 from worker.store import commitments, documents, queue
 from worker.store.database import Store
@@ -30,10 +33,19 @@ def deliver(
     """
     with store.read() as conn:
         loaded = [documents.load(conn, job.document_id or 0) for job in jobs]
+    subjects: list[audit.Subject] = []
+    to = audit.Party(peer.stow_url or peer.ae_title, peer.host, is_ae=not peer.stow_url)
     try:
+        for document in loaded:
+            subjects.append(_subject(document))
+            audit.begun(subjects[-1], destination=to)
         outcomes = stow.send(loaded, peer=peer) if peer.stow_url else cstore.send(loaded, peer=peer)
     except Exception as exc:  # noqa: BLE001  one document must not end the deliveries of a destination
         outcomes = [cstore.Outcome(document.sop_instance_uid, error=Retry(_unforeseen(exc))) for document in loaded]
+    for subject, outcome in zip(subjects, outcomes, strict=False):
+        error = outcome.error
+        verdict = audit.SUCCESS if error is None else audit.FAILED if isinstance(error, Reject) else audit.AGAIN
+        audit.transferred(subject, destination=to, outcome=verdict, reason=str(error or outcome.warning))
     transaction_uid = str(generate_uid(prefix=None))  # of random bits: none is ever used twice
     taken = []
     for job, document, outcome in zip(jobs, loaded, outcomes, strict=True):
@@ -45,6 +57,14 @@ def deliver(
     if taken and commitment_wait_s is not None:
         commitment.ask(taken, transaction_uid=transaction_uid, store=store, peer=peer, clock=clock)
     return outcomes
+
+
+def _subject(document: Document) -> audit.Subject:
+    tags = ["SpecificCharacterSet", "StudyInstanceUID", "AccessionNumber", "PatientID", "IssuerOfPatientID", "PatientName"]
+    ds = dcmread(BytesIO(document.data), stop_before_pixels=True, specific_tags=list(tags))
+    uid, accession, *whose = (str(ds.get(tag) or "") for tag in tags[1:])
+    patient = Patient(PatientKey(whose[1], whose[0]), whose[2])
+    return audit.Subject(uid, patient, accession, {document.sop_class_uid: 1})
 
 
 def _unforeseen(exc: Exception) -> str:
