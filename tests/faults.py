@@ -138,6 +138,8 @@ NOT_INJECTED: Final[dict[str, str]] = {}
 #: The same, of a part of a fault whose other parts have tests.
 PART_NOT_INJECTED: Final = {
     "X12": "the look-up of known vulnerabilities: `make audit-deps` says how many versions it could ask for",
+    "R17": "10,000 of them: `make soak`, what was run is in deploy/README.md; here it is a hundred",
+    "M10": "thousands of them: `make soak`, what was run is in deploy/README.md; here it is fifty",
     "M1": "memory of a real card that is full: CI has no card; the error that torch raises then is raised instead",
     "M2": "XID, a reset of the driver: CI has no card; the error that torch raises then is raised instead",
     "M7": "the same numbers on CPU and GPU: CI has no card",

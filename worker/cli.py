@@ -61,7 +61,7 @@ def main() -> NoReturn:
     log.silence()
     log.on_crash(_crashed)
     try:
-        app()
+        typer.main.get_command(app)()  # app() would put typer's own hook, which prints an exception's words, in place of ours
     except ConfigError as exc:
         _fail(f"Configuration: {exc}", EXIT_CONFIG)
     except (DatabaseUnavailable, SpoolError) as exc:
@@ -108,6 +108,13 @@ def _serve(given: Path | None, wanted: tuple[str, ...]) -> None:
     settings = config.read(path)
     log.setup(level=settings.log.level, human=settings.log.format == "human")
     daemon.supervise(settings, path, wanted=wanted)
+    _end()
+
+
+def _end() -> NoReturn:
+    """End at once: all is committed and closed, and an interpreter would take torch apart, or wait for a sweep that waits for a peer."""
+    sys.stdout.flush()
+    os._exit(0)
 
 
 @app.command(name="all")
@@ -148,18 +155,16 @@ def role(
     settings = config.read(given)
     log.setup(level=settings.log.level, human=settings.log.format == "human" and not is_check)
     daemon.role(name, settings, descriptor=descriptor, parent=parent, is_check=is_check)
-    if name == "run":  # all is committed and closed; an interpreter with torch takes seconds to take itself apart
-        sys.stdout.flush()
-        os._exit(0)
+    if name == "run":
+        _end()
 
 
 @app.command()
 def migrate(given: ConfigFile = None) -> None:
     """Bring the database to this program's version; makes it if there is none. Back it up first."""
-    settings = config.read(_needed(given))
-    store = Store(settings.database_url)
-    store.migrate()
-    store.check()
+    from worker import daemon
+
+    daemon.open_store(config.read(_needed(given)), migrate=True)
     out.print("The database is at this program's version.")
 
 

@@ -12,6 +12,7 @@ The daemon reads the files again too, a few at a time (`verify`).
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -29,7 +30,7 @@ ORPHAN_AGE: Final = timedelta(minutes=15)
 #: Rows of one reading.
 _PAGE: Final = 1000
 
-MISSING, RESIZED, CHANGED = "missing", "of another size", "changed"
+MISSING, RESIZED, CHANGED, UNREADABLE = "missing", "of another size", "changed", "not to be read"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,7 @@ def verify(store: Store, spool: Spool, *, budget_bytes: float) -> tuple[int, tup
     place = spool.root / "verified"
     try:
         last = int(place.read_text("ascii"))
-    except (FileNotFoundError, ValueError):  # none yet, or cut off by a crash: every file is as good a beginning
+    except (OSError, ValueError):  # none yet, or cut off by a crash: every file is as good a beginning
         last = 0
     faults: list[tuple[StoredFile, str]] = []
     size_bytes = 0
@@ -109,7 +110,8 @@ def verify(store: Store, spool: Spool, *, budget_bytes: float) -> tuple[int, tup
         if not page:
             last = 0
             break
-    place.write_text(str(last), "ascii")
+    with contextlib.suppress(OSError):  # a disk that takes no writes: what was found is told all the same
+        place.write_text(str(last), "ascii")
     return size_bytes, tuple(_still(store, spool, faults, with_digests=True))
 
 
@@ -152,9 +154,13 @@ def _fault(spool: Spool, one: StoredFile, *, with_digests: bool) -> str:
         size_bytes = path.stat().st_size
     except FileNotFoundError:
         return MISSING
+    except OSError:  # a disk that fails, and must not hide all that comes after this file
+        return UNREADABLE
     if size_bytes != one.size_bytes:
         return RESIZED
-    return CHANGED if with_digests and digest_of(path) != one.sha256 else ""
+    if not with_digests or (found := digest_of(path)) == one.sha256:
+        return ""
+    return CHANGED if found else UNREADABLE
 
 
 def _still(store: Store, spool: Spool, faults: Sequence[tuple[StoredFile, str]], *, with_digests: bool) -> list[tuple[StoredFile, str]]:

@@ -77,15 +77,19 @@ class Supervisor:
             code = child.process.poll()
             if code is None:
                 return
-            child.pause_s = RESTART_S if now - child.started_at > RESTART_CAP_S else min(RESTART_CAP_S, child.pause_s * 2)
-            child.start_after = now + child.pause_s
-            events.emit("role.restarted", role=child.role, code=code, pause_s=child.pause_s, pid=child.process.pid)
-            child.process = None
+            self._wait(child, code, now=now)
         if now >= child.start_after:
             child.started_at = now
-            child.process = subprocess.Popen(  # noqa: S603  our own interpreter and module
-                child.command, pass_fds=child.descriptors
-            )
+            try:
+                child.process = subprocess.Popen(child.command, pass_fds=child.descriptors)  # noqa: S603  our own interpreter and module
+            except OSError as exc:  # no memory, no process left: the other roles go on
+                self._wait(child, exc.errno, now=now)
+
+    def _wait(self, child: Child, code: int | None, *, now: float) -> None:
+        child.pause_s = RESTART_S if now - child.started_at > RESTART_CAP_S else min(RESTART_CAP_S, child.pause_s * 2)
+        child.start_after = now + child.pause_s
+        events.emit("role.restarted", role=child.role, code=code, pause_s=child.pause_s, pid=child.process.pid if child.process else None)
+        child.process = None
 
     def _end(self) -> None:
         alive = [child.process for child in self.children if child.process is not None and child.process.poll() is None]
@@ -123,8 +127,8 @@ def on_signal(stop: threading.Event) -> None:
     signal.signal(signal.SIGHUP, handle)  # a closed terminal is an orderly end, too
 
 
-def open_store(config: Config) -> Store:
-    """The database, checked; the embedded one is made at the very first start.
+def open_store(config: Config, *, migrate: bool = False) -> Store:
+    """The database, checked; the embedded one is made at the very first start, and with `migrate` an older one is brought up to date.
 
     Raises
     ------
@@ -134,9 +138,13 @@ def open_store(config: Config) -> Store:
     """
     store = Store(config.database_url)
     database = config.site.data / "synoptic.db"
-    if not config.site.database and not database.exists():
-        if any((config.spool / "instances").glob("*/*.dcm")):
-            raise DatabaseUnavailable(f"{database} is gone but the spool holds studies: restore it from its backup (deploy/README.md).")
+    is_new = not config.site.database and not (database.exists() and database.stat().st_size)
+    if is_new and any((config.spool / "instances").glob("*/*.dcm")):
+        raise DatabaseUnavailable(
+            f"{database} is not there but the spool holds studies: restore it from its backup (deploy/README.md); "
+            "or the database is another, and [site] database, or SYNOPTIC_SITE__DATABASE, is not said here."
+        )
+    if is_new or migrate:
         store.migrate()
     store.check()
     return store

@@ -29,13 +29,15 @@ from worker.errors import PeerRefused, PeerUnavailable, WorkerError
 from worker.imaging.codecs import unloadable
 from worker.imaging.decoding import codec_versions
 from worker.record_feeds import clock
-from worker.store.database import Store
+from worker.store.database import DatabaseUnavailable, Store
 from worker.store.spool import Spool, SpoolError
 
 if TYPE_CHECKING:
     from worker.deliver.cstore import Peer
     from worker.intake import fhir_http
 
+#: So long a role may take until it is ready.
+READY_S: Final = 120.0
 #: So long and so much a FHIR server may take to say what it is; a large one's statement is a few megabytes.
 FHIR_S: Final = 5.0
 _FHIR_BYTES: Final = 32 * 2**20
@@ -84,7 +86,7 @@ def checks(config: Config, config_file: Path | None) -> Iterator[Check]:
 def _tried(what: str, check: Callable[[], str]) -> Check:
     try:
         return what, check(), True
-    except (WorkerError, ConfigError, SpoolError, OSError, ValueError) as exc:
+    except (WorkerError, ConfigError, SpoolError, OSError, ValueError, RuntimeError) as exc:  # RuntimeError: torch, a device that is full
         return what, str(exc), False
 
 
@@ -227,15 +229,21 @@ def _roles(config_file: Path | None) -> Iterator[Check]:
 
 def _idle(config: Config, config_file: Path | None) -> Iterator[Check]:
     """Start each role for a moment, on a port of its own, and read its own words: seconds to ready and memory."""
-    if not Store(config.database_url).is_ready():
-        return
+    try:
+        Store(config.database_url).check()
+    except DatabaseUnavailable:
+        return  # its own line has said so
     wanted = ["receive", *(["run"] if config.run.bundles else []), *(["deliver"] if config.destinations else [])]
     for name in wanted:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             listener.set_inheritable(True)
             line = daemon.command(name, config_file, descriptor=listener.fileno(), is_check=True)
-            done = subprocess.run(line, capture_output=True, pass_fds=(listener.fileno(),), timeout=120, check=False)  # noqa: S603  our own
-        said = next((fact for fact in map(_json, done.stdout.splitlines()) if fact.get("event") == "role.started"), {})
+            try:
+                done = subprocess.run(line, capture_output=True, pass_fds=(listener.fileno(),), timeout=READY_S, check=False)  # noqa: S603  our own
+                written = done.stdout
+            except subprocess.TimeoutExpired as exc:
+                written = exc.stdout or b""
+        said = next((fact for fact in map(_json, written.splitlines()) if fact.get("event") == "role.started"), {})
         found = f"ready after {said['seconds']} s, {said['rss_mb']} MB idle" if said else "did not start; see its log"
         yield f"role {name}", found, bool(said)
 

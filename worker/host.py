@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Final
-from urllib.parse import urlsplit
+from urllib.parse import unquote
 
 from worker.config import Config
+from worker.store.database import told_by
 
 _PR_SET_DUMPABLE: Final = 4  # prctl(2)
 
@@ -43,7 +44,8 @@ def changeable(config: Config, config_file: Path | None) -> list[str]:
 def exposed(config: Config, config_file: Path | None) -> list[str]:
     """A sentence for whatever makes a break-in worse than it need be: said at the start, not refused."""
     found = [f"{path} holds a key and can be read by every user of this host: say chmod o-r." for path in _keys(config) if _is_read(path)]
-    if config_file is not None and _is_read(config_file) and any(one in config_file.read_text("utf-8") for one in secrets(config)):
+    text = config_file.read_text("utf-8") if config_file is not None and _is_read(config_file) else ""
+    if any(one in text or one in unquote(text) for one in secrets(config)):
         found.append(f"{config_file} holds a secret and can be read by every user of this host: put it into the environment, or chmod o-r.")
     if os.geteuid() == 0:
         found.append("This runs as root: run it as a user of its own (deploy/README.md).")
@@ -54,7 +56,7 @@ def secrets(config: Config) -> set[str]:
     """What must never be shown: the passwords within URLs of databases, the secrets for the FHIR server and for STOW-RS."""
     told = [one.stow_secret for one in config.destinations]
     urls = [config.site.database, *(table.database for table in config.tables)]
-    return {secret for secret in (config.fhir.client_secret, *told, *(urlsplit(url).password for url in urls)) if secret}
+    return {secret for secret in (config.fhir.client_secret, *told, *(told_by(url)[0] for url in urls)) if secret}
 
 
 def _orders(config: Config, config_file: Path | None) -> Iterator[Path]:

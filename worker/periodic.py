@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
+from apscheduler.executors.pool import ThreadPoolExecutor
 from apscheduler.schedulers.background import BackgroundScheduler
 from apscheduler.triggers.base import BaseTrigger
 
@@ -27,9 +28,9 @@ class _Every(BaseTrigger):  # type: ignore[misc]  # APScheduler has no types
 class Periodic:
     """Runs functions in threads, none of them twice at once; and `watch`, by a clock that nobody sets."""
 
-    def __init__(self, watch: Callable[[], None], *, every_s: float) -> None:
+    def __init__(self, watch: Callable[[], None], *, every_s: float, threads: int) -> None:
         defaults = {"coalesce": True, "max_instances": 1, "misfire_grace_time": None}
-        self._scheduler = BackgroundScheduler(timezone=UTC, job_defaults=defaults)
+        self._scheduler = BackgroundScheduler(executors={"default": ThreadPoolExecutor(threads)}, timezone=UTC, job_defaults=defaults)
         self._watch, self._every_s = watch, every_s
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="clock", daemon=True)

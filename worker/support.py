@@ -19,12 +19,11 @@ import re
 import socket
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Final
-from urllib.parse import urlsplit
 
 from worker import __version__, doctor, events, host, watch_cli
 from worker.config import Config, ConfigError
@@ -32,7 +31,7 @@ from worker.errors import WorkerError
 from worker.record_feeds import clock
 from worker.redaction import redact
 from worker.store import feeds, schema
-from worker.store.database import Store
+from worker.store.database import Store, told_by
 from worker.store.spool import Spool, SpoolError
 
 #: Of a log, so much of its end is looked at; of a text, so much is kept.
@@ -72,7 +71,7 @@ def write(path: Path, config: Config, config_file: Path | None, *, log_file: Pat
         (
             "doctor.json",
             "`synoptic doctor`: check, found, is it well",
-            [(what, mask(found), ok) for what, found, ok in _checks(config, config_file)],
+            [(mask(what), mask(found), ok) for what, found, ok in doctor.checks(config, config_file)],
         ),
         ("status.json", "`synoptic status` and the disk", _tried(mask, lambda: _status(config, mask))),
         ("ledger.json", "`synoptic status --ledger`, of all days together", _tried(mask, lambda: _ledger(config, mask))),
@@ -95,9 +94,9 @@ class _Mask:
 
     def __init__(self, config: Config, config_file: Path | None) -> None:
         self._names = dict.fromkeys(host.secrets(config), "[secret]")
-        for url in (config.site.database, *(table.database for table in config.tables), config.fhir.url, config.fhir.token_url):
-            parts = urlsplit(url)
-            self._names |= {part: "[url]" for part in (parts.hostname, parts.username, parts.path.strip("/")) if part}
+        urls = [config.site.database, *(one.database for one in config.tables), *(one.stow_url for one in config.destinations)]
+        for url in (*urls, config.fhir.url, config.fhir.token_url):
+            self._names |= dict.fromkeys(told_by(url)[1], "[url]")
         self._learn("", dataclasses.asdict(config))
         for place in (config.site.data, config_file and config_file.resolve(), config_file and config_file.resolve().parent):
             self._names.setdefault(str(place or ""), "[folder]")
@@ -164,10 +163,6 @@ def _tried(mask: _Mask, make: Callable[[], object]) -> object:
         return make()
     except (WorkerError, ConfigError, SpoolError, OSError) as exc:
         return {"unavailable": mask.sentence(str(exc))}
-
-
-def _checks(config: Config, config_file: Path | None) -> Collection[doctor.Check]:
-    return list(doctor.checks(config, config_file))
 
 
 def _versions(config: Config) -> object:

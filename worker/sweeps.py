@@ -40,6 +40,8 @@ PROMISE_S: Final = 1.0
 LISTEN_S: Final = 60.0
 CERTIFICATES_S: Final = 86400.0
 VERIFY_S: Final = 60.0
+#: Kinds of sweeps, but for the tables', at most.
+MAX_SWEEPS: Final = 16
 CLOCK_S: Final = 1.0
 #: A clock that is put right by less is slewed, or a leap second.
 JUMP: Final = timedelta(minutes=1)
@@ -117,7 +119,8 @@ def scheduler(config: Config, store: Store, spool: Spool) -> Periodic:
         if watched.look(store, lease_s=max(config.run.lease_s, config.deliver.lease_s)):
             made.begin_anew()
 
-    made = Periodic(_spared(watch), every_s=CLOCK_S)
+    # A thread for each: a view of a warehouse may take ten minutes, and studies must be completed beside any number of them.
+    made = Periodic(_spared(watch), every_s=CLOCK_S, threads=MAX_SWEEPS + len(config.tables))
     made.add(_spared(complete), every_s=config.assembly.sweep_s)
     for sweep, seconds in _of_records(config, store, bundles, watched) + _of_senders(config, store):
         made.add(_spared(sweep), every_s=seconds)

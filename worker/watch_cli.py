@@ -85,9 +85,9 @@ def register(app: typer.Typer, opener: Opener) -> None:
         image's. --repair takes missing and changed files from quarantine if they are there, puts files that nobody knows into quarantine,
         and queues analyses again that failed for a file that is here now. The daemon may run meanwhile.
 
-        With --pacs each destination is asked by C-FIND, ten times a second, for every report that it took: what it does not find, --repair
-        sends again, the same bytes under the same UIDs. Senders with a query_port are asked how many images their studies have; what they
-        have more than came here is named. It is no fault: archives keep objects that they do not send.
+        With --pacs each destination is asked by C-FIND or QIDO-RS, ten times a second, for every report that it took: what it does not
+        find, --repair sends again, the same bytes under the same UIDs. Senders with a query_port are asked how many images their studies
+        have; what they have more than came here is named. It is no fault: archives keep objects that they do not send.
         """
         settings, store = opener(given)
         spool = Spool(settings.spool, low_water_bytes=settings.receive.low_water_mb * 2**20)
@@ -269,15 +269,16 @@ def _print_faults(faults: Sequence[tuple[StoredFile, str]]) -> None:
 
 def _check_archive(store: Store, peer: Peer, *, since: datetime, is_repair: bool) -> bool:
     """Ask a destination for each report that it took; whether it has all, or will be sent what it has not."""
-    from worker.deliver import cstore
+    from worker.deliver import cstore, stow
 
+    ask: Callable[..., Iterator[bool | None]] = stow.find_documents if peer.stow_url else cstore.find_documents
     with store.read() as conn:
         given = documents.delivered(conn, destination=peer.name, since=since)
     absent: list[Any] = []
     count, reason = 0, ""
     try:
         with progress.bars(err) as bar:
-            found = cstore.find_documents(peer, _loaded(store, given)) if given else ()
+            found = ask(peer, _loaded(store, given)) if given else ()
             for one, is_found in zip(given, bar.track(found, len(given), description=f"asking {peer.name}"), strict=True):
                 if is_found is None:
                     reason = f"{peer.name} does not answer such a query."

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -221,6 +224,33 @@ class TestReadAgain:
         assert told == [1, 2, 2, 2, 3, 4]
         facts = {"study": 1, "file": str(missing.relative_to(root)), "reason": "A stored file is missing."}
         assert captured.named("file.damaged")[1] == facts
+
+    @pytest.mark.requirement("S4")
+    @pytest.mark.parametrize("fails", ["stat", "read"])
+    def test_a_file_that_the_disk_does_not_give_is_told_of_and_hides_none_after_it(
+        self, site: Checked, captured: Captured, monkeypatch: pytest.MonkeyPatch, fails: str
+    ) -> None:
+        """A bad sector is an I/O error, not other bytes; it ended the sweep at the same file each minute, without a word of which."""
+        bad, _, missing = site.paths()
+        missing.unlink()
+        (site.spool.root / "verified").mkdir()  # nor can its place be noted
+        if fails == "stat":
+            bad.unlink()
+            bad.symlink_to(bad)
+        else:
+            real = hashlib.file_digest
+
+            def digest(file: Any, name: str) -> Any:
+                if file.name == str(bad):
+                    raise OSError(errno.EIO, "Input/output error")
+                return real(file, name)
+
+            monkeypatch.setattr(hashlib, "file_digest", digest)
+        sweeps.verifier(site.store, site.spool, mb_per_h=1e6)()
+        reasons = [one["reason"] for one in captured.named("file.damaged")]
+        assert reasons == ["A stored file is not to be read.", "A stored file is missing."]
+        told = site.check("--digests")
+        assert (told.exit_code, "1 of 3 files" in told.stdout) == (1, True)
 
     def test_a_large_file_takes_the_time_of_several_turns(self, site: Checked, sizes: list[int], captured: Captured) -> None:
         for path in site.paths():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sqlite3
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -168,6 +169,30 @@ def test_a_lost_database_beside_a_full_spool_is_never_replaced_by_an_empty_one(t
     path = tmp_path / "data" / "spool" / "instances" / "00" / "x.dcm"
     path.parent.mkdir(parents=True)
     path.touch()
-    done = installation.cli("all")
-    assert done.returncode == 69
-    assert "restore it from its backup" in done.stderr
+    for verb in ("migrate", "all"):  # `synoptic status` names the first; the second would then start, and put the images away
+        done = installation.cli(verb)
+        assert done.returncode == 69, verb
+        assert "restore it from its backup" in done.stderr
+
+
+@pytest.mark.requirement("D6")
+@pytest.mark.parametrize("what", ["file", "page"])
+def test_a_damaged_database_is_one_sentence_for_every_verb(tmp_path: Path, what: str) -> None:
+    """The header, which ends the start, and a page of studies, which is met by whoever reads them: a receiver answers 0xA700 then."""
+    installation = Installation(tmp_path, bundles=())
+    installation.write_config()
+    installation.cli("migrate")
+    path = tmp_path / "data" / "synoptic.db"
+    with sqlite3.connect(path) as conn:
+        ((page,), (size,)) = (
+            conn.execute(sql).fetchone() for sql in ("SELECT rootpage FROM sqlite_master WHERE name = 'study'", "PRAGMA page_size")
+        )
+    conn.close()
+    start, end = (0, 100) if what == "file" else ((page - 1) * size, page * size)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:start] + b"\x55" * (end - start) + whole[end:])
+    for verb in ("all", "status") if what == "file" else ("status",):
+        done = installation.cli(verb)
+        assert done.returncode == 69
+        assert "Restore it from its backup" in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1, "no traceback"

@@ -11,6 +11,7 @@ from pydicom.dataset import Dataset
 from typer.testing import CliRunner, Result
 
 from tests import atna
+from tests.dicomweb import archive
 from tests.integration.test_commitment import Site
 from tests.integration.test_cstore import STUDY
 from tests.peers import ScriptedPacs, free_port
@@ -69,6 +70,27 @@ def test_a_report_that_the_archive_lost_is_named_and_sent_again_byte_for_byte(si
         assert set(pacs.kept) == {first, second, third}
         assert pacs.received[3] == pacs.received[1]
         assert "3 of 3" in site.check(pacs.peer).stdout
+
+
+@pytest.mark.requirement("L4")
+def test_a_destination_by_stow_rs_is_asked_by_its_own_door(site: Archived) -> None:
+    """C-FIND at the port of a web server would never be answered, and the check never pass."""
+    first, _ = site.add(2)
+    with archive() as web:
+        site.deliver(web.peer(), wait_s=None)
+        config = site.folder / "synoptic.toml"
+        database = site.store.url.render_as_string(hide_password=False)
+        config.write_text(
+            f'[site]\ndata = "{site.folder}"\ndatabase = "{database}"\n[receive]\nlow_water_mb = 0\n'
+            f'[[destinations]]\nname = "pacs"\nstow_url = "{web.peer().stow_url}"\ntimeout_s = 5\n',
+            "utf-8",
+        )
+        command = ["check", "--pacs", "--config", str(config)]
+        told = CliRunner().invoke(app, command)
+        assert (told.exit_code, "pacs: 2 of 2 reports are there." in told.stdout) == (0, True), told.stdout
+        del web.kept[first]
+        told = CliRunner().invoke(app, command)
+        assert (told.exit_code, "pacs: 1 of 2 reports are there." in told.stdout) == (1, True), told.stdout
 
 
 def test_only_so_many_days_are_asked_for(site: Archived) -> None:

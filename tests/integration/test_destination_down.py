@@ -1,4 +1,4 @@
-"""L1, L12: a PACS is down, a thousand reports wait, and it is left alone; when it is back all are delivered, once."""
+"""L1, L10, L12: a PACS is down, a thousand reports wait, and it is left alone; when it is back all are delivered, once."""
 
 from __future__ import annotations
 
@@ -136,6 +136,25 @@ def test_a_thousand_reports_try_a_dead_pacs_once_an_interval_and_all_arrive_when
     assert sum(left) >= REPORTS - len(retried)
     assert age_s >= 60
     assert [one["destination"] for one in captured.named("destination.reached")] == ["pacs"]
+    store.close()
+
+
+@pytest.mark.requirement("L10")
+def test_a_pacs_that_keeps_each_report_waiting_holds_up_no_other(tmp_path: Path, captured: Captured) -> None:
+    """It takes the association and never answers; while one report waits there, the other PACS has got all of its own."""
+    store = Store(f"sqlite:///{tmp_path / 'synoptic.db'}")
+    store.migrate()
+    reports_for(store, slow=5, other=OTHERS)
+    steps: list[peers.Step] = ["silence"] * 99
+    with peers.ScriptedPacs(steps=steps) as slow, peers.ScriptedPacs() as other:
+        pacs = Destination(name="slow", ae_title="SCRIPTED", host="127.0.0.1", port=slow.peer.port, read_back=False, timeout_s=8.0)
+        others = replace(pacs, name="other", port=other.peer.port)
+        config = replace(Config(), destinations=(pacs, others), deliver=Deliver(poll_s=0.02, batch=1))
+        with delivering(config, store):
+            wait_until(lambda: len(slow.received) > 0, timeout_s=60, what="the slow PACS has a report and says nothing")
+            wait_until(lambda: delivered(captured, "other") == OTHERS, timeout_s=60, what="the other PACS has all")
+            assert delivered(captured, "slow") == 0
+        assert len(other.kept) == OTHERS
     store.close()
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.installation import Installation
+from tests.installation import Installation, wait_until
 
 #: The aim of a receiver process, in MB.
 RECEIVER_MB = 150
@@ -98,3 +98,44 @@ def test_no_command_needs_a_terminal(tmp_path: Path) -> None:
         "demo",
     ):
         assert f" {verb} " in done.stdout
+
+
+_HANGS = """
+import sys, time
+from worker import tables_feed
+from worker.intake import assembly
+def read_view(*_given, **_named):
+    sys.stdout.write("hanging\\n")
+    sys.stdout.flush()
+    time.sleep(300)
+def sweep(*given, **named):
+    sys.stdout.write("swept\\n")
+    sys.stdout.flush()
+    return real(*given, **named)
+tables_feed.read_view, assembly.sweep, real = read_view, sweep, assembly.sweep
+from worker.cli import main
+main()
+"""
+
+
+def test_a_warehouse_that_hangs_holds_up_no_study_and_no_end(tmp_path: Path) -> None:
+    """A dozen of its views at once: as many threads as the scheduler has if nobody says otherwise, and Python joins them at its end."""
+    views = "".join(
+        f'[[tables]]\nname = "view{n}"\ndatabase = "sqlite:///none"\nquery = "SELECT 1"\nmapping = "none.toml"\nevery_s = 0.1\n'
+        for n in range(12)
+    )
+    installation = Installation(tmp_path, bundles=(), processes=1, extra=views)
+    installation.write_config()
+    with installation.log.open("wb") as log:
+        command = [sys.executable, "-c", _HANGS, "receive", "--config", str(installation.config)]
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+
+    def is_going_on() -> bool:
+        said = installation.log.read_text("utf-8")
+        return said.count("hanging\n") == 12 and said.rpartition("hanging\n")[2].count("swept\n") > 3
+
+    try:
+        wait_until(is_going_on, timeout_s=90, what="studies are looked at beside twelve views that hang")
+    finally:
+        process.terminate()
+    assert process.wait(60) == 0

@@ -157,11 +157,11 @@ def test_deflated_big_endian_and_undecodable_syntaxes_are_refused(receiver: Rece
 def test_associations_beyond_the_limit_are_rejected_transient_and_the_place_comes_back(start: Start) -> None:
     receiver = start(limits=Limits(associations=3))
     with ExitStack() as stack:
-        scus = [stack.enter_context(receiver.scu()) for _ in range(20)]
-        with ThreadPoolExecutor(20) as pool:
+        scus = [stack.enter_context(receiver.scu()) for _ in range(200)]
+        with ThreadPoolExecutor(50) as pool:
             answers = list(pool.map(lambda scu: scu.associate(), scus))
         rejected = [answer for answer in answers if isinstance(answer, A_ASSOCIATE_RJ)]
-        assert len(rejected) == 17
+        assert len(rejected) == 197
         assert {(answer.result, answer.source, answer.reason_diagnostic) for answer in rejected} == {(2, 3, 2)}
         accepted = [scu for scu, answer in zip(scus, answers, strict=True) if isinstance(answer, A_ASSOCIATE_AC)]
         assert all(scu.store(slice_of()) == 0 for scu in accepted)

@@ -23,15 +23,15 @@ from tests.scu import ABORT, CT, EXPLICIT, MR, P_DATA, VERIFICATION, command_set
 
 
 @pytest.mark.requirement("R1")
-def test_a_hundred_half_pdus_are_cut_while_a_modality_stores(receiver: Receiver) -> None:
+def test_two_hundred_half_pdus_are_cut_while_a_modality_stores(receiver: Receiver) -> None:
     with ExitStack() as stack:
-        stalled = [stack.enter_context(receiver.scu()) for _ in range(100)]
+        stalled = [stack.enter_context(receiver.scu()) for _ in range(200)]
         for scu in stalled:
             scu.sock.sendall(struct.pack(">BxL", 1, 200) + bytes(100))
         with receiver.scu() as modality:
             modality.associate()
             assert modality.store(slice_of()) == 0x0000
-        assert [scu.read_pdu() for scu in stalled] == [(0, b"")] * 100
+        assert [scu.read_pdu() for scu in stalled] == [(0, b"")] * 200
 
 
 @pytest.mark.requirement("R1")

@@ -112,6 +112,7 @@ def test_what_does_not_match_the_command_is_refused(receiver: Receiver) -> None:
 
 
 @pytest.mark.requirement("R11")
+@pytest.mark.requirement("X7")
 @pytest.mark.parametrize("uid", ["../../x", "/etc/passwd", "1." + "2" * 63, "1.2\0.3", "a\nb"])
 def test_uids_that_are_none_never_reach_the_file_system(receiver: Receiver, uid: str) -> None:
     with receiver.scu() as scu:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import socket
 import time
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.fhir_server import FhirServer, Reply
-from worker import doctor
-from worker.config import Config, Site
+from worker import doctor, support
+from worker.config import Config, Destination, Sender, Site
 from worker.config import FhirServer as Settings
+from worker.store.database import Store
 
 STATEMENT = {"resourceType": "CapabilityStatement", "fhirVersion": "4.0.1"}
 
@@ -48,6 +51,41 @@ def test_the_fhir_server_is_asked_what_it_is(tmp_path: Path, reply: Reply, is_we
         found, was_well = _found(tmp_path, server.base)
     assert (was_well, words in found) == (is_well, True), found
     assert server.lines() == ["GET /fhir/metadata"]
+
+
+def test_what_is_broken_is_a_line_of_the_table_and_not_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A URL that is none, an accelerator that has no room for a network, a role that hangs: what doctor is called for."""
+    none = replace(Config(), site=Site(data=tmp_path, database="garbage"))
+    assert ("database", False) in [(what, is_well) for what, _, is_well in doctor.checks(none, tmp_path / "synoptic.toml")]
+
+    def full() -> str:
+        raise torch.OutOfMemoryError("The card is full.")
+
+    assert doctor._tried("bundle", full) == ("bundle", "The card is full.", False)
+    monkeypatch.setattr(doctor, "READY_S", 0.01)
+    (tmp_path / "synoptic.toml").write_text('[site]\ndata = "."\n')
+    config = replace(Config(), site=Site(data=tmp_path))
+    Store(config.database_url).migrate()
+    assert list(doctor._idle(config, tmp_path / "synoptic.toml")) == [("role receive", "did not start; see its log", False)]
+
+
+@pytest.mark.requirement("X4")
+def test_a_bundle_for_the_vendor_names_no_peer_and_no_host_of_a_url_and_is_made_where_doctor_finds_nothing_well(tmp_path: Path) -> None:
+    config = replace(
+        Config(),
+        site=Site(data=tmp_path, database="garbage"),
+        destinations=(
+            Destination(name="klinikum-nord", ae_title="NORDPACS", host="127.0.0.1", port=1),
+            Destination(name="klinikum-web", stow_url="http://localhost:1/klinik-web/studies"),
+        ),
+        senders=(Sender(ae_title="NORDMOD", query_port=1),),
+    )
+    support.write(tmp_path / "vendor.zip", config, None, log_file=None, lines=1)
+    with zipfile.ZipFile(tmp_path / "vendor.zip") as made:
+        told = {name: made.read(name).decode() for name in made.namelist()}
+    assert "C-ECHO [destinations.0.name]" in told["doctor.json"]
+    for word in ("klinikum", "NORD", "localhost", "klinik-web"):
+        assert [name for name, text in told.items() if word in text] == [], word
 
 
 def test_settings_that_cannot_be_right_and_a_server_that_is_away_are_told_with_what_to_do(tmp_path: Path) -> None:

@@ -149,6 +149,25 @@ def test_a_configuration_that_is_shown_shows_no_secret(safe: Config) -> None:
 
 
 @pytest.mark.requirement("X10")
+@pytest.mark.parametrize("password", ["p[a", "p]a", "p[a]b", "p/a", "p#a", "p?a", "p:a"])
+def test_a_password_that_only_the_database_can_read_is_a_secret_too_and_stops_no_start(safe: Config, tmp_path: Path, password: str) -> None:
+    """SQLAlchemy takes what the standard library refuses or cuts off: an installation that ran before must start."""
+    local = replace(Config(), site=Site(data=tmp_path / "data", database=f"postgresql+psycopg://us:{password}@db.klinik/synoptic"))
+    assert Store(local.database_url).url.password == password
+    assert host.secrets(local) == {password}
+    host.exposed(local, None)
+
+
+@pytest.mark.requirement("X9")
+def test_a_password_that_the_file_spells_with_percent_signs_is_told_of_where_all_may_read_it(safe: Config, tmp_path: Path) -> None:
+    given = tmp_path / "etc/synoptic.toml"
+    local = replace(Config(), site=Site(data=tmp_path / "data", database="postgresql+psycopg://us:p%40ss%2Fw@h/x"))
+    given.write_text(f'[site]\ndatabase = "{local.site.database}"\n')
+    given.chmod(0o644)
+    assert any("holds a secret" in sentence for sentence in host.exposed(local, given))
+
+
+@pytest.mark.requirement("X10")
 def test_neither_the_version_nor_doctor_nor_help_shows_a_secret(tmp_path: Path) -> None:
     given = tmp_path / "synoptic.toml"
     given.write_text(

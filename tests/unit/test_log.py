@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import faulthandler
 import io
 import json
 import logging
+import subprocess
 import sys
 import threading
 import warnings
@@ -39,6 +41,20 @@ def test_an_event_is_one_json_line_with_its_level(stream: io.StringIO) -> None:
     events.emit("job.discarded", study=1, reason="a sentence")
     found = json.loads(stream.getvalue())
     assert (found["event"], found["level"], found["study"]) == ("job.discarded", "error", 1)
+
+
+@pytest.mark.requirement("S3")
+def test_a_log_whose_disk_is_full_stops_nobody_and_goes_on_when_there_is_room(stream: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_text: str) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stream, "write", full)
+        log.setup(stream=stream)  # a listener more, whose logger is bound to what is full
+        events.emit("job.rescued", job=1)
+    log.setup(stream=stream)
+    events.emit("job.rescued", job=2)
+    assert [json.loads(line)["job"] for line in stream.getvalue().splitlines()][-1:] == [2]
 
 
 def test_an_unknown_event_is_a_bug_at_once() -> None:
@@ -124,3 +140,17 @@ def test_the_database_repeats_no_value_in_its_errors_and_echoes_nothing(store: S
     with pytest.raises((sa.exc.StatementError, DatabaseUnavailable)) as caught, store.begin() as conn:
         conn.execute(sa.text("SELECT no_such_column FROM patient WHERE patient_id = :one"), {"one": PLANTED})
     assert PLANTED not in str(caught.value)
+
+
+@pytest.mark.requirement("X1")
+def test_a_fault_of_ours_in_a_verb_tells_its_type_and_places_and_none_of_its_words(tmp_path: Path) -> None:
+    """Typer sets a hook of its own, which prints a traceback with all that an exception quotes."""
+    (tmp_path / "c.toml").write_text("[site]\ndata = '.'\n")
+    Store(f"sqlite:///{tmp_path}/synoptic.db").migrate()
+    script = f"import worker.cli as c, worker.store.studies as s\ndef counts(_): raise KeyError({PLANTED!r})\ns.counts = counts\nc.main()"
+    done = subprocess.run(
+        [sys.executable, "-c", script, "status", "-c", str(tmp_path / "c.toml")], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 1
+    assert "A fault of ours, KeyError" in done.stderr
+    assert PLANTED not in done.stdout + done.stderr

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import subprocess
 import sys
 from datetime import UTC, datetime, timedelta, timezone
 from importlib import import_module
+from typing import Any
 
 import pytest
 
-from worker import roles
+from tests.conftest import Captured
+from worker import daemon, roles
 from worker.config import Config, Site
 from worker.domain import Header, Patient, PatientKey
 from worker.intake.header import InstanceRefused, read_header
@@ -74,3 +78,19 @@ def test_a_package_is_absent_while_others_are_imported_without_it_and_there_afte
     there = import_module("wave")
     with roles._without("wave"):
         assert import_module("wave") is there, "what was imported already stays"
+
+
+def test_a_role_for_which_there_is_no_process_now_waits_and_the_others_go_on(captured: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the kernel killed one for its memory, the next fork may fail as well: no reason to end the receiver."""
+    tries: list[object] = []
+
+    def popen(*_: object, **__: object) -> Any:
+        tries.append(0)
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    supervisor = daemon.Supervisor([daemon.Child("run", ["none"])])
+    for _ in range(3):
+        supervisor._look_after(supervisor.children[0])
+    (told,) = captured.named("role.restarted")
+    assert (told["role"], told["code"], told["pause_s"], len(tries)) == ("run", errno.ENOMEM, 1.0, 1)

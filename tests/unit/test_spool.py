@@ -257,3 +257,12 @@ class TestRemove:
         assert path.exists()
         assert spool.empty_quarantine(put_before=NOW) == (1, stored.size_bytes)
         assert not path.exists()
+
+
+def test_a_persons_folder_in_quarantine_stays_and_stops_nothing(spool: Spool) -> None:
+    """Quarantine is kept for a person, who may put it in order."""
+    (spool.root / "quarantine" / "looked at").mkdir()
+    spool.quarantine(keep(spool), "other bytes")
+    files_, _ = spool.empty_quarantine(put_before=datetime.now(UTC) + timedelta(hours=1))
+    assert files_ == 1
+    assert [path.name for path in (spool.root / "quarantine").iterdir()] == ["looked at"]

@@ -26,7 +26,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Final
 from urllib.parse import urlencode, urlsplit
@@ -89,6 +89,12 @@ def ask(peer: Peer) -> float:
     return time.perf_counter() - started
 
 
+def find_documents(peer: Peer, documents: Iterable[Document]) -> Iterator[bool]:
+    """Ask for one document after the other, each when its answer is wanted; PeerUnavailable where there is none."""
+    for document in documents:
+        yield _has(peer, open_document(document))
+
+
 def _deliver(parcel: Parcel, *, peer: Peer) -> Outcome:
     uid, boundary = parcel.item.sop_instance_uid, uuid4().hex
     body = b"--%b\r\nContent-Type: application/dicom\r\n\r\n%b\r\n--%b--\r\n" % (boundary.encode(), parcel.file, boundary.encode())
@@ -128,16 +134,21 @@ def _decided_by_query(parcel: Parcel, unknown: Outcome, *, peer: Peer) -> Outcom
 
 def _confirm(parcel: Parcel, outcome: Outcome, *, peer: Peer) -> Outcome:
     """Turn an outcome into one that a query agrees with."""
-    study, series, uid = (parcel.keys[key] for key in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"))
+    study = parcel.keys["StudyInstanceUID"]
     try:
-        found = _search(peer, f"/{study}/series/{series}/instances", SOPInstanceUID=uid)
-        if not any(_is_same(one, {_SOP_INSTANCE: uid, _STUDY: study, _SERIES: series}) for one in found):
+        if not _has(peer, parcel):
             return replace(outcome, error=NotReadBack(f"{peer.name} does not find the object in the study it was sent to."))
         studies = _search(peer, "", StudyInstanceUID=study)
     except PeerUnavailable as error:
         return replace(outcome, error=error)
     patient_ids = {_value(one, _PATIENT_ID) for one in studies if _is_same(one, {_STUDY: study})}
     return replace(outcome, error=misfiled(parcel, patient_ids, peer=peer))
+
+
+def _has(peer: Peer, parcel: Parcel) -> bool:
+    study, series, uid = (parcel.keys[key] for key in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"))
+    found = _search(peer, f"/{study}/series/{series}/instances", SOPInstanceUID=uid)
+    return any(_is_same(one, {_SOP_INSTANCE: uid, _STUDY: study, _SERIES: series}) for one in found)
 
 
 def _is_same(answer: Json, keys: dict[str, str]) -> bool:

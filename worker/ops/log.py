@@ -7,6 +7,7 @@ quote elements). Of an exception that nobody foresaw, its type and the places it
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import threading
@@ -68,7 +69,8 @@ def setup(*, level: str = "INFO", human: bool = False, stream: TextIO | None = N
 
     def write(name: str, facts: dict[str, object]) -> None:
         say = log.error if name in ERRORS else log.warning if name in WARNINGS else log.info
-        say(name, **facts)
+        with contextlib.suppress(OSError):  # its disk is full, its reader is gone: no reason to stop receiving
+            say(name, **facts)
 
     events.listen(write)
     silence()

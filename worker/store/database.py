@@ -22,7 +22,7 @@ from sqlalchemy.engine import Connection
 from worker.errors import Retry
 from worker.store import schema
 
-__all__ = ["Connection", "DatabaseUnavailable", "Store", "listed", "rows_of"]
+__all__ = ["Connection", "DatabaseUnavailable", "Store", "listed", "rows_of", "told_by"]
 
 #: How long a transaction waits for other writers: SQLite's, this process's and others together (FAULTS D5), or a lock of PostgreSQL
 #: (FAULTS D4). Senders of HL7 commonly wait 30 s for their answer, and must hear that a message was not stored, not nothing. What is
@@ -35,6 +35,10 @@ POOL: Final = {"pool_size": 8, "max_overflow": 10, "pool_timeout": BUSY_S / 2}
 #: PostgreSQL: a server that was cut off without a word is noticed after about BUSY_S, not when the system gives up after a quarter of an
 #: hour (FAULTS D1). https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-KEEPALIVES
 _KEEPALIVE: Final = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 2, "tcp_user_timeout": 20_000}
+
+
+#: Not the other kinds of DatabaseError, a broken constraint, a wrong statement: those are ours. Of none of its kinds is a damaged SQLite.
+_UNAVAILABLE: Final = (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError, sa.exc.DatabaseError)
 
 
 class DatabaseUnavailable(Retry):
@@ -71,7 +75,7 @@ class Store:
         Raises
         ------
         DatabaseUnavailable
-            The database is away, locked for too long, or its disk is full.
+            The database is away, locked for too long or damaged, or its disk is full.
         """
         try:
             with self._turn() as until, self.engine.connect() as conn, conn.begin():
@@ -79,7 +83,9 @@ class Store:
                     _wait(conn, max(0.0, until - time.monotonic()))
                     conn.exec_driver_sql("BEGIN IMMEDIATE")
                 yield conn
-        except (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError) as exc:
+        except sa.exc.SQLAlchemyError as exc:
+            if type(exc) not in _UNAVAILABLE:
+                raise
             raise DatabaseUnavailable(_reason(exc)) from exc
 
     @contextmanager
@@ -107,7 +113,9 @@ class Store:
                 else:
                     conn = conn.execution_options(isolation_level="REPEATABLE READ")
                 yield conn
-        except (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError) as exc:
+        except sa.exc.SQLAlchemyError as exc:
+            if type(exc) not in _UNAVAILABLE:
+                raise
             raise DatabaseUnavailable(_reason(exc)) from exc
 
     def check(self) -> None:
@@ -122,10 +130,7 @@ class Store:
             path = Path(str(self.url.database))
             if not path.exists():
                 raise DatabaseUnavailable(f"There is no database at {path}. Run: synoptic migrate")
-        try:
-            revision = self._revision()
-        except sa.exc.DatabaseError as exc:
-            raise DatabaseUnavailable(f"{_reason(exc)} Restore it from its backup (deploy/README.md).") from exc
+        revision = self._revision()
         if revision != schema.REVISION:
             raise DatabaseUnavailable(
                 f"The database is at revision {revision}, this program needs {schema.REVISION}. "
@@ -158,6 +163,8 @@ class Store:
         config = Config()
         config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
         with self.begin() as conn:
+            if not self.is_sqlite:
+                conn.exec_driver_sql("SET LOCAL statement_timeout = 0")  # an index of ten million facts takes minutes
             config.attributes["connection"] = conn
             command.upgrade(config, "head")
 
@@ -207,6 +214,19 @@ def _parsed(url: str) -> sa.URL:
     return parsed
 
 
+def told_by(url: str) -> tuple[str, list[str]]:
+    """The password within a URL, and what else it names (host, user, database or path); nothing of what is no URL.
+
+    By SQLAlchemy's rules, which take any character of a password but an @; the standard library's raise on a bracket, and end at a slash.
+    """
+    try:
+        parsed = sa.make_url(url)
+    except (sa.exc.ArgumentError, ValueError):
+        return "", []
+    host = parsed.host or ""
+    return str(parsed.password or ""), [part for part in (host, host.lower(), parsed.username, (parsed.database or "").strip("/")) if part]
+
+
 def _prepare_sqlite(connection: Any, _record: object) -> None:
     connection.isolation_level = None  # we say BEGIN ourselves
     for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
@@ -227,4 +247,5 @@ def _wait(conn: Connection, seconds: float) -> None:
 def _reason(exc: sa.exc.SQLAlchemyError) -> str:
     """Say what the driver said, never the statement's parameters, which hold patient data."""
     first = str(getattr(exc, "orig", None) or type(exc).__name__).strip().splitlines()[0]
-    return f"The database is not available: {first}."
+    advice = " Restore it from its backup (deploy/README.md)." if type(exc) is sa.exc.DatabaseError else ""
+    return f"The database is not available: {first}.{advice}"

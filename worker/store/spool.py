@@ -231,7 +231,7 @@ class Spool:
     def _unused(self, known: Callable[[Sequence[str]], Mapping[str, bool]], limit: float) -> Iterator[tuple[Path, bool]]:
         """Old files that no row names, or that a row has given up, and whether it is that."""
         for leaf in self._instances.iterdir():
-            paths = sorted(entry.path for entry in os.scandir(leaf) if entry.stat().st_mtime < limit)
+            paths = sorted(entry.path for entry in os.scandir(leaf) if _is_old(entry, limit))
             told = known(paths) if paths else {}
             yield from ((Path(path), path in told) for path in paths if told.get(path, True))
 
@@ -258,6 +258,8 @@ class Spool:
         limit, files, size_bytes = put_before.timestamp(), 0, 0
         for path in self._quarantine.iterdir():
             found = path.stat()
+            if stat.S_ISDIR(found.st_mode):
+                continue  # a person's
             if found.st_ctime < limit:  # a rename sets it
                 path.unlink(missing_ok=True)
                 files, size_bytes = files + 1, size_bytes + found.st_size
@@ -297,11 +299,11 @@ class Spool:
 
 
 def digest_of(path: Path) -> str:
-    """The sha256 of a whole file, lower hex; '' if there is none."""
+    """The sha256 of a whole file, lower hex; '' if there is none, or its disk does not give it."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    except FileNotFoundError:
+    except OSError:
         return ""
 
 
@@ -323,6 +325,13 @@ def _remove_abandoned(part: Path, limit: float) -> int | None:
     finally:
         os.close(fd)
     return found.st_size
+
+
+def _is_old(entry: os.DirEntry[str], limit: float) -> bool:
+    try:
+        return entry.stat().st_mtime < limit
+    except OSError:  # gone meanwhile, or the disk does not say: nothing to be moved
+        return False
 
 
 def _check_root(root: Path) -> None:
