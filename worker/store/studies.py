@@ -47,9 +47,11 @@ class Pending:
 
 
 # Statements of `add_instance`, built once: building them for each instance took 1.3 of its 1.6 ms of CPU.
-_STUDY: Final = sa.select(
-    study.c.id, study.c.issuer, study.c.patient_id, study.c.state, study.c.version, study.c.study_at, study.c.removed_at
-).where(study.c.study_instance_uid == sa.bindparam("uid"))
+_STUDY: Final = (
+    sa.select(study.c.id, study.c.issuer, study.c.patient_id, study.c.state, study.c.version, study.c.study_at, study.c.removed_at)
+    .where(study.c.study_instance_uid == sa.bindparam("uid"))
+    .with_for_update(key_share=True)
+)
 _SERIES: Final = sa.select(series.c.id).where(
     series.c.study_id == sa.bindparam("study"), series.c.series_instance_uid == sa.bindparam("uid")
 )
