@@ -16,7 +16,6 @@ from worker import events
 from worker.deliver import commitment, cstore, stow
 from worker.domain import Job
 from worker.errors import Reject, Retry
-from worker.ops.log import places
 from worker.store import commitments, documents, queue
 from worker.store.database import Store
 
@@ -33,7 +32,7 @@ def deliver(
     try:
         outcomes = stow.send(loaded, peer=peer) if peer.stow_url else cstore.send(loaded, peer=peer)
     except Exception as exc:  # noqa: BLE001  one document must not end the deliveries of a destination
-        outcomes = [cstore.Outcome(document.sop_instance_uid, error=Retry(_unforeseen(exc))) for document in loaded]
+        outcomes = [cstore.Outcome(document.sop_instance_uid, error=Retry(commitment.unforeseen(exc))) for document in loaded]
     transaction_uid = str(generate_uid(prefix=None))  # of random bits: none is ever used twice
     taken = []
     for job, document, outcome in zip(jobs, loaded, outcomes, strict=True):
@@ -45,10 +44,6 @@ def deliver(
     if taken and commitment_wait_s is not None:
         commitment.ask(taken, transaction_uid=transaction_uid, store=store, peer=peer, clock=clock)
     return outcomes
-
-
-def _unforeseen(exc: Exception) -> str:
-    return f"Internal error ({type(exc).__name__}) at {'; '.join(places(exc, limit=2))}."
 
 
 def _settle(job: Job, outcome: cstore.Outcome, *, store: Store, now: datetime, transaction_uid: str, wait_s: float | None) -> None:

@@ -70,7 +70,7 @@ def standing(store: Store, row: AnyRow, instances: Path) -> list[Standing]:
         doubted = _doubted(conn, sorted({one.study_id for one in rows.values()}))
     found = []
     for sop_class_uid, uid in row.wanted:
-        if (one := rows.get(uid)) is None or one.removed_at is not None or digest_of(instances / one.path) != one.sha256:
+        if (one := rows.get(uid)) is None or one.removed_at is not None or not _is_whole(instances / one.path, one.sha256):
             reason = NO_SUCH_INSTANCE
         elif one.sop_class_uid != sop_class_uid:
             reason = CLASS_CONFLICT
@@ -78,6 +78,13 @@ def standing(store: Store, row: AnyRow, instances: Path) -> list[Standing]:
             reason = PROCESSING_FAILURE if one.id in doubted else 0
         found.append(Standing(sop_class_uid, uid, reason, 0 if reason or one is None else one.study_id))
     return found
+
+
+def _is_whole(path: Path, sha256: str) -> bool:
+    try:
+        return digest_of(path) == sha256
+    except OSError:  # a disk that cannot read it back
+        return False
 
 
 def _doubted(conn: Connection, study_ids: Sequence[int]) -> set[object]:
@@ -94,10 +101,11 @@ def reported(conn: Connection, row: AnyRow, found: Sequence[Standing], *, now: d
         history.note(conn, study_id, name="commitment.promised", now=now, instances=count, calling_ae=row.calling_ae)
 
 
-def postpone(conn: Connection, row: AnyRow, *, now: datetime) -> bool:
-    """The sender did not take it: later, or never again; then the answer is True."""
-    is_over = bool(now - row.asked_at >= GIVE_UP)
-    later = {"attempt": row.attempt + 1, "not_before": now + timedelta(seconds=queue.backoff_s(row.attempt + 1))}
-    mine = promise.c.id == row.id
-    conn.execute(sa.delete(promise).where(mine) if is_over else sa.update(promise).where(mine).values(**later))
+def postpone(conn: Connection, row: AnyRow, *, with_others: bool = False, now: datetime) -> bool:
+    """The sender did not take it: later, or never again; then the answer is True. `with_others`: nor would it take what else is due."""
+    later = now + timedelta(seconds=queue.backoff_s(row.attempt + 1))
+    of_sender = (promise.c.calling_ae == row.calling_ae, promise.c.address == row.address, promise.c.not_before <= now)
+    mine = sa.and_(*of_sender) if with_others else promise.c.id == row.id
+    is_over = conn.execute(sa.delete(promise).where(mine, promise.c.asked_at <= now - GIVE_UP)).rowcount > 0
+    conn.execute(sa.update(promise).where(mine).values(attempt=promise.c.attempt + 1, not_before=later))
     return is_over

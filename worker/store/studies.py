@@ -55,7 +55,11 @@ _STUDY: Final = (
 _SERIES: Final = sa.select(series.c.id).where(
     series.c.study_id == sa.bindparam("study"), series.c.series_instance_uid == sa.bindparam("uid")
 )
-_KNOWN: Final = sa.select(instance.c.id, instance.c.sha256, instance.c.removed_at).where(instance.c.sop_instance_uid == sa.bindparam("uid"))
+_KNOWN: Final = (
+    sa.select(instance.c.id, instance.c.sha256, instance.c.removed_at, series.c.study_id)
+    .join(series, series.c.id == instance.c.series_id)
+    .where(instance.c.sop_instance_uid == sa.bindparam("uid"))
+)
 _TOUCH: Final = (
     sa.update(study)
     .where(study.c.id == sa.bindparam("study"))
@@ -119,7 +123,8 @@ def add_instance(
         if known.sha256 == sha256:
             return Received.DUPLICATE if known.removed_at is None else _returned(conn, study_row, known.id, quiet_s=quiet_s, now=now)
         reason = "same SOP Instance UID, other bytes"
-        history.note(conn, study_row.id, name="instance.quarantined", now=now, instance=known.id, reason=reason)
+        for study_id in sorted({known.study_id, study_row.id}):  # the other bytes may name another study
+            history.note(conn, study_id, name="instance.quarantined", now=now, instance=known.id, reason=reason)
         return Received.CONFLICT
     result = Received.STORED
     if PatientKey(study_row.issuer, study_row.patient_id) != header.patient.key:
