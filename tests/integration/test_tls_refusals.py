@@ -300,7 +300,12 @@ def test_a_receiver_that_stops_ends_connections_without_ending_their_tls_first(
 ) -> None:
     ends: list[int] = []
     end = ssl.SSLSocket.shutdown
-    monkeypatch.setattr(ssl.SSLSocket, "shutdown", lambda sock, how: (ends.append(how), end(sock, how)))
+
+    def noted(sock: ssl.SSLSocket, how: int) -> None:
+        ends.append(how)
+        end(sock, how)
+
+    monkeypatch.setattr(ssl.SSLSocket, "shutdown", noted)
     context = server_context(listening(hospital.issue("worker"), trusted=hospital), section="receive")
     with receiving(tmp_path, ssl_context=context) as receiver:
         plain = socket.create_connection(receiver.scp.address)

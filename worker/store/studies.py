@@ -47,14 +47,9 @@ class Pending:
 
 
 # Statements of `add_instance`, built once: building them for each instance took 1.3 of its 1.6 ms of CPU.
-_STUDY: Final = (
-    sa.select(study.c.id, study.c.issuer, study.c.patient_id, study.c.state, study.c.version, study.c.study_at, study.c.removed_at)
-    .where(study.c.study_instance_uid == sa.bindparam("uid"))
-    .with_for_update(key_share=True)
-)
-_SERIES: Final = sa.select(series.c.id).where(
-    series.c.study_id == sa.bindparam("study"), series.c.series_instance_uid == sa.bindparam("uid")
-)
+_OF_STUDY: Final = study.c["id", "issuer", "patient_id", "state", "version", "study_at", "removed_at"]
+_STUDY: Final = sa.select(*_OF_STUDY).where(study.c.study_instance_uid == sa.bindparam("uid")).with_for_update(key_share=True)
+_SERIES: Final = sa.select(series.c.id).filter_by(study_id=sa.bindparam("study"), series_instance_uid=sa.bindparam("uid"))
 _KNOWN: Final = (
     sa.select(instance.c.id, instance.c.sha256, instance.c.removed_at, series.c.study_id)
     .join(series, series.c.id == instance.c.series_id)
