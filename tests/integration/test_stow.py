@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import ssl
 import time
@@ -13,6 +14,7 @@ from io import BytesIO
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 from pydicom import dcmread
 
 from tests import peers
@@ -30,7 +32,7 @@ from worker.deliver.cstore import NO_RESPONSE, Outcome
 from worker.deliver.send import deliver
 from worker.errors import NotReadBack, PatientConflict, PeerRefused, PeerUnavailable, PeerUnreachable, WorkerError
 from worker.peers import peer_of
-from worker.store import queue
+from worker.store import queue, schema
 from worker.store.database import Store
 
 pytestmark = pytest.mark.requirement("L16")
@@ -310,6 +312,23 @@ def test_orthanc_that_discards_what_it_takes_by_stow_is_found_out(tmp_path: Path
         [outcome] = stow.send([make_document()], peer=peer_of(Destination(name="web", stow_url=url), own_ae_title="US"))
         assert pacs.instances() == []
         assert isinstance(outcome.error, (NotReadBack, PeerUnavailable, PeerRefused)), outcome
+
+
+@pytest.mark.requirement("L9")
+def test_a_report_whose_stored_bytes_changed_is_not_sent_and_the_others_are(store: Store, tmp_path: Path) -> None:
+    """SQLite has no check sums: a byte that a disk changed would be another value, or another patient."""
+    site = Site(store, tmp_path)
+    changed, kept = site.add(2)
+    with store.begin() as conn:
+        mine = schema.document.c.sop_instance_uid == changed
+        data = bytes(conn.execute(sa.select(schema.document.c.data).where(mine)).scalar_one())
+        written = {"sha256": hashlib.sha256(data).hexdigest(), "data": data.replace(b"TEST1", b"TEST2")}
+        conn.execute(sa.update(schema.document).where(mine).values(**written))
+    with archive() as web:
+        site.deliver(web.peer(), wait_s=None)
+        assert list(web.kept) == [kept]
+    words = "The stored report is not as it was written, its sha256 is another: it is not sent."
+    assert site.jobs() == [("discarded", words), ("completed", "")]
 
 
 @pytest.mark.requirement("L12")

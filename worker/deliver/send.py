@@ -14,8 +14,8 @@ from pydicom.uid import generate_uid
 
 from worker import events
 from worker.deliver import commitment, cstore, stow
-from worker.domain import Job
-from worker.errors import Reject, Retry
+from worker.domain import Document, Job
+from worker.errors import Reject, ReportInvalid, Retry
 from worker.store import commitments, documents, queue
 from worker.store.database import Store
 
@@ -29,10 +29,13 @@ def deliver(
     """
     with store.read() as conn:
         loaded = [documents.load(conn, job.document_id or 0) for job in jobs]
+    whole = [document for document in loaded if document.is_whole]
     try:
-        outcomes = stow.send(loaded, peer=peer) if peer.stow_url else cstore.send(loaded, peer=peer)
+        sent = stow.send(whole, peer=peer) if peer.stow_url else cstore.send(whole, peer=peer)
     except Exception as exc:  # noqa: BLE001  one document must not end the deliveries of a destination
-        outcomes = [cstore.Outcome(document.sop_instance_uid, error=Retry(commitment.unforeseen(exc))) for document in loaded]
+        sent = [cstore.Outcome(document.sop_instance_uid, error=Retry(commitment.unforeseen(exc))) for document in whole]
+    of_whole = iter(sent)
+    outcomes = [next(of_whole) if document.is_whole else _damaged(document) for document in loaded]
     transaction_uid = str(generate_uid(prefix=None))  # of random bits: none is ever used twice
     taken = []
     for job, document, outcome in zip(jobs, loaded, outcomes, strict=True):
@@ -44,6 +47,11 @@ def deliver(
     if taken and commitment_wait_s is not None:
         commitment.ask(taken, transaction_uid=transaction_uid, store=store, peer=peer, clock=clock)
     return outcomes
+
+
+def _damaged(document: Document) -> cstore.Outcome:
+    error = ReportInvalid("The stored report is not as it was written, its sha256 is another: it is not sent.")
+    return cstore.Outcome(document.sop_instance_uid, error=error)
 
 
 def _settle(job: Job, outcome: cstore.Outcome, *, store: Store, now: datetime, transaction_uid: str, wait_s: float | None) -> None:

@@ -174,4 +174,4 @@ def _unpacked(data: bytes | None) -> tuple[Saliency, ...]:
 
 
 def _document(row: AnyRow) -> Document:
-    return Document(row.sop_instance_uid, row.sop_class_uid, row.kind, bytes(row.data), row.predecessor_uid)
+    return Document(row.sop_instance_uid, row.sop_class_uid, row.kind, bytes(row.data), row.predecessor_uid, row.sha256)
