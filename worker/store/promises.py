@@ -70,7 +70,7 @@ def standing(store: Store, row: AnyRow, instances: Path) -> list[Standing]:
         doubted = _doubted(conn, sorted({one.study_id for one in rows.values()}))
     found = []
     for sop_class_uid, uid in row.wanted:
-        if (one := rows.get(uid)) is None or one.removed_at is not None or not _is_whole(instances / one.path, one.sha256):
+        if (one := rows.get(uid)) is None or one.removed_at is not None or digest_of(instances / one.path) != one.sha256:
             reason = NO_SUCH_INSTANCE
         elif one.sop_class_uid != sop_class_uid:
             reason = CLASS_CONFLICT
@@ -78,13 +78,6 @@ def standing(store: Store, row: AnyRow, instances: Path) -> list[Standing]:
             reason = PROCESSING_FAILURE if one.id in doubted else 0
         found.append(Standing(sop_class_uid, uid, reason, 0 if reason or one is None else one.study_id))
     return found
-
-
-def _is_whole(path: Path, sha256: str) -> bool:
-    try:
-        return digest_of(path) == sha256
-    except OSError:  # a disk that cannot read it back
-        return False
 
 
 def _doubted(conn: Connection, study_ids: Sequence[int]) -> set[object]:
