@@ -331,6 +331,25 @@ def test_a_report_whose_stored_bytes_changed_is_not_sent_and_the_others_are(stor
     assert site.jobs() == [("discarded", words), ("completed", "")]
 
 
+@pytest.mark.requirement("L11")
+def test_the_report_of_a_study_that_was_held_since_is_not_sent(store: Store, tmp_path: Path) -> None:
+    """Another patient's image came while the archive was away: whose study it is, nobody knows."""
+    site = Site(store, tmp_path)
+    site.add()
+    with store.begin() as conn:
+        conn.execute(sa.update(schema.study).values(hold="The images of this study name two different patients."))
+    breaker = Breaker()
+    breaker.failed()
+    with store.begin() as conn:
+        jobs = queue.lease(conn, "deliver", owner="me", limit=1, lease_s=60, now=site.now, destination="pacs")
+    with archive() as web:
+        judge(breaker, deliver(jobs, store=store, peer=web.peer(), clock=lambda: site.now), store=store, destination="pacs", now=site.now)
+        assert web.asked == []
+    assert breaker.failures == 1, "an archive that was not asked was not reached"
+    words = "The study is held, its report is not sent: The images of this study name two different patients."
+    assert site.jobs() == [("discarded", words)]
+
+
 @pytest.mark.requirement("L12")
 def test_jobs_of_a_web_destination_are_settled_and_left_alone_as_those_of_any_other(store: Store, tmp_path: Path) -> None:
     site, breaker = Site(store, tmp_path), Breaker()
