@@ -4,7 +4,8 @@ BIN := .venv/bin
 MINUTES ?= 3
 PROCESSES ?= 2
 INSTANCES ?= 10000
-.PHONY: demo test verify check fix bench gate fuzz abuse soak verified lock sbom audit-deps clean
+FILES ?= 100000
+.PHONY: demo test verify check fix bench gate fuzz abuse soak restart verified lock sbom audit-deps clean
 
 .venv/.installed: pyproject.toml .constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Synoptic needs Python 3.11 or newer; say: make PYTHON=python3.11 ...")'
@@ -51,6 +52,9 @@ abuse: .venv/.installed  ## 200 stalled peers and worse beside one honest modali
 
 soak: .venv/.installed  ## INSTANCES=10000 through a real installation at line rate, memory and descriptors of each process: a quarter of an hour; the result is quoted in deploy/README.md
 	$(BIN)/python -m tests.bench.soak --instances $(INSTANCES) --plot var/soak.png
+
+restart: .venv/.installed  ## a start with FILES=100000 in the spool: ready within 30 s, the sweep behind it; the result is quoted in deploy/README.md
+	SPOOL_FILES=$(FILES) $(BIN)/python -m pytest -s tests/integration/test_restart.py
 
 # The tools of the supply chain have an environment of their own, so that they are no part of what they list.
 .venv/tools/.installed: .venv/.installed

@@ -141,6 +141,7 @@ PART_NOT_INJECTED: Final = {
     "M1": "memory of a real card that is full: CI has no card; the error that torch raises then is raised instead",
     "M2": "XID, a reset of the driver: CI has no card; the error that torch raises then is raised instead",
     "M7": "the same numbers on CPU and GPU: CI has no card",
+    "S4": "the kernel's remount to read-only under an open database, which it refuses while files are open: each call answers EROFS instead",
     "S9": "a spool on NFS: the kernel of CI's container has no such file system",
     "P18": "24 hours of it: `make fuzz MINUTES=1440`, what was run is in deploy/IMAGES.md",
 }

@@ -70,6 +70,7 @@ class Sender:
     tls_certificate: str = ""
     tls_key: str = ""
     tls_server_name: str = ""
+    tls_names: tuple[str, ...] = ()
     commitment_port: int = 0
 
 
@@ -225,6 +226,21 @@ class Log:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Audit:
+    """The audit trail, apart from the log: files, and an Audit Record Repository where a host is named."""
+
+    enabled: bool = True
+    limit_mb: int = 4096
+    keep_days: int = 0
+    syslog_host: str = ""
+    syslog_port: int = 6514
+    tls_ca: str = ""
+    tls_certificate: str = ""
+    tls_key: str = ""
+    tls_server_name: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """Everything, frozen."""
 
@@ -240,6 +256,7 @@ class Config:
     deliver: Deliver = field(default_factory=Deliver)
     retention: Retention = field(default_factory=Retention)
     log: Log = field(default_factory=Log)
+    audit: Audit = field(default_factory=Audit)
 
     @property
     def database_url(self) -> str:
@@ -255,6 +272,11 @@ class Config:
     def spool(self) -> Path:
         """The spool folder."""
         return self.site.data / "spool"
+
+    @property
+    def trail(self) -> Path:
+        """The folder of the audit trail."""
+        return self.site.data / "audit"
 
 
 def parse_zone(text: str) -> tzinfo:

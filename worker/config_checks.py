@@ -115,11 +115,18 @@ def _check_tls(config: Config) -> None:
             raise ConfigError(f"{where}: the keys tls_… need {key} = true; the connection would be plain.")
         if given.tls_key and not given.tls_certificate:
             raise ConfigError(f"{where}: tls_key without tls_certificate.")
+    if any(sender.tls_names for sender in config.senders) and not config.receive.tls_client_ca:
+        raise ConfigError("senders: tls_names need [receive] tls_client_ca; without it no sender is asked for a certificate.")
+    audit = config.audit
+    if (audit.tls_key and not audit.tls_certificate) or (not audit.syslog_host and (audit.tls_ca or audit.tls_certificate)):
+        raise ConfigError("audit: tls_key needs tls_certificate, and the keys tls_… need syslog_host.")
 
 
 def _check_numbers(config: Config) -> None:
     if min(config.run.batch, config.deliver.batch, config.run.decoders) < 1 or min(config.run.lease_s, config.deliver.lease_s) < 3:
         raise ConfigError("run.batch, deliver.batch and run.decoders are at least 1; run.lease_s and deliver.lease_s at least 3.")
+    if config.audit.limit_mb < 1 or config.audit.keep_days < 0:
+        raise ConfigError("audit: limit_mb is at least 1; keep_days is 0 (as long as limit_mb allows) or more.")
     if config.run.study_limit_s <= 0:
         raise ConfigError("run.study_limit_s is more than 0.")
     if min(config.receive.verify_mb_per_h, *dataclasses.astuple(config.retention)) < 0:

@@ -28,6 +28,8 @@ from typing import Final
 
 from worker import events, host, reception, record_feeds, roles, sweeps, tls
 from worker.config import Config, ConfigError
+from worker.ops import audit, forwarding
+from worker.peers import repository_of
 from worker.store.database import DatabaseUnavailable, Store
 from worker.store.spool import Spool
 
@@ -77,8 +79,8 @@ class Supervisor:
                 return
             child.pause_s = RESTART_S if now - child.started_at > RESTART_CAP_S else min(RESTART_CAP_S, child.pause_s * 2)
             child.start_after = now + child.pause_s
+            events.emit("role.restarted", role=child.role, code=code, pause_s=child.pause_s, pid=child.process.pid)
             child.process = None
-            events.emit("role.restarted", role=child.role, code=code, pause_s=child.pause_s)
         if now >= child.start_after:
             child.started_at = now
             child.process = subprocess.Popen(  # noqa: S603  our own interpreter and module
@@ -151,7 +153,7 @@ def supervise(config: Config, config_file: Path | None, *, wanted: Sequence[str]
     tls.check(config, wanted=wanted)
     roles.read_bundles(config)  # a bad bundle is a sentence now, not a child that dies again and again
     store = open_store(config)
-    closers: list[Callable[[], object]] = []
+    closers = _audited(config)
     if "receive" in wanted:
         closers += _front(config, config_file, store, supervisor)
     if "run" in wanted and not config.run.bundles and wanted == ("run",):
@@ -164,10 +166,20 @@ def supervise(config: Config, config_file: Path | None, *, wanted: Sequence[str]
     try:
         supervisor.watch()
     finally:
-        for close in closers:
-            close()
         events.emit("role.stopped", role="supervisor")
+        for close in reversed(closers):
+            close()
         store.close()
+
+
+def _audited(config: Config) -> list[Callable[[], object]]:
+    roles.record_audit(config)
+    if not config.audit.enabled:
+        return []
+    limit_bytes, keep_days = config.audit.limit_mb * 2**20, config.audit.keep_days
+    forwarder = forwarding.Forwarder(config.trail, connect=repository_of(config), limit_bytes=limit_bytes, keep_days=keep_days)
+    forwarder.start()
+    return [forwarder.stop, audit.end]  # in reverse: what is only counted so far is sent, too
 
 
 def _front(config: Config, config_file: Path | None, store: Store, supervisor: Supervisor) -> list[Callable[[], object]]:
@@ -191,7 +203,7 @@ def _front(config: Config, config_file: Path | None, store: Store, supervisor: S
         closers.append(server.stop)
     scheduler = sweeps.scheduler(config, store, spool)
     scheduler.start()
-    closers.append(lambda: scheduler.shutdown(wait=False))
+    closers.append(scheduler.stop)
     return closers
 
 
@@ -209,6 +221,8 @@ def role(name: str, config: Config, *, descriptor: int | None, parent: int, is_c
         return  # the supervisor was gone before prctl could tell us
     store = Store(config.database_url)
     store.check()
+    if not is_check:
+        roles.record_audit(config)
     try:
         if name == "receive":
             assert descriptor is not None  # noqa: S101  our own command line
@@ -219,4 +233,5 @@ def role(name: str, config: Config, *, descriptor: int | None, parent: int, is_c
             roles.deliver(config, store, stop)
     finally:
         events.emit("role.stopped", role=name)
+        audit.end()
         store.close()

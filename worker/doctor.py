@@ -6,9 +6,11 @@ Its output is made to be pasted into a bug report: no patient data, no secrets.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -106,6 +108,12 @@ def _spool(config: Config) -> str:
     free = f"{spool.free_bytes / 2**30:.1f} GB free, refuses below {spool.low_water_bytes / 2**30:.1f} GB"
     if spool.is_low:
         raise SpoolError(f"{config.spool}: {free}. C-STORE is answered 0xA700 until there is room.")
+    try:
+        with tempfile.TemporaryFile(dir=config.spool / "incoming", buffering=0) as probe:
+            probe.write(bytes(4096))
+            os.fsync(probe.fileno())
+    except OSError as exc:
+        raise SpoolError(f"{config.spool} cannot be written (errno {exc.errno}). C-STORE is answered 0xA700 until it can.") from exc
     return f"{config.spool}: {free}"
 
 

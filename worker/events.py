@@ -54,6 +54,11 @@ NAMES: Final = frozenset(
         "role.stopped",
         "role.restarted",
         "sweep.failed",
+        "audit.failed",  # the trail cannot be written: what happens goes unrecorded, and is counted
+        "audit.unsent",  # the repository is lost; the trail keeps what it will be sent
+        "audit.sent",  # it is back
+        "audit.dropped",  # the trail is full: its oldest day went, perhaps before it was sent
+        "clock.jumped",  # by a minute and more; nothing is removed for its age for a day
     }
 )
 

@@ -67,7 +67,7 @@ def _orders(config: Config, config_file: Path | None) -> Iterator[Path]:
 
 
 def _keys(config: Config) -> Iterator[Path]:
-    doors = [(one.tls_key, one.tls_certificate) for one in (config.receive, config.records)]
+    doors = [(one.tls_key, one.tls_certificate) for one in (config.receive, config.records, config.audit)]
     peers = [(one.tls_key, one.tls_certificate) for one in config.destinations]
     peers += [(one.tls_key, one.tls_certificate) for one in config.senders]
     for key, certificate in (*doors, *peers, (config.fhir.key_file, "")):

@@ -1,4 +1,4 @@
-"""Whom we call: destinations, and senders that are asked for counts, as the network part takes them.
+"""Whom we call: destinations, senders that are asked for counts and the audit repository, as the network part takes them.
 
 Not here: who calls us (intake/negotiation.py), certificates (tls.py).
 """
@@ -6,6 +6,8 @@ Not here: who calls us (intake/negotiation.py), certificates (tls.py).
 from __future__ import annotations
 
 import base64
+import socket
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
@@ -62,6 +64,26 @@ def peer_to_ask(sender: Sender, *, host: str, own_ae_title: str) -> Peer:
         tls=client_context(sender),
         tls_server_name=sender.tls_server_name,
     )
+
+
+def repository_of(config: Config) -> Callable[[], socket.socket] | None:
+    """What connects to the Audit Record Repository, by TLS always; None where there is none."""
+    from worker.deliver.association import Peer, connect
+
+    settings = config.audit
+    if not settings.syslog_host:
+        return None
+    peer = Peer(
+        name="The audit repository",
+        ae_title="",
+        host=settings.syslog_host,
+        port=settings.syslog_port,
+        own_ae_title="",
+        timeout_s=ASK_S,
+        tls=client_context(settings),
+        tls_server_name=settings.tls_server_name,
+    )
+    return lambda: connect(peer)
 
 
 def count_of(config: Config, one: Pending | Line) -> int | None:

@@ -85,6 +85,7 @@ def receive(config: Config, store: Store, listener: socket.socket, stop: threadi
         max_pdu=settings.max_pdu_bytes,
         accepts_unknown=settings.accept_unknown_sop_classes,
         takes_commitments=any(destination.commitment for destination in config.destinations),
+        tls_names={sender.ae_title: sender.tls_names for sender in config.senders},
         commits_to=[sender.ae_title for sender in config.senders if sender.commitment_port],
         transfer_syntaxes=decodable_transfer_syntaxes(_loadable_codecs()),
     )

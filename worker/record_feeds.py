@@ -11,6 +11,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from worker import joining
@@ -19,6 +20,7 @@ from worker.domain import Code, Header, Merge, Observation, Patient, PatientKey,
 from worker.errors import RecordError
 from worker.intake.envelope import read_envelope
 from worker.intake.facts import MAX_CONTROL_ID, token
+from worker.ops import audit
 from worker.store import feeds, persons, records, sources
 from worker.store.database import Connection, Store
 from worker.tls import server_context
@@ -263,6 +265,26 @@ def keep_refused(store: Store, reason: str, raw: bytes) -> None:
         feeds.note_message(conn, **said, sent_at="", result="refused", reason=reason, raw=raw, now=clock())
 
 
+def _audited(config: Config, store: Store, message: ParsedMessage, raw: bytes) -> bool:
+    """`apply_message`, recorded; a repetition changes nothing, and what the database has no time for comes again."""
+    try:
+        is_new = apply_message(config, store, message, raw)
+    except RecordError as exc:
+        _audit(message, outcome=audit.FAILED, reason=str(exc))
+        raise
+    if is_new:
+        _audit(message, outcome=audit.SUCCESS)
+    return is_new
+
+
+def _audit(message: ParsedMessage, *, outcome: str, reason: str = "") -> None:
+    if update := message.update:
+        source = audit.Party(message.sender, is_ae=False)
+        say = partial(audit.record, outcome=outcome, source=source, message=message.control_id, reason=reason)
+        say("U", [update.patient])
+        say("D", [Patient(one.retired) for one in update.merges])
+
+
 def records_listener(config: Config, store: Store) -> MllpServer:
     """The HL7 v2 listener, not started yet."""
     from worker.intake.mllp import MllpServer
@@ -270,7 +292,7 @@ def records_listener(config: Config, store: Store) -> MllpServer:
     settings = config.records
     return MllpServer(
         (settings.host, settings.port),
-        apply=lambda message, raw: apply_message(config, store, message, raw),
+        apply=lambda message, raw: _audited(config, store, message, raw),
         reject=lambda reason, raw: keep_refused(store, reason, raw),
         zone=config.zone,
         issuers=settings.issuers,

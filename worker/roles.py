@@ -26,6 +26,7 @@ from worker import events
 from worker.config import Config, Destination
 from worker.domain import Job
 from worker.errors import BundleError, DeviceLost
+from worker.ops import audit
 from worker.ops.log import places
 from worker.peers import peer_of
 from worker.record_feeds import clock
@@ -67,6 +68,12 @@ def read_bundles(config: Config) -> list[Bundle]:
         return [Bundle.read(folder) for folder in config.run.bundles]
     except InvalidBundleError as exc:
         raise BundleError(str(exc)) from exc
+
+
+def record_audit(config: Config) -> None:
+    """Begin to write this process's audit messages."""
+    if config.audit.enabled:
+        audit.begin(config.trail, ae_title=config.receive.ae_title, limit_bytes=config.audit.limit_mb * 2**20)
 
 
 def say_unloadable(codecs: Mapping[str, str]) -> None:

@@ -131,6 +131,22 @@ def takes(modalities: Collection[str], modality: str) -> bool:
     return modality in modalities if modalities else modality not in _NO_IMAGES
 
 
+def holds_image(sop_class_uid: str) -> bool:
+    """Whether objects of this class have pixels to analyse: raw data of a scanner call themselves MR, too."""
+    is_other = sop_class_uid.startswith(_NO_IMAGE_CLASSES)
+    return not is_other and (not sop_class_uid.startswith(_RADIOTHERAPY) or sop_class_uid == _RT_IMAGE)
+
+
+def is_capture(sop_class_uid: str) -> bool:
+    """Whether this is a Secondary Capture, of one frame or several: dose reports and screens call themselves CT, too."""
+    return sop_class_uid == _SECONDARY_CAPTURE or sop_class_uid.startswith(_SECONDARY_CAPTURE + ".")
+
+
+def takes_captures(rule: ImageSpec) -> bool:
+    """Whether `rule` may fit a secondary capture."""
+    return bool(rule.derived or rule.sop_classes)
+
+
 def choices(study: Study, images: Sequence[ImageSpec]) -> tuple[Choice, ...]:
     """Judge every series for every image; each image in turn takes the best that is still free."""
     made: list[Choice] = []
@@ -266,11 +282,11 @@ def _miscounted(images: int, rule: ImageSpec) -> str:
 
 def _of_class(one: Instance, _series: Series, rule: ImageSpec) -> str:
     uid = one.sop_class_uid
-    if uid.startswith(_NO_IMAGE_CLASSES) or (uid.startswith(_RADIOTHERAPY) and uid != _RT_IMAGE):
+    if not holds_image(uid):
         return f"{_name_of(uid)} holds no image"
     if rule.sop_classes and uid not in rule.sop_classes and UID(uid).keyword not in rule.sop_classes:
         return f"{_name_of(uid)} is not {' or '.join(rule.sop_classes)}"
-    if uid.startswith(_SECONDARY_CAPTURE) and uid[len(_SECONDARY_CAPTURE) :][:1] in ("", ".") and not (rule.derived or rule.sop_classes):
+    if is_capture(uid) and not takes_captures(rule):
         return "a secondary capture, and the bundle takes none"
     if one.facts.intent == "FOR PROCESSING" and rule.kind == "radiograph":
         return "raw data for processing, not for presentation"

@@ -10,8 +10,10 @@ Not here: the stages before it (pipeline.py).
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import replace
 from datetime import datetime
+from typing import Final
 
 from worker import events, joining
 from worker.case import Case, Line
@@ -26,6 +28,7 @@ from worker.errors import (
     WorkerError,
 )
 from worker.fingerprint import record_digest
+from worker.ops import audit
 from worker.ops.log import places as places_of
 from worker.store import documents, queue, records, studies
 from worker.store.database import Connection
@@ -52,7 +55,25 @@ def settle(line: Line, case: Case) -> Case:
         seconds={stage: round(taken, 3) for stage, taken in seconds.items()},
         **facts,
     )
+    if name in _OUTCOMES:
+        _audit(case, _OUTCOMES[name], str(facts.get("reason", "")))
     return replace(case, seconds=seconds)
+
+
+#: What was only put off analysed nothing.
+_OUTCOMES: Final = {"job.completed": audit.SUCCESS, "job.retried": audit.AGAIN, "job.discarded": audit.FAILED}
+
+
+def _audit(case: Case, outcome: str, reason: str) -> None:
+    study, inputs = case.study, case.inputs
+    if study is None:
+        return
+    read = Counter(one.sop_class_uid for series in (inputs.series.values() if inputs else ()) for one in series.instances)
+    subject = audit.Subject(study.study_instance_uid, study.patient, study.accession_number, read)
+    if inputs is not None and inputs.record_found:
+        audit.record("R", [study.patient], outcome=audit.SUCCESS, user=case.job.bundle)
+    # A report that says why there is no answer is a failure of the analysis, told once.
+    audit.accessed(subject, user=case.job.bundle, outcome=audit.FAILED if reason and outcome == audit.SUCCESS else outcome, reason=reason)
 
 
 def _settle(line: Line, case: Case, facts: dict[str, object]) -> str:

@@ -183,8 +183,9 @@ def _versions(config: Config) -> object:
 
 def _status(config: Config, mask: _Mask) -> object:
     spool = Spool(config.spool, low_water_bytes=config.receive.low_water_mb * 2**20)
-    facts = watch_cli.status_facts(Store(config.database_url), spool)
-    return facts | {"waiting_because": mask.counted(facts["waiting_because"].items()), "spool_low_water_mb": config.receive.low_water_mb}
+    facts = watch_cli.status_facts(Store(config.database_url), spool, config.trail)
+    texts = {"waiting_because": mask.counted(facts["waiting_because"].items()), "audit_trouble": mask.sentence(facts["audit_trouble"])}
+    return facts | texts | {"spool_low_water_mb": config.receive.low_water_mb}
 
 
 def _ledger(config: Config, mask: _Mask) -> object:

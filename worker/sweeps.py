@@ -6,6 +6,8 @@ the first at the start. The scheduler holds no state of ours: what must survive 
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -18,14 +20,13 @@ from worker.ops.log import places
 from worker.peers import count_of, peer_to_report, peers_of
 from worker.record_feeds import clock
 from worker.roles import read_bundles
+from worker.selection import takes_captures
 from worker.silence import Silence
-from worker.store import erasure, feeds, queue, retention
+from worker.store import ahead, erasure, feeds, queue, retention
 from worker.store.database import Store
 from worker.store.spool import Spool
 
 if TYPE_CHECKING:
-    from apscheduler.schedulers.background import BackgroundScheduler
-
     from models.bundle import Bundle
     from worker.store.studies import Pending
 
@@ -39,12 +40,91 @@ PROMISE_S: Final = 1.0
 LISTEN_S: Final = 60.0
 CERTIFICATES_S: Final = 86400.0
 VERIFY_S: Final = 60.0
+CLOCK_S: Final = 1.0
+#: A clock that is put right by less is slewed, or a leap second.
+JUMP: Final = timedelta(minutes=1)
+#: For so long after a jump nothing is removed for its age: somebody may put the clock right.
+DOUBT_S: Final = 86400.0
 
 
-def scheduler(config: Config, store: Store, spool: Spool) -> BackgroundScheduler:
+def _steady() -> float:
+    """Seconds of a clock that nobody sets, and that counts while the machine sleeps."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+class Clock:
+    """Knows when the wall clock was set, by comparing it with one that only goes forward."""
+
+    def __init__(self, wall: Callable[[], datetime] = clock, steady: Callable[[], float] = _steady) -> None:
+        self._wall, self._steady = wall, steady
+        self._began = self._origin()
+        self._doubted_until = 0.0
+
+    def _origin(self) -> datetime:
+        return self._wall() - timedelta(seconds=self._steady())
+
+    @property
+    def is_trusted(self) -> bool:
+        """Whether ages are what they seem: no jump for a day."""
+        return abs(self._origin() - self._began) < JUMP and self._steady() >= self._doubted_until
+
+    def look(self, store: Store, *, lease_s: float) -> bool:
+        """Say that the clock jumped, and return whether it did; if back, put back with it what waits."""
+        began = self._origin()
+        jump = began - self._began
+        if has_jumped := abs(jump) >= JUMP:
+            if jump < timedelta():
+                with store.begin() as conn:
+                    ahead.put_back(conn, -jump, lease_s=lease_s, now=self._wall())
+            self._doubted_until = self._steady() + DOUBT_S
+            events.emit("clock.jumped", seconds=round(jump.total_seconds()))
+        self._began = began
+        return has_jumped
+
+
+class Periodic:
+    """Sweeps by APScheduler, which plans by the wall clock: when that was set, beside it a thread begins the plan anew.
+
+    Put back by a day, APScheduler sleeps for a day.
+    """
+
+    def __init__(self, watch: Callable[[], None]) -> None:
+        from apscheduler.schedulers.background import BackgroundScheduler
+
+        defaults = {"coalesce": True, "max_instances": 1, "misfire_grace_time": None}
+        self._scheduler = BackgroundScheduler(timezone=UTC, job_defaults=defaults)
+        self._watch = watch
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="clock", daemon=True)
+
+    def add(self, sweep: Callable[[], None], *, every_s: float, is_first_at_once: bool = False) -> None:
+        """`sweep` every so many seconds."""
+        self._scheduler.add_job(sweep, "interval", seconds=every_s, **({"next_run_time": clock()} if is_first_at_once else {}))
+
+    def start(self) -> None:
+        """Returns at once."""
+        self._scheduler.start()
+        self._thread.start()
+
+    def begin_anew(self) -> None:
+        """Every sweep at once, and then at its interval."""
+        for job in self._scheduler.get_jobs():
+            job.modify(next_run_time=clock())
+
+    def stop(self, *, wait: bool = False) -> None:
+        """Begin no more; what runs goes on to its end, which may be waited for."""
+        self._is_over.set()
+        self._scheduler.shutdown(wait=wait)
+        if wait:
+            self._thread.join()
+
+    def _run(self) -> None:
+        while not self._is_over.wait(CLOCK_S):
+            self._watch()
+
+
+def scheduler(config: Config, store: Store, spool: Spool) -> Periodic:
     """Everything periodic, each run idempotent, never two of a kind at once; not started yet."""
-    from apscheduler.schedulers.background import BackgroundScheduler
-
     from worker.intake import assembly
 
     bundles = read_bundles(config)
@@ -56,6 +136,7 @@ def scheduler(config: Config, store: Store, spool: Spool) -> BackgroundScheduler
             if all(image.modalities for image in bundle.images)
             else frozenset(),
             sum(image.min_instances for image in bundle.images if image.required),
+            any(takes_captures(image) for image in bundle.images),
         )
         for bundle in bundles
     ]
@@ -70,21 +151,27 @@ def scheduler(config: Config, store: Store, spool: Spool) -> BackgroundScheduler
         for job in rescued:
             events.emit("job.rescued", job=job)
 
-    made = BackgroundScheduler(timezone=UTC, job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": None})
-    made.add_job(_spared(complete), "interval", seconds=config.assembly.sweep_s)
-    for sweep, seconds in _of_records(config, store, bundles) + _of_senders(config, store):
-        made.add_job(_spared(sweep), "interval", seconds=seconds)
-    made.add_job(_spared(rescue), "interval", seconds=max(1.0, config.run.lease_s / 6))
+    watched = Clock()
+
+    def watch() -> None:
+        if watched.look(store, lease_s=max(config.run.lease_s, config.deliver.lease_s)):
+            made.begin_anew()
+
+    made = Periodic(_spared(watch))
+    made.add(_spared(complete), every_s=config.assembly.sweep_s)
+    for sweep, seconds in _of_records(config, store, bundles, watched) + _of_senders(config, store):
+        made.add(_spared(sweep), every_s=seconds)
+    made.add(_spared(rescue), every_s=max(1.0, config.run.lease_s / 6))
     # At once but in the background: with 100 000 files, or peers that are away, it must not delay the first association.
-    made.add_job(_spared(lambda: sweep_spool(store, spool), name="clean"), "interval", seconds=SPOOL_SWEEP_S, next_run_time=clock())
-    made.add_job(_spared(lambda: _retain(config, store, spool), name="remove"), "interval", seconds=RETAIN_S)
+    made.add(_spared(lambda: sweep_spool(store, spool), name="clean"), every_s=SPOOL_SWEEP_S, is_first_at_once=True)
+    made.add(_spared(lambda: _retain(config, store, spool, watched), name="remove"), every_s=RETAIN_S)
     if config.receive.verify_mb_per_h > 0:
-        made.add_job(_spared(verifier(store, spool, mb_per_h=config.receive.verify_mb_per_h)), "interval", seconds=VERIFY_S)
-    made.add_job(_spared(_certificates(config)), "interval", seconds=CERTIFICATES_S, next_run_time=clock())
+        made.add(_spared(verifier(store, spool, mb_per_h=config.receive.verify_mb_per_h)), every_s=VERIFY_S)
+    made.add(_spared(_certificates(config)), every_s=CERTIFICATES_S, is_first_at_once=True)
     return made
 
 
-def _of_records(config: Config, store: Store, bundles: Sequence[Bundle]) -> list[tuple[Callable[[], None], float]]:
+def _of_records(config: Config, store: Store, bundles: Sequence[Bundle], watched: Clock) -> list[tuple[Callable[[], None], float]]:
     """What is periodic about the patients' records, and every how many seconds."""
     settings = config.records
 
@@ -94,6 +181,8 @@ def _of_records(config: Config, store: Store, bundles: Sequence[Bundle]) -> list
         reissue.sweep(store, specs, within=within, is_wanted=settings.reissue, must_agree=settings.must_agree, now=clock())
 
     def expire() -> None:
+        if not watched.is_trusted:
+            return
         gone = erasure.expire(
             store,
             now=clock(),
@@ -165,7 +254,9 @@ def verifier(store: Store, spool: Spool, *, mb_per_h: float) -> Callable[[], Non
     return verify
 
 
-def _retain(config: Config, store: Store, spool: Spool) -> None:
+def _retain(config: Config, store: Store, spool: Spool, watched: Clock) -> None:
+    if not watched.is_trusted:
+        return
     kept = config.retention
     days = {"delivered": kept.delivered_days, "excluded": kept.excluded_days, "failed": kept.failed_days}
     committing = [one.name for one in config.destinations if one.commitment]

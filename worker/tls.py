@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Final
 
 from worker import events
-from worker.config import Config, ConfigError, Destination, Receive, Records, Sender
+from worker.config import Audit, Config, ConfigError, Destination, Receive, Records, Sender
 from worker.deliver.association import Peer, connect
 from worker.errors import PeerRefused, WorkerError, cause_of
 
@@ -125,7 +125,7 @@ def server_context(settings: Receive | Records, *, section: str) -> Credentials 
 
 
 @cache
-def client_context(settings: Destination | Sender) -> Credentials | None:
+def client_context(settings: Destination | Sender | Audit) -> Credentials | None:
     """What we show to a peer that we call and whom we trust there; None where it is called without TLS. One for each, kept.
 
     Raises
@@ -133,9 +133,11 @@ def client_context(settings: Destination | Sender) -> Credentials | None:
     ConfigError
         A file is missing or is not what it should be.
     """
-    is_wanted = settings.tls or settings.stow_url.startswith("https:") if isinstance(settings, Destination) else settings.query_tls
-    if not is_wanted:
-        return None
+    match settings:
+        case Destination(tls=False, stow_url=url) if not url.startswith("https:"):
+            return None
+        case Sender(query_tls=False) | Audit(syslog_host=""):
+            return None
     return Credentials(
         _where(settings),
         protocol=ssl.PROTOCOL_TLS_CLIENT,
@@ -150,7 +152,7 @@ def check(config: Config, *, wanted: Sequence[str] = ("receive", "deliver")) -> 
     if "receive" in wanted:
         server_context(config.receive, section="receive")
         server_context(config.records, section="records")
-    called = [*(config.senders if "receive" in wanted else ()), *(config.destinations if "deliver" in wanted else ())]
+    called = [*(config.senders if "receive" in wanted else ()), *(config.destinations if "deliver" in wanted else ()), config.audit]
     for settings in called:
         client_context(settings)
 
@@ -170,17 +172,19 @@ def ends(config: Config, peers: list[Peer]) -> Iterator[tuple[str, Callable[[], 
             yield f"certificate of {peer.name}", partial(_end_of_peer, peer)
 
 
-def _shown(config: Config) -> Iterator[tuple[str, Receive | Records | Destination | Sender, str]]:
+def _shown(config: Config) -> Iterator[tuple[str, Receive | Records | Destination | Sender | Audit, str]]:
     """Each section that has TLS, and its file of authorities."""
     yield "receive", config.receive, config.receive.tls_client_ca
     yield "records", config.records, config.records.tls_client_ca
-    called: list[Destination | Sender] = [*config.destinations, *config.senders]
+    called: list[Destination | Sender | Audit] = [*config.destinations, *config.senders, config.audit]
     for one in called:
         if client_context(one) is not None:
             yield _where(one), one, one.tls_ca
 
 
-def _where(settings: Destination | Sender) -> str:
+def _where(settings: Destination | Sender | Audit) -> str:
+    if isinstance(settings, Audit):
+        return "audit"
     return f"destinations {settings.name}" if isinstance(settings, Destination) else f"senders {settings.ae_title}"
 
 

@@ -1,4 +1,4 @@
-"""The verbs that watch an installation: `status` counts, `check` compares spool, database and archives.
+"""The verbs that watch an installation: `status` counts, `check` compares spool, database and archives, `audit` reads the trail.
 
 Not here: what is counted (worker/store/), what is compared (consistency.py, deliver/cstore.py).
 """
@@ -22,7 +22,9 @@ from rich.table import Table
 from worker import __version__, consistency, peers, progress
 from worker.domain import Document
 from worker.errors import PeerUnavailable
+from worker.ops import audit, forwarding
 from worker.record_feeds import clock
+from worker.roles import record_audit
 from worker.store import documents, feeds, ledger, queue, studies
 from worker.store.database import Store
 from worker.store.images import StoredFile
@@ -67,7 +69,7 @@ def register(app: typer.Typer, opener: Opener) -> None:
             _ledger(store, settings.zone, days=days, as_json=as_json)
         else:
             spool = Spool(settings.spool, low_water_bytes=settings.receive.low_water_mb * 2**20)
-            _status(store, spool, as_json=as_json)
+            _status(store, spool, settings.trail, as_json=as_json)
 
     @app.command()
     def check(
@@ -92,18 +94,29 @@ def register(app: typer.Typer, opener: Opener) -> None:
         is_well = _check(store, spool, with_digests=with_digests, is_repair=is_repair)
         if with_archives:
             since = clock() - timedelta(days=days)
+            record_audit(settings)
             for destination in settings.destinations:
                 peer = peers.peer_of(destination, own_ae_title=settings.receive.ae_title)
                 is_well &= _check_archive(store, peer, since=since, is_repair=is_repair)
             _count_at_senders(settings, store, since=since)
+            audit.end()
         if not is_well:
             raise typer.Exit(1)
+
+    @app.command(name="audit")
+    def audit_(
+        given: ConfigFile = None,
+        since: Annotated[datetime | None, typer.Option(help="UTC; else all that is kept.", formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M"])] = None,
+        study: Annotated[int, typer.Option(min=0, help="Its number in `synoptic studies`; 0: all.")] = 0,
+    ) -> None:
+        """The audit trail, a line a message. It names patients: whoever may run this may know them."""
+        _tell_audit(*opener(given), since=since, study=study)
 
 
 # --- status
 
 
-def status_facts(store: Store, spool: Spool) -> dict[str, Any]:
+def status_facts(store: Store, spool: Spool, trail: Path) -> dict[str, Any]:
     """What `synoptic status --json` says."""
     with store.read() as conn:
         facts: dict[str, Any] = {
@@ -116,11 +129,13 @@ def status_facts(store: Store, spool: Spool) -> dict[str, Any]:
         }
     facts["spool_free_gb"] = round(spool.free_bytes / 2**30, 1)
     facts["spool_low"] = spool.is_low
+    facts["audit"] = forwarding.state(trail)
+    facts["audit_trouble"] = facts["audit"].pop("trouble")
     return facts
 
 
-def _status(store: Store, spool: Spool, *, as_json: bool) -> None:
-    facts = status_facts(store, spool)
+def _status(store: Store, spool: Spool, trail: Path, *, as_json: bool) -> None:
+    facts = status_facts(store, spool, trail)
     if as_json:
         out.print_json(json.dumps(facts))
         return
@@ -196,6 +211,17 @@ def _print_ledger(facts: Mapping[str, Any], zone: tzinfo) -> None:
         out.print(
             f"[red]{facts['all'][ledger.LOST]} studies are in no account:[/red] {numbers}. `synoptic show STUDY` says what became of one."
         )
+
+
+# --- audit
+
+
+def _tell_audit(settings: Any, store: Store, *, since: datetime | None, study: int) -> None:
+    with store.read() as conn:
+        found = studies.find(conn, str(study)) if study else []
+    uid = next((one.study_instance_uid for number, one in found if number == study), "-" if study else "")
+    for words in forwarding.told(settings.trail, since=f"{since:%Y-%m-%dT%H:%M}" if since else "", study_instance_uid=uid):
+        out.print(escape(words), soft_wrap=True)
 
 
 # --- check

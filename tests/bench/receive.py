@@ -1,6 +1,6 @@
 """Receive rate of the real `synoptic receive`, SQLite and fsync on, beside Orthanc, DCMTK and the bare disk.
 
-usage: python -m tests.bench.receive [--processes 1 2] [--instances 160] [--rounds 3] [--associations 1 4]
+usage: python -m tests.bench.receive [--processes 1 2] [--instances 160] [--rounds 3] [--associations 1 4] [--without-audit]
 
 One receiver installation for each number of processes is given to ../shared/tools/receive_bench.py as a
 target; it sends fresh studies by storescu to all of them in turn and prints instances/s and the ratio to Orthanc.
@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import product
 from pathlib import Path
 
 from tests.installation import Installation, wait_until
@@ -44,18 +45,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--instances", type=int, default=160)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--associations", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--without-audit", action="store_true", help="Beside each the same, writing no audit trail.")
     given = parser.parse_args(arguments)
     bench = require_shared("tools/receive_bench.py")
     with tempfile.TemporaryDirectory(prefix="bench") as root, ExitStack() as stack:
         command = [sys.executable, str(bench), "--instances", str(given.instances), "--rounds", str(given.rounds)]
         command += ["--associations", *map(str, given.associations)]
-        for processes in given.processes:
-            made = Installation(Path(root, str(processes)), senders=("BENCH",), processes=processes, quiet_s=3600.0, ask_sender=False)
+        modes = {"": "", "mute": "[audit]\nenabled = false\n"} if given.without_audit else {"": ""}
+        for processes, (mode, extra) in product(given.processes, modes.items()):
+            made = Installation(
+                Path(root, f"{processes}{mode}"), senders=("BENCH",), processes=processes, quiet_s=3600.0, ask_sender=False, extra=extra
+            )
             made.write_config()
             stack.enter_context(receiving(made))
             rss = [f"{one['rss_mb']} MB, {one['seconds']} s to ready" for one in made.events("role.started") if one["role"] == "receive"]
-            print(f"ours{processes}: {'; '.join(rss)}", flush=True)
-            command += ["--target", f"ours{processes}=WORKER@127.0.0.1:{made.port}"]
+            print(f"ours{processes}{mode}: {'; '.join(rss)}", flush=True)
+            command += ["--target", f"ours{processes}{mode}=WORKER@127.0.0.1:{made.port}"]
         return subprocess.run(command, check=False).returncode
 
 

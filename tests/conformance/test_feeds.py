@@ -274,7 +274,7 @@ def test_the_last_word_of_every_sender_is_found_without_counting(store: Store) -
 @pytest.mark.parametrize(("silent_after_s", "is_asked"), [(0.0, False), (60.0, True)])
 def test_nobody_listens_for_silence_where_no_alarm_is_wanted(store: Store, *, silent_after_s: float, is_asked: bool) -> None:
     config = Config(records=Records(silent_after_s=silent_after_s))
-    assert ("listen" in [sweep.__name__ for sweep, _ in sweeps._of_records(config, store, [])]) == is_asked
+    assert ("listen" in [sweep.__name__ for sweep, _ in sweeps._of_records(config, store, [], sweeps.Clock())]) == is_asked
 
 
 def test_a_large_bundle_is_committed_in_parts_in_one_order_and_goes_on_where_it_was_cut_off(

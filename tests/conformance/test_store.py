@@ -258,6 +258,60 @@ def test_a_late_report_is_kept_and_opens_nothing(store: Store, modality: str) ->
     assert [job.input_version for job in lease(store, now=NOW + timedelta(seconds=71))] == [1]
 
 
+_STORAGE = "1.2.840.10008.5.1.4.1.1."
+#: What calls itself CT and is no image of the patient (PS3.4 Annex B.5).
+NO_IMAGES = {
+    "a structured report": "88.33",
+    "a dose report": "88.67",
+    "a key object selection": "88.59",
+    "a presentation state": "11.1",
+    "raw data": "66",
+    "a segmentation": "66.4",
+    "an encapsulated document": "104.1",
+    "a radiotherapy structure set": "481.3",
+}
+CAPTURES = {"a secondary capture": "7", "a capture of several frames in color": "7.4"}
+
+
+@pytest.mark.requirement("R13")
+@pytest.mark.parametrize("arc", [*NO_IMAGES.values(), *CAPTURES.values()], ids=[*NO_IMAGES, *CAPTURES])
+@pytest.mark.parametrize("modalities", [frozenset({"CT"}), frozenset()], ids=["for CT", "for any"])
+def test_what_is_no_image_is_kept_and_makes_no_job_whatever_modality_it_says(store: Store, arc: str, modalities: frozenset[str]) -> None:
+    assert add(store, replace(header(1), sop_class_uid=_STORAGE + arc)) is Received.STORED
+    wants = [assembly.Wants("bundle", modalities)]
+    assert assembly.sweep(store, wants=wants, limit_s=100, now=NOW + timedelta(seconds=10)) == 1
+    assert lease(store) == []
+    with store.read() as conn:
+        (last,) = history.of_study(conn, 1)[-1:]
+        assert [len(one.instances) for one in studies.load(conn, 1).series] == [1]
+    assert (last.name, last.facts["reason"]) == (
+        "study.excluded", "No bundle takes modality CT. It holds reports, raw data or captures alone."
+    )  # fmt: skip
+
+
+@pytest.mark.requirement("R13")
+@pytest.mark.parametrize("arc", NO_IMAGES.values(), ids=NO_IMAGES)
+def test_what_is_no_image_counts_for_none_and_opens_nothing_when_it_is_late(store: Store, arc: str) -> None:
+    """A scanner's raw data and dose report come minutes after its images."""
+    add(store, header(1))
+    add(store, replace(header(2), sop_class_uid=_STORAGE + arc))
+    assert assembly.sweep(store, wants=WANTS, limit_s=100, now=NOW + timedelta(seconds=10)) == 0  # one image where two are wanted
+    add(store, header(3))
+    assembly.sweep(store, wants=WANTS, limit_s=100, now=NOW + timedelta(seconds=20))
+    add(store, replace(header(4), sop_class_uid=_STORAGE + arc), now=NOW + timedelta(seconds=60))
+    assembly.sweep(store, wants=WANTS, limit_s=100, now=NOW + timedelta(seconds=80))
+    assert [job.input_version for job in lease(store, now=NOW + timedelta(seconds=81))] == [1]
+
+
+@pytest.mark.requirement("R13")
+def test_a_bundle_that_takes_captures_gets_them(store: Store) -> None:
+    """Films that were scanned are secondary captures."""
+    add(store, replace(header(1), sop_class_uid=_STORAGE + "7"))
+    wants = [assembly.Wants("films", frozenset({"CT"}), takes_captures=True), assembly.Wants("slices", frozenset({"CT"}))]
+    assembly.sweep(store, wants=wants, limit_s=100, now=NOW + timedelta(seconds=10))
+    assert [job.bundle for job in lease(store)] == ["films"]
+
+
 @pytest.mark.requirement("Q2")
 def test_a_late_owners_verdict_is_turned_away(store: Store) -> None:
     complete_study(store)
@@ -533,7 +587,7 @@ def test_what_an_instance_says_of_its_image_comes_back_and_of_one_from_before_no
         (found,) = studies.find(conn, "2.25.1")[0][1].series
         (pending,) = studies.receiving(conn)
     assert [(one.facts, one.frames) for one in found.instances] == [(said, 7), (ImageFacts(), 0)]
-    assert (pending.instances, pending.modalities) == (2, {"CT": 8})
+    assert (pending.instances, pending.classes) == (2, {("CT", header(1).sop_class_uid): 8})
 
 
 def test_a_study_of_one_instance_with_many_frames_has_enough_images(store: Store) -> None:

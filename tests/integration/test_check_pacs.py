@@ -10,6 +10,7 @@ import sqlalchemy as sa
 from pydicom.dataset import Dataset
 from typer.testing import CliRunner, Result
 
+from tests import atna
 from tests.integration.test_commitment import Site
 from tests.integration.test_cstore import STUDY
 from tests.peers import ScriptedPacs, free_port
@@ -52,6 +53,7 @@ def test_a_report_that_the_archive_lost_is_named_and_sent_again_byte_for_byte(si
         told = site.check(pacs.peer)
         assert (told.exit_code, pacs.associations) == (0, asked + 1)
         assert "pacs: 3 of 3 reports are there." in told.stdout
+        assert len(atna.trail(site.folder / "audit", "110112")) == 3, "whom we asked about whom"
         del pacs.kept[second]
         told = site.check(pacs.peer)
         assert told.exit_code == 1

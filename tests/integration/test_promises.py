@@ -490,7 +490,7 @@ def test_orthanc_stores_asks_and_is_told(sqlite: Store, tmp_path: Path) -> None:
         finally:
             stop.set()
             receiver.join()
-            periodic.shutdown()
+            periodic.stop(wait=True)
     assert said["Status"] == "Failure"
     assert [one["SOPInstanceUID"] for one in said["Success"]] == [uid]
     assert [(one["SOPInstanceUID"], one["FailureReason"]) for one in said["Failures"]] == [("2.25.404", 0x0112)]

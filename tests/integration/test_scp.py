@@ -101,6 +101,7 @@ def test_two_studies_interleaved_on_one_association_are_told_apart(receiver: Rec
     assert (studies.count("1.2.1"), studies.count("1.2.2")) == (3, 3)
 
 
+@pytest.mark.requirement("R13")
 def test_private_sop_classes_are_taken_when_configured(start: Start) -> None:
     for accepts, result in ((True, 0), (False, 3)):
         with start(accepts_unknown=accepts).scu() as scu:

@@ -35,7 +35,7 @@ def test_the_example_shows_every_key_with_its_default() -> None:
         table = example[name][0] if isinstance(example[name], list) else example[name]
         assert set(table) == {field.name for field in dataclasses.fields(cls)}, name
     read_back = config.read(ROOT / "deploy" / "synoptic.toml", {})
-    for name in ("receive", "assembly", "records", "run", "deliver", "log"):
+    for name in ("receive", "assembly", "records", "run", "deliver", "log", "audit"):
         assert getattr(read_back, name) == getattr(Config(), name), name
 
 
@@ -68,6 +68,11 @@ STOW = "[[destinations]]\nname = 'web'\nstow_url = '{}'\n"
         (COMMITTING, "commitment needs 'P' in [[senders]]"),
         (COMMITTING + "commitment_wait_s = 0", "destinations pacs: commitment_wait_s is more than 0"),
         (COMMITTING + "own_ae_title = 'US'\n[[senders]]\nae_title = 'P'", "own_ae_title must be [receive] ae_title"),
+        ("[[senders]]\nae_title = 'CT1'\ntls_names = ['ct1']", "tls_names need [receive] tls_client_ca"),
+        ("[audit]\nsyslog_host = 'arr'\ntls_key = 'k.pem'", "audit: tls_key needs tls_certificate"),
+        ("[audit]\ntls_ca = 'ca.pem'", "the keys tls_… need syslog_host"),
+        ("[audit]\nlimit_mb = 0", "audit: limit_mb is at least 1"),
+        ("[audit]\nkeep_days = -1", "keep_days is 0 (as long as limit_mb allows) or more"),
         ("x = [", "is not TOML"),
     ],
 )

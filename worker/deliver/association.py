@@ -27,6 +27,7 @@ from pynetdicom.dsutils import decode, encode
 from worker.deliver import wire
 from worker.deliver.wire import EncodedObject, Response
 from worker.errors import PeerUnavailable, PeerUnreachable, cause_of
+from worker.ops import audit
 
 VERIFICATION: Final = "1.2.840.10008.1.1"
 STUDY_ROOT_FIND: Final = "1.2.840.10008.5.1.4.1.2.2.1"
@@ -212,6 +213,13 @@ class Association:
         for keyword, value in keys.items():
             setattr(identifier, keyword, value)
         encoded = encode(identifier, is_implicit, True) or b""
+        to = audit.Party(self._peer.ae_title, self._peer.host)
+        with audit.asking(to, encoded, of=STUDY_ROOT_FIND, syntax=NATIVE[is_implicit]):
+            return self._found(context_id, encoded, keys, is_implicit=is_implicit)
+
+    def _found(
+        self, context_id: int, encoded: bytes, keys: Mapping[str, str], *, is_implicit: bool
+    ) -> tuple[Response, list[dict[str, str]]]:
         deadline = time.monotonic() + self._peer.timeout_s
         self._send(context_id, wire.C_FIND, deadline, sop_class_uid=STUDY_ROOT_FIND, data=encoded)
         matches: list[dict[str, str]] = []

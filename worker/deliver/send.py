@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from datetime import datetime
+from io import BytesIO
 
+from pydicom import dcmread
 from pydicom.uid import generate_uid
 
 from worker import events
 from worker.deliver import commitment, cstore, stow
-from worker.domain import Document, Job
+from worker.domain import Document, Job, Patient, PatientKey
 from worker.errors import PatientConflict, Reject, ReportInvalid, Retry
+from worker.ops import audit
 from worker.store import commitments, documents, queue
 from worker.store.database import Store
 
@@ -31,10 +34,19 @@ def deliver(
         loaded = [documents.load(conn, job.document_id or 0) for job in jobs]
         stops = [_stop(document, documents.hold_of(conn, job.study_id)) for job, document in zip(jobs, loaded, strict=True)]
     fit = [document for document, stop in zip(loaded, stops, strict=True) if stop is None]
+    subjects: list[audit.Subject] = []
+    to = audit.Party(peer.stow_url or peer.ae_title, peer.host, is_ae=not peer.stow_url)
     try:
+        for document in fit:
+            subjects.append(_subject(document))
+            audit.begun(subjects[-1], destination=to)
         sent = stow.send(fit, peer=peer) if peer.stow_url else cstore.send(fit, peer=peer)
     except Exception as exc:  # noqa: BLE001  one document must not end the deliveries of a destination
         sent = [cstore.Outcome(document.sop_instance_uid, error=Retry(commitment.unforeseen(exc))) for document in fit]
+    for subject, outcome in zip(subjects, sent, strict=False):
+        error = outcome.error
+        verdict = audit.SUCCESS if error is None else audit.FAILED if isinstance(error, Reject) else audit.AGAIN
+        audit.transferred(subject, destination=to, outcome=verdict, reason=str(error or outcome.warning))
     of_fit = iter(sent)
     became = zip(loaded, stops, strict=True)
     outcomes = [cstore.Outcome(document.sop_instance_uid, error=stop) if stop else next(of_fit) for document, stop in became]
@@ -58,6 +70,14 @@ def _stop(document: Document, hold: str) -> Reject | None:
     return (
         None if document.is_whole else ReportInvalid("The stored report is not as it was written, its sha256 is another: it is not sent.")
     )
+
+
+def _subject(document: Document) -> audit.Subject:
+    tags = ["SpecificCharacterSet", "StudyInstanceUID", "AccessionNumber", "PatientID", "IssuerOfPatientID", "PatientName"]
+    ds = dcmread(BytesIO(document.data), stop_before_pixels=True, specific_tags=list(tags))
+    uid, accession, *whose = (str(ds.get(tag) or "") for tag in tags[1:])
+    patient = Patient(PatientKey(whose[1], whose[0]), whose[2])
+    return audit.Subject(uid, patient, accession, {document.sop_class_uid: 1})
 
 
 def _settle(job: Job, outcome: cstore.Outcome, *, store: Store, now: datetime, transaction_uid: str, wait_s: float | None) -> None:

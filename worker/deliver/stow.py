@@ -40,6 +40,7 @@ from worker.deliver.cstore import MAX_LOST, NO_RESPONSE, Outcome, Parcel, is_war
 from worker.deliver.wire import Response
 from worker.domain import Document
 from worker.errors import NotReadBack, PeerRefused, PeerUnavailable, PeerUnreachable, WorkerError, cause_of
+from worker.ops import audit
 
 Json = dict[str, Any]
 
@@ -146,7 +147,9 @@ def _is_same(answer: Json, keys: dict[str, str]) -> bool:
 
 def _search(peer: Peer, below: str, **matching: str) -> list[Json]:
     """QIDO-RS below the URL of the studies (PS3.18 §10.6); PeerUnavailable where that gives no answer."""
-    status, body = _exchange(peer, "GET", f"{below}?{urlencode(matching)}")
+    query = f"{below}?{urlencode(matching)}"
+    with audit.asking(audit.Party(peer.stow_url, peer.host, is_ae=False), query.encode(), of=peer.stow_url):
+        status, body = _exchange(peer, "GET", query)
     if status in _NOT_FOUND:
         return []
     found = _datasets(body) if status == 200 else None

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from worker import events
-from worker.selection import takes
+from worker.selection import holds_image, is_capture, takes
 from worker.store import history, queue, records, studies
 from worker.store.database import Store
 from worker.store.studies import Pending
@@ -31,14 +31,23 @@ class Wants:
     bundle: str
     modalities: frozenset[str]
     min_instances: int = 1
+    takes_captures: bool = False
+
+    def images(self, pending: Pending) -> int:
+        """How many of the study's images this bundle may be for; reports, raw data and the like are none."""
+        return sum(
+            count
+            for (modality, sop_class_uid), count in pending.classes.items()
+            if takes(self.modalities, modality) and holds_image(sop_class_uid) and (self.takes_captures or not is_capture(sop_class_uid))
+        )
 
     def takes(self, pending: Pending) -> bool:
         """Whether the study has anything for this bundle."""
-        return any(takes(self.modalities, modality) for modality in pending.modalities)
+        return self.images(pending) > 0
 
     def is_met(self, pending: Pending) -> bool:
         """Whether it has enough."""
-        return sum(count for modality, count in pending.modalities.items() if takes(self.modalities, modality)) >= self.min_instances
+        return self.images(pending) >= self.min_instances
 
 
 def sweep(store: Store, *, wants: Sequence[Wants], limit_s: float, now: datetime) -> int:
@@ -77,7 +86,9 @@ def _complete(store: Store, one: Pending, *, wants: Sequence[Wants], cause: str,
         priority = records.priority_of(conn, one.patient, one.accession_number)
         for want in takers:
             queue.enqueue_infer(conn, one.id, bundle=want.bundle, input_version=version, priority=priority, now=now)
-        reason = f"No bundle takes modality {'/'.join(sorted(one.modalities)) or 'none'}."
+        reason = f"No bundle takes modality {'/'.join(sorted({modality for modality, _ in one.classes})) or 'none'}."
+        if not any(holds_image(sop_class_uid) and not is_capture(sop_class_uid) for _, sop_class_uid in one.classes):
+            reason += " It holds reports, raw data or captures alone."
         if not takers:
             history.note(conn, one.id, name="study.excluded", now=now, reason=reason)
     if takers:

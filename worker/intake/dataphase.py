@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import struct
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import PurePath
@@ -30,6 +31,7 @@ from worker.intake.dimse import Command
 from worker.intake.header import InstanceRefused, is_uid, read_header
 from worker.intake.negotiation import STORAGE_COMMITMENT, VERIFICATION, Accepted, Context, Peer, pdu
 from worker.intake.wire import ProtocolError, Wire
+from worker.ops import audit
 from worker.store.spool import Incoming, Spool, Stored
 
 #: Records a durable file. Raises worker.errors.Retry if it cannot now; then the sender is asked to come again.
@@ -48,6 +50,9 @@ _LOOK_BYTES: Final = 16 * 2**20
 
 OUT_OF_RESOURCES, DOES_NOT_MATCH, OUR_BUG = 0xA700, 0xA900, 0xC211
 
+#: So much of an association is kept in memory for the audit trail.
+_MAX_TRANSFERS: Final = 256
+
 _PDV: Final = struct.Struct(">LBB")
 
 
@@ -58,6 +63,8 @@ class Tally:
     instances: int = 0
     refused: int = 0
     stored_bytes: int = 0
+    #: For the audit trail: a header of the study (None: could not be read), action, outcome and reason → instances by SOP class.
+    transfers: dict[tuple[str, str, str, str], tuple[Header | None, Counter[str]]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -68,6 +75,7 @@ class _Message:
     command: Command
     incoming: Incoming | None = None
     refusal: InstanceRefused | None = None
+    header: Header | None = None
     #: The data set of an N-EVENT-REPORT or N-ACTION; one that becomes too long is cut off, and refused.
     report: bytearray = field(default_factory=bytearray)
 
@@ -114,6 +122,7 @@ class DataPhase:
         finally:
             if self._message is not None and self._message.incoming is not None:
                 self._message.incoming.abort()
+            self._audit()
 
     # --- PS3.8 §9.3.5: P-DATA-TF ------------------------------------------------------------------
 
@@ -251,14 +260,18 @@ class DataPhase:
         if incoming is None:
             raise message.refusal or InstanceRefused(OUR_BUG, "Processing failed")
         with incoming.view() as data:
-            header = read_header(data, context.transfer_syntax_uid, offset=incoming.dataset_offset)
+            header = message.header = read_header(data, context.transfer_syntax_uid, offset=incoming.dataset_offset)
         if header.sop_class_uid != command.sop_class_uid:
             raise InstanceRefused(DOES_NOT_MATCH, "The SOP class of the data set is not that of the request")
         if header.sop_instance_uid != command.sop_instance_uid:
             raise InstanceRefused(DOES_NOT_MATCH, "The SOP instance of the data set is not the request's")
         stored = incoming.commit()
-        if self._sink(header, stored, self._peer) is Received.CONFLICT:
+        received = self._sink(header, stored, self._peer)
+        if received is Received.CONFLICT:
             self._spool.quarantine(stored, "same SOP Instance UID, other bytes")
+            self._count(header, command, "C", audit.AGAIN, "Other bytes came under a known SOP Instance UID: they are in quarantine")
+        else:
+            self._count(header, command, "R" if received is Received.DUPLICATE else "C", audit.SUCCESS, "")
         self.tally.stored_bytes += stored.size_bytes
 
     def _refused(self, message: _Message, refusal: InstanceRefused, error: Exception | None = None) -> tuple[int, str]:
@@ -275,7 +288,23 @@ class DataPhase:
             ]
         facts |= {"calling_ae": self._peer.calling_ae, "status": f"0x{refusal.status:04X}", "reason": refusal.comment}
         events.emit("instance.refused", **facts)
+        outcome = audit.AGAIN if refusal.status == OUT_OF_RESOURCES else audit.FAILED
+        self._count(message.header, message.command, "C", outcome, refusal.comment)
         return refusal.status, refusal.comment
+
+    def _count(self, header: Header | None, command: Command, action: str, outcome: str, reason: str) -> None:
+        if len(self.tally.transfers) >= _MAX_TRANSFERS:
+            self._audit()
+        key = (header.study_instance_uid if header else "", action, outcome, reason)
+        self.tally.transfers.setdefault(key, (header, Counter()))[1][command.sop_class_uid] += 1
+
+    def _audit(self) -> None:
+        """One audit message for each study, action and outcome of the association so far."""
+        source = audit.Party(self._peer.calling_ae, self._peer.address)
+        for (uid, action, outcome, reason), (header, classes) in self.tally.transfers.items():
+            subject = audit.Subject(uid, header.patient, header.accession_number, classes) if header else None
+            audit.transferred(subject, source=source, action=action, outcome=outcome, reason=reason)
+        self.tally.transfers.clear()
 
     # --- PS3.7 §10.1.1, §10.1.4: N-EVENT-REPORT, N-ACTION -----------------------------------------
 

@@ -244,7 +244,7 @@ class MllpServer:
             with self._lock:
                 del self._connections[thread]
             self._places.leave(place)
-        emit("message.refused", sender="", trigger="", result="closed", reason=reason)
+        _closed(reason, host, is_alert=True)
         connection.close()
 
     def _turned_away(self, place: Place) -> str:
@@ -268,7 +268,7 @@ class MllpServer:
         except FramingError as exc:
             self._refuse_frame(connection, exc)
         except OSError as exc:  # the peer left before our answer; it will send again and be told so
-            emit("message.refused", sender="", trigger="", result="closed", reason=f"The connection broke: {cause_of(exc)}.")
+            _closed(f"The connection broke: {cause_of(exc)}.", place.address, is_alert=isinstance(exc, ssl.SSLError))
         finally:
             with self._lock:
                 self._connections.pop(threading.current_thread()).close()
@@ -293,7 +293,7 @@ class MllpServer:
 
     def _refuse_frame(self, connection: socket.socket, error: FramingError) -> None:
         if not error.head:
-            emit("message.refused", sender="", trigger="", result="closed", reason=str(error))
+            _closed(str(error))
             return
         with suppress(OSError):  # whether the sender listens or not, the connection ends here
             self._reply(connection, self._refused(error.head, str(error)))
@@ -313,7 +313,7 @@ class MllpServer:
         except Reject as exc:
             return self._refused(raw, str(exc))
         except Exception as exc:  # noqa: BLE001  this is where the message's fate is decided; its text may hold a row
-            return self._failed(raw, f"The message could not be stored: {type(exc).__name__}.")
+            return self._acknowledged(raw, "E", f"The message could not be stored: {type(exc).__name__}.")
         emit(
             "message.accepted",
             sender=message.sender,
@@ -328,11 +328,8 @@ class MllpServer:
         try:
             self._reject(reason, raw)
         except Exception as exc:  # noqa: BLE001  AR would make the sender drop what nobody has kept
-            return self._failed(raw, f"The refused message could not be stored: {type(exc).__name__}.")
+            return self._acknowledged(raw, "E", f"The refused message could not be stored: {type(exc).__name__}.")
         return self._acknowledged(raw, "R", reason)
-
-    def _failed(self, raw: bytes, reason: str) -> bytes | None:
-        return self._acknowledged(raw, "E", reason)
 
     def _acknowledged(self, raw: bytes, verdict: Verdict, reason: str = "") -> bytes | None:
         try:
@@ -343,6 +340,10 @@ class MllpServer:
             sender, trigger = (envelope.sender_label, envelope.trigger_label) if envelope else ("", "")
             emit("message.refused", sender=sender, trigger=trigger, result=f"A{verdict}", reason=reason)
         return acknowledgment(envelope, verdict, reason, at=self._clock().astimezone(self._zone))
+
+
+def _closed(reason: str, address: str = "", *, is_alert: bool = False) -> None:
+    emit("message.refused", sender="", trigger="", result="closed", reason=reason, address=address, is_alert=is_alert)
 
 
 # --- the other side, for the demo, `synoptic import` and the tests

@@ -103,11 +103,12 @@ class Accepted:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """No association, the PDU that says so, and why."""
+    """No association, the PDU that says so, and why; no alert where the caller may come again."""
 
     peer: Peer
     reply: bytes
     reason: str
+    is_alert: bool = True
 
 
 class Policy:
@@ -121,6 +122,8 @@ class Policy:
         and an empty mapping lets nobody in.
     accepts_unknown
         Also take SOP classes that are in no table: private ones, and those younger than pydicom.
+    tls_names
+        Calling AE title → names of which its certificate must have one; a title without any may show whichever certificate is trusted.
     takes_commitments
         Accept Storage Commitment from a caller that proposes itself as its SCP: an archive that reports on what we sent it.
     commits_to
@@ -135,6 +138,7 @@ class Policy:
         max_pdu: int,
         accepts_unknown: bool = False,
         takes_commitments: bool = False,
+        tls_names: Mapping[str, Sequence[str]] | None = None,
         commits_to: Collection[str] = (),
         transfer_syntaxes: Collection[str] = TRANSFER_SYNTAXES,
     ) -> None:
@@ -143,19 +147,23 @@ class Policy:
         self._calling = {
             title: [ipaddress.ip_network(network, strict=False) for network in networks] for title, networks in calling.items()
         }
+        self._tls_names = {title: {name.lower() for name in names} for title, names in (tls_names or {}).items()}
         self._accepts_unknown = accepts_unknown
         self._takes_commitments = takes_commitments
         self._commits_to = frozenset(commits_to)
         self._transfer_syntaxes = frozenset(transfer_syntaxes)
 
-    def negotiate(self, body: bytes, address: str, *, has_room: Callable[[], bool]) -> Accepted | Rejected:
-        """Answer the body of an A-ASSOCIATE-RQ; raises ProtocolError if it is not one. Room is asked for once it is known who calls."""
+    def negotiate(self, body: bytes, address: str, *, has_room: Callable[[], bool], names: Collection[str] = ()) -> Accepted | Rejected:
+        """Answer the body of an A-ASSOCIATE-RQ of a caller whose certificate has `names`; raises ProtocolError if it is not one.
+
+        Room is asked for once it is known who calls.
+        """
         try:
-            return self._negotiate(_Request(body), address, has_room)
+            return self._negotiate(_Request(body), address, has_room, names)
         except (struct.error, IndexError, UnicodeDecodeError):
             raise ProtocolError("The association request cannot be read.") from None
 
-    def _negotiate(self, request: _Request, address: str, has_room: Callable[[], bool]) -> Accepted | Rejected:
+    def _negotiate(self, request: _Request, address: str, has_room: Callable[[], bool], names: Collection[str]) -> Accepted | Rejected:
         peer = Peer(request.calling_ae, request.called_ae, address)
         if not request.version & 1:
             return _rejected(peer, BAD_VERSION, "protocol version not supported")
@@ -165,6 +173,8 @@ class Policy:
             return _rejected(peer, UNKNOWN_CALLED, "called AE title not recognized")
         if not self._may_call(request.calling_ae, address):
             return _rejected(peer, UNKNOWN_CALLING, "calling AE title not recognized from this address")
+        if not self._may_show(request.calling_ae, names):
+            return _rejected(peer, UNKNOWN_CALLING, "calling AE title not recognized with this certificate")
         if not has_room():
             return _rejected(peer, LOCAL_LIMIT, "local limit exceeded")
         contexts = {number: self._choose(request, sop_class_uid, syntaxes) for number, sop_class_uid, syntaxes in request.contexts}
@@ -201,6 +211,10 @@ class Policy:
         if sop_class_uid == VERIFICATION or sop_class_uid in STORAGE_SOP_CLASSES:
             return True
         return self._accepts_unknown and sop_class_uid not in UID_dictionary
+
+    def _may_show(self, calling_ae: str, names: Collection[str]) -> bool:
+        wanted = self._tls_names.get(calling_ae if calling_ae in self._calling else "*")
+        return not wanted or not wanted.isdisjoint(name.lower() for name in names)
 
     def _may_call(self, calling_ae: str, address: str) -> bool:
         networks = self._calling.get(calling_ae, ()) or self._calling.get("*", ())
@@ -259,7 +273,7 @@ def _context_item(number: int, result: Context | int) -> bytes:
 
 
 def _rejected(peer: Peer, codes: tuple[int, int, int], reason: str) -> Rejected:
-    return Rejected(peer, pdu(ASSOCIATE_RJ, bytes((0, *codes))), reason)
+    return Rejected(peer, pdu(ASSOCIATE_RJ, bytes((0, *codes))), reason, is_alert=codes != LOCAL_LIMIT)
 
 
 def _items(data: bytes, position: int) -> Iterator[tuple[int, bytes]]:

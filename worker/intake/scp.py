@@ -36,10 +36,10 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from worker import events
 from worker.errors import cause_of
@@ -211,7 +211,7 @@ class StorageScp:
         thread = threading.Thread(target=self._serve, args=(sock, place), name="scp-association", daemon=True)
         if not self._connected.take(place):
             sock.close()
-            events.emit("association.rejected", address=address, reason="too many connections")
+            events.emit("association.rejected", address=address, reason="too many connections", is_alert=True)
             return
         with load.lock:
             load.connections[thread] = sock
@@ -247,17 +247,19 @@ class StorageScp:
                     load.connections[thread] = sock
                 sock.do_handshake()
             line = Wire(sock, idle_s=limits.request_s, pdu_s=limits.request_s, is_stopping=self._is_stopping.is_set)
-            self._converse(line, place)
+            self._converse(line, place, _names(sock))
             line.linger(_LINGER_S)
         except OSError as error:
-            events.emit("association.rejected", address=address, reason=f"connection failed before an association: {cause_of(error)}")
+            is_alert = isinstance(error, ssl.SSLError)
+            reason = f"connection failed before an association: {cause_of(error)}"
+            events.emit("association.rejected", address=address, reason=reason, is_alert=is_alert)
         finally:
             sock.close()
             with load.lock:
                 del load.connections[thread]
             self._connected.leave(place)
 
-    def _converse(self, line: Wire, place: Place) -> None:
+    def _converse(self, line: Wire, place: Place, names: Collection[str]) -> None:
         """Negotiate, and serve what was agreed."""
         address = place.address
         try:
@@ -273,7 +275,7 @@ class StorageScp:
             return not self._is_stopping.is_set() and self._associated.take(slot)
 
         try:
-            answer = self._policy.negotiate(request, address, has_room=has_room)
+            answer = self._policy.negotiate(request, address, has_room=has_room, names=names)
             line.send(answer.reply)
         except (Closed, Stalled, ProtocolError) as error:
             self._give_up(line, address, error)
@@ -282,14 +284,15 @@ class StorageScp:
                 self._associate(line, answer)
             else:
                 facts = {"calling_ae": answer.peer.calling_ae, "called_ae": answer.peer.called_ae}
-                events.emit("association.rejected", address=address, reason=answer.reason, **facts)
+                events.emit("association.rejected", address=address, reason=answer.reason, is_alert=answer.is_alert, **facts)
         finally:
             self._associated.leave(slot)
 
     def _give_up(self, line: Wire, address: str, error: Exception) -> None:
         if isinstance(error, ProtocolError):
             _abort(line, error.reason)
-        events.emit("association.rejected", address=address, reason=str(error) or type(error).__name__)
+        is_alert = isinstance(error, ProtocolError)
+        events.emit("association.rejected", address=address, reason=str(error) or type(error).__name__, is_alert=is_alert)
 
     def _associate(self, line: Wire, accepted: Accepted) -> None:
         """Serve one association to its end, whatever that is, and say so in one line."""
@@ -324,6 +327,13 @@ class StorageScp:
             end=end,
             **facts,
         )
+
+
+def _names(sock: socket.socket) -> list[str]:
+    """The names in the certificate of the other side, if it was asked for one: its alternative names and its common name."""
+    shown: Mapping[str, Any] = (sock.getpeercert() if isinstance(sock, ssl.SSLSocket) else None) or {}
+    common = [value for part in shown.get("subject", ()) for kind, value in part if kind == "commonName"]
+    return [*common, *(value for _, value in shown.get("subjectAltName", ()))]
 
 
 def _request(line: Wire) -> bytes:

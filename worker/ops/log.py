@@ -31,6 +31,7 @@ WARNINGS: Final = frozenset(
         "job.rescued",
         "job.fenced",
         "role.restarted",
+        "clock.jumped",
         "explanation.failed",
         "feed.silent",
         "commitment.denied",
@@ -39,10 +40,13 @@ WARNINGS: Final = frozenset(
         "commitment.unreported",
         "certificate.expires",
         "destination.down",
+        "audit.unsent",
         "host.exposed",
     }
 )
-ERRORS: Final = frozenset({"job.discarded", "sweep.failed", "certificate.unusable", "heartbeat.died", "file.damaged"})
+ERRORS: Final = frozenset(
+    {"job.discarded", "sweep.failed", "certificate.unusable", "heartbeat.died", "file.damaged", "audit.failed", "audit.dropped"}
+)
 
 
 def setup(*, level: str = "INFO", human: bool = False, stream: TextIO | None = None) -> None:

@@ -51,6 +51,7 @@ class Store:
             # A pooled connection outlives its file's deletion; checking in is cheap.
             self.engine = sa.create_engine(self.url, hide_parameters=True, **POOL)
             sa.event.listen(self.engine, "connect", _prepare_sqlite)
+            sa.event.listen(self.engine, "handle_error", _forget_read_only)
         else:
             options = f"-c statement_timeout={STATEMENT_TIMEOUT_MS} -c lock_timeout={round(1000 * BUSY_S)}"
             self.engine = sa.create_engine(
@@ -210,6 +211,12 @@ def _prepare_sqlite(connection: Any, _record: object) -> None:
     connection.isolation_level = None  # we say BEGIN ourselves
     for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
         connection.execute(f"PRAGMA {pragma}")
+
+
+def _forget_read_only(failed: sa.engine.ExceptionContext) -> None:
+    # SQLite opens for reading alone, without a word, what it cannot open for writing; kept, it would fail on a disk that is well.
+    if "readonly" in str(failed.original_exception):
+        failed.is_disconnect = True
 
 
 def _wait(conn: Connection, seconds: float) -> None:

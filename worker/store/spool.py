@@ -165,8 +165,8 @@ class Spool:
             _make_folder(folder)
         for leaf in range(256):
             _make_folder(self._instances / f"{leaf:02x}")
-        _fsync_folder(self._instances)
-        _fsync_folder(root)
+        for folder in (self._instances, root, root.parent):  # a new spool's own entry, too
+            _fsync_folder(folder)
 
     def begin(self, *, sop_class_uid: str, sop_instance_uid: str, transfer_syntax_uid: str) -> Incoming:
         """Open a new file and write its preamble and file meta; raises OSError."""

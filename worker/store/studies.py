@@ -18,7 +18,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
 
 from worker.domain import Header, Patient, PatientKey, Received, Series, Study
-from worker.selection import takes
+from worker.selection import holds_image, takes
 from worker.store import history, images
 from worker.store.schema import AnyRow, document, instance, job, series, study
 
@@ -40,8 +40,8 @@ class Pending:
     last_received_at: datetime
     quiet_until: datetime
     created_at: datetime
-    #: Images by modality; each frame counts.
-    modalities: Mapping[str, int]
+    #: Objects by modality and SOP class; each frame counts.
+    classes: Mapping[tuple[str, str], int]
     patient: PatientKey
     accession_number: str
 
@@ -50,10 +50,8 @@ class Pending:
 _OF_STUDY: Final = study.c["id", "issuer", "patient_id", "state", "version", "study_at", "removed_at"]
 _STUDY: Final = sa.select(*_OF_STUDY).where(study.c.study_instance_uid == sa.bindparam("uid")).with_for_update(key_share=True)
 _SERIES: Final = sa.select(series.c.id).filter_by(study_id=sa.bindparam("study"), series_instance_uid=sa.bindparam("uid"))
-_KNOWN: Final = (
-    sa.select(instance.c.id, instance.c.sha256, instance.c.removed_at, series.c.study_id)
-    .join(series, series.c.id == instance.c.series_id)
-    .where(instance.c.sop_instance_uid == sa.bindparam("uid"))
+_KNOWN: Final = sa.select(instance.c.id, instance.c.sha256, instance.c.removed_at, series.c.study_id).where(
+    instance.c.sop_instance_uid == sa.bindparam("uid"), instance.c.series_id == series.c.id
 )
 _TOUCH: Final = (
     sa.update(study)
@@ -127,7 +125,8 @@ def add_instance(
         conn.execute(sa.update(study).where(study.c.id == study_row.id).values(hold=hold))
         history.note(conn, study_row.id, name="study.held", now=now, reason="another patient in the same study")
         result = Received.OTHER_PATIENT
-    if study_row.state == "complete" and result is Received.STORED and not takes((), header.modality):
+    is_image = takes((), header.modality) and holds_image(header.sop_class_uid)
+    if study_row.state == "complete" and result is Received.STORED and not is_image:
         history.note(conn, study_row.id, name="document.received", now=now, reason=f"{header.modality}: no image to analyse")
         conn.execute(sa.update(study).where(study.c.id == study_row.id).values(removed_at=None))
         return result
@@ -211,17 +210,17 @@ def receiving(conn: Connection) -> list[Pending]:
     rows = conn.execute(sa.select(study).where(study.c.state == "receiving").order_by(study.c.quiet_until)).all()
     if not rows:
         return []
-    frames: dict[int, dict[str, int]] = {}
+    frames: dict[int, dict[tuple[str, str], int]] = {}
     counts: dict[int, int] = {}
     of_one = sa.case((instance.c.frames > 0, instance.c.frames), else_=1)
-    per_modality = (
-        sa.select(series.c.study_id, series.c.modality, sa.func.count(instance.c.id), sa.func.sum(of_one))
+    per_class = (
+        sa.select(series.c.study_id, series.c.modality, instance.c.sop_class_uid, sa.func.count(instance.c.id), sa.func.sum(of_one))
         .join(instance, instance.c.series_id == series.c.id)
         .where(series.c.study_id.in_([row.id for row in rows]))
-        .group_by(series.c.study_id, series.c.modality)
+        .group_by(series.c.study_id, series.c.modality, instance.c.sop_class_uid)
     )
-    for study_id, modality, count, of_all in conn.execute(per_modality):
-        frames.setdefault(study_id, {})[modality] = int(of_all)
+    for study_id, modality, sop_class_uid, count, of_all in conn.execute(per_class):
+        frames.setdefault(study_id, {})[modality, sop_class_uid] = int(of_all)
         counts[study_id] = counts.get(study_id, 0) + count
     return [
         Pending(
@@ -235,7 +234,7 @@ def receiving(conn: Connection) -> list[Pending]:
             last_received_at=row.last_received_at,
             quiet_until=row.quiet_until,
             created_at=row.created_at,
-            modalities=frames.get(row.id, {}),
+            classes=frames.get(row.id, {}),
             patient=PatientKey(row.issuer, row.patient_id),
             accession_number=row.accession_number,
         )
