@@ -43,7 +43,7 @@ _ENVIRONMENT: Final = {**os.environ, "TCP_NODELAY": "1"}
 
 #: A status to answer, or: store and discard, abort or keep silent, with or without keeping the object.
 Step = int | Literal["discard", "abort", "keep, abort", "silence", "keep, silence"]
-Finding = Literal["honest", "other", "endless", "failing", "silence", "unsupported"]
+Finding = Literal["honest", "other", "endless", "failing", "failing for studies", "silence", "unsupported"]
 
 
 def unavailable(reason: str) -> None:
@@ -170,15 +170,15 @@ class ScriptedPacs:
         return self.commits(event.action_information), None
 
     def _find(self, event: evt.Event) -> Iterator[tuple[int, Dataset | None]]:
-        match self.finding:
-            case "failing":
+        match self.finding, event.identifier.QueryRetrieveLevel:
+            case ("failing", _) | ("failing for studies", "STUDY"):
                 yield 0xA700, None
-            case "silence":
+            case "silence", _:
                 self._stopped.wait(_SILENCE_S)
-            case "endless":
+            case "endless", _:
                 for _ in range(500):
                     yield 0xFF00, event.identifier
-            case "other":
+            case "other", _:
                 answer = event.identifier
                 answer.SOPInstanceUID = "1.2.3.4"
                 yield 0xFF00, answer

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -691,6 +693,42 @@ def test_saliency_that_would_need_a_pickle_is_refused_both_ways(store: Store) ->
         conn.execute(sa.update(schema.finding).values(saliency=out.getvalue()))
     with pytest.raises(ValueError, match="allow_pickle=False"), store.read() as conn:
         documents.findings(conn, added)
+
+
+@pytest.mark.requirement("R8")
+def test_two_receivers_of_one_study_with_a_new_series_wait_for_each_other_in_one_order(store: Store) -> None:
+    """Else one holds the study and wants the series, the other the series and wants the study; and the earliest time is lost."""
+    add(store, header(1))
+    is_first_in, problems = threading.Event(), list[Exception]()
+    of_new_series = [replace(header(number), series_instance_uid="2.25.1.200") for number in (3, 4)]
+
+    def first() -> None:
+        with store.begin() as conn:
+            insert(conn, header(2), study_at=NOW - timedelta(hours=2))
+            is_first_in.set()
+            time.sleep(0.5)
+            insert(conn, of_new_series[0])
+
+    def second() -> None:
+        is_first_in.wait(30)
+        with store.begin() as conn:
+            insert(conn, of_new_series[1], study_at=NOW - timedelta(hours=1))
+
+    def tried(work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as exc:  # noqa: BLE001  whatever it is, the test fails with it
+            problems.append(exc)
+
+    threads = [threading.Thread(target=tried, args=(work,)) for work in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert problems == []
+    with store.read() as conn:
+        assert conn.execute(sa.select(schema.study.c.study_at)).scalar_one() == NOW - timedelta(hours=2)
+        assert conn.execute(sa.select(sa.func.count()).select_from(schema.instance)).scalar_one() == 4
 
 
 @pytest.mark.requirement("R8")

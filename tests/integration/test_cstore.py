@@ -127,6 +127,7 @@ def test_success_without_the_object_is_found_out() -> None:
     [
         ("other", NotReadBack, "does not find"),
         ("failing", NotReadBack, "0xA700"),
+        ("failing for studies", NotReadBack, "does not say whose study it filed the object in; the query ended with 0xA700"),
         ("unsupported", NotReadBack, "does not accept C-FIND"),
         ("endless", PeerUnavailable, "more than 64 answers"),
         ("silence", PeerUnavailable, "within 0.5 s"),

@@ -6,7 +6,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, generate
 from pynetdicom import AE, build_role, evt
 
 from tests.conformance.test_retention import Site as Images
-from tests.conformance.test_store import NOW
+from tests.conformance.test_store import NOW, add, header
 from tests.conftest import Captured
 from tests.installation import wait_until
 from tests.peers import dcmtk, free_port, orthanc
@@ -30,7 +30,7 @@ from worker.config import Config, Receive, Sender
 from worker.config import Site as SiteSettings
 from worker.deliver import association, commitment
 from worker.deliver.commitment import STORAGE_COMMITMENT
-from worker.domain import CommitmentReport, CommitmentRequest
+from worker.domain import CommitmentReport, CommitmentRequest, Received
 from worker.intake.commitment import MAX_REQUEST_BYTES
 from worker.intake.negotiation import Peer as Caller
 from worker.intake.scp import listen
@@ -245,7 +245,23 @@ def _came_with_other_bytes_too(site: Site) -> int:
     return 0x0110
 
 
-@pytest.mark.parametrize("happens", [_never_came, _file_gone, _file_changed, _removed_by_retention, _came_with_other_bytes_too])
+def _came_with_other_bytes_in_another_study(site: Site) -> int:
+    other = replace(header(1), study_instance_uid="2.25.9", series_instance_uid="2.25.9.1")
+    assert add(site.store, other, sha256="other") is Received.CONFLICT
+    return 0x0110
+
+
+def _file_unreadable(site: Site) -> int:
+    """As on a disk that fails: whatever the system says, the rest is told."""
+    site.file(0).unlink()
+    site.file(0).mkdir()
+    return 0x0112
+
+
+HAPPENED = [_never_came, _file_gone, _file_changed, _file_unreadable, _removed_by_retention]
+
+
+@pytest.mark.parametrize("happens", [*HAPPENED, _came_with_other_bytes_too, _came_with_other_bytes_in_another_study])
 def test_what_is_not_here_as_it_came_is_not_promised_and_the_rest_is(site: Site, happens: Callable[[Site], int]) -> None:
     first, *others = site.uids()
     reason = happens(site)
@@ -346,6 +362,42 @@ def test_one_sender_that_is_away_holds_up_no_other_and_is_tried_once(site: Site,
     assert tried == ["GONE", "MODALITY"]
     assert len(site.modality.told) == 1
     assert site.owed() == 3
+
+
+def _owe(site: Site, titles: Sequence[str]) -> None:
+    with site.store.begin() as conn:
+        for title in titles:
+            asked = CommitmentRequest(str(generate_uid()), ((CT, site.uids()[0]),))
+            assert promises.ask(conn, asked, calling_ae=title, address="127.0.0.1", now=NOW)
+
+
+@pytest.mark.parametrize("title", ["", "A\\B"])
+def test_a_sender_whose_title_cannot_be_called_holds_up_no_other(
+    site: Site, captured: Captured, monkeypatch: pytest.MonkeyPatch, title: str
+) -> None:
+    """Where any title may ask, one that is none was an error at each look, before all the others."""
+    monkeypatch.setattr(Site, "config", Config(senders=(Sender(ae_title="*", commitment_port=site.modality.port),)))
+    _owe(site, [title, "MODALITY"])
+    with site.modality.listening():
+        site.sweep()
+    assert (len(site.modality.told), site.owed()) == (1, 1)
+    (said,) = captured.named("commitment.unreported")
+    assert str(said["reason"]).startswith("Internal error (ValueError) at ")
+
+
+def test_a_sender_that_is_away_with_many_requests_is_tried_once_and_then_the_others_are_told(
+    either: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some modalities ask for each image: each look would meet nobody else for hours."""
+    site, gone = either, free_port()
+    monkeypatch.setattr(Site, "config", Config(senders=(Sender(ae_title="GONE", commitment_port=gone), *site.config.senders)))
+    _owe(site, ["GONE"] * 40 + ["MODALITY"])
+    with site.modality.listening():
+        site.sweep()
+        site.sweep()
+    assert (len(site.modality.told), site.owed()) == (1, 40)
+    site.sweep(later=promises.GIVE_UP)
+    assert site.owed() == 0
 
 
 @pytest.mark.parametrize(("ae_title", "roles_of"), [("STRANGER", None), ("STRANGER", (True, False))])

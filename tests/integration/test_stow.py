@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import ssl
 import time
@@ -13,6 +14,7 @@ from io import BytesIO
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 from pydicom import dcmread
 
 from tests import peers
@@ -30,7 +32,7 @@ from worker.deliver.cstore import NO_RESPONSE, Outcome
 from worker.deliver.send import deliver
 from worker.errors import NotReadBack, PatientConflict, PeerRefused, PeerUnavailable, PeerUnreachable, WorkerError
 from worker.peers import peer_of
-from worker.store import queue
+from worker.store import queue, schema
 from worker.store.database import Store
 
 pytestmark = pytest.mark.requirement("L16")
@@ -310,6 +312,42 @@ def test_orthanc_that_discards_what_it_takes_by_stow_is_found_out(tmp_path: Path
         [outcome] = stow.send([make_document()], peer=peer_of(Destination(name="web", stow_url=url), own_ae_title="US"))
         assert pacs.instances() == []
         assert isinstance(outcome.error, (NotReadBack, PeerUnavailable, PeerRefused)), outcome
+
+
+@pytest.mark.requirement("L9")
+def test_a_report_whose_stored_bytes_changed_is_not_sent_and_the_others_are(store: Store, tmp_path: Path) -> None:
+    """SQLite has no check sums: a byte that a disk changed would be another value, or another patient."""
+    site = Site(store, tmp_path)
+    changed, kept = site.add(2)
+    with store.begin() as conn:
+        mine = schema.document.c.sop_instance_uid == changed
+        data = bytes(conn.execute(sa.select(schema.document.c.data).where(mine)).scalar_one())
+        written = {"sha256": hashlib.sha256(data).hexdigest(), "data": data.replace(b"TEST1", b"TEST2")}
+        conn.execute(sa.update(schema.document).where(mine).values(**written))
+    with archive() as web:
+        site.deliver(web.peer(), wait_s=None)
+        assert list(web.kept) == [kept]
+    words = "The stored report is not as it was written, its sha256 is another: it is not sent."
+    assert site.jobs() == [("discarded", words), ("completed", "")]
+
+
+@pytest.mark.requirement("L11")
+def test_the_report_of_a_study_that_was_held_since_is_not_sent(store: Store, tmp_path: Path) -> None:
+    """Another patient's image came while the archive was away: whose study it is, nobody knows."""
+    site = Site(store, tmp_path)
+    site.add()
+    with store.begin() as conn:
+        conn.execute(sa.update(schema.study).values(hold="The images of this study name two different patients."))
+    breaker = Breaker()
+    breaker.failed()
+    with store.begin() as conn:
+        jobs = queue.lease(conn, "deliver", owner="me", limit=1, lease_s=60, now=site.now, destination="pacs")
+    with archive() as web:
+        judge(breaker, deliver(jobs, store=store, peer=web.peer(), clock=lambda: site.now), store=store, destination="pacs", now=site.now)
+        assert web.asked == []
+    assert breaker.failures == 1, "an archive that was not asked was not reached"
+    words = "The study is held, its report is not sent: The images of this study name two different patients."
+    assert site.jobs() == [("discarded", words)]
 
 
 @pytest.mark.requirement("L12")

@@ -22,7 +22,7 @@ from tests.integration.test_cstore import expect_error, make_document, send_one
 from tests.pki import Authority, Pair, calling, listening
 from tests.receivers import receiving
 from worker.config import Records
-from worker.deliver import association, cstore
+from worker.deliver import association, cstore, stow
 from worker.deliver.association import Peer
 from worker.errors import PeerUnavailable, PeerUnreachable
 from worker.intake.hl7 import ParsedMessage
@@ -264,6 +264,55 @@ def test_nothing_is_sent_in_the_clear_to_a_peer_that_was_to_speak_tls(hospital: 
         outcome = send_one(ours(pacs, hospital.issue("worker"), hospital))
         assert type(outcome.error) is PeerUnreachable
         assert (pacs.associations, pacs.received) == (0, [])
+
+
+def _shaken(hospital: Authority) -> tuple[ssl.SSLSocket, ssl.SSLSocket]:
+    """Both ends of one TLS connection, ours first."""
+    here, there = socket.socketpair()
+    theirs = server(hospital.issue("pacs")).wrap_socket(there, server_side=True, do_handshake_on_connect=False)
+    thread = threading.Thread(target=theirs.do_handshake)
+    thread.start()
+    mine = client(hospital, None).wrap_socket(here, server_hostname="localhost")
+    thread.join()
+    return mine, theirs
+
+
+def test_an_archive_that_is_cut_off_for_its_slowness_is_sent_nothing_in_the_clear(
+    hospital: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A TLS socket's own shutdown ends TLS first: the thread that writes the report would go on without."""
+    mine, theirs = _shaken(hospital)
+    end = socket.socket.shutdown
+
+    def end_late(sock: socket.socket, how: int) -> None:
+        mine.send(b"the rest of a report")  # as its own thread does at this very moment
+        end(sock, how)
+
+    with mine, theirs:
+        monkeypatch.setattr(socket.socket, "shutdown", end_late)
+        stow._cut(mine)
+        monkeypatch.undo()
+        assert b"report" not in socket.socket.recv(theirs, 65536)
+
+
+def test_a_receiver_that_stops_ends_connections_without_ending_their_tls_first(
+    hospital: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends: list[int] = []
+    end = ssl.SSLSocket.shutdown
+
+    def noted(sock: ssl.SSLSocket, how: int) -> None:
+        ends.append(how)
+        end(sock, how)
+
+    monkeypatch.setattr(ssl.SSLSocket, "shutdown", noted)
+    context = server_context(listening(hospital.issue("worker"), trusted=hospital), section="receive")
+    with receiving(tmp_path, ssl_context=context) as receiver:
+        plain = socket.create_connection(receiver.scp.address)
+        with client(hospital, hospital.issue("modality")).wrap_socket(plain, server_hostname="localhost") as caller:
+            receiver.scp.stop(0.0)
+            assert caller.recv(1) == b""
+    assert socket.SHUT_RDWR not in ends
 
 
 def test_a_certificate_that_says_another_name_than_the_host_counts_where_that_name_is_configured(hospital: Authority) -> None:

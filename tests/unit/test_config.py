@@ -53,6 +53,7 @@ STOW = "[[destinations]]\nname = 'web'\nstow_url = '{}'\n"
         ("[[destinations]]\nname = 'x'", "destinations x needs ae_title, host and port, or stow_url."),
         (STOW.format("http://pacs.example/studies"), "stow_url must begin with https://"),
         (STOW.format("https://user:secret@pacs/studies"), "user name and password belong in stow_secret"),
+        (STOW.format("HTTPS://pacs.example/studies"), "stow_url must begin with https://"),
         (STOW.format("https://pacs/dicom-web"), "stow_url must end with /studies"),
         (STOW.format("https://[pacs/studies"), "stow_url must begin with https://"),
         (STOW.format("https://pacs:99999/studies"), "stow_url must begin with https://"),

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import psutil
 import pydicom
 import pytest
 
@@ -124,6 +125,20 @@ def test_an_aborted_file_leaves_nothing(spool: Spool) -> None:
     incoming.abort()
     incoming.abort()
     assert files(spool) == []
+
+
+@pytest.mark.requirement("S4")
+def test_a_file_that_a_read_only_disk_keeps_is_let_go_of_all_the_same(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else each image that was under way would cost a descriptor, for as long as the process lives."""
+
+    def refuse(_path: Path, *, missing_ok: bool) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    before = psutil.Process().num_fds()
+    incoming = begin(spool)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    incoming.abort()
+    assert psutil.Process().num_fds() == before
 
 
 @pytest.mark.requirement("S3")

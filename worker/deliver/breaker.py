@@ -68,10 +68,12 @@ class Breaker:
 
 
 def judge(breaker: Breaker, outcomes: Sequence[Outcome], *, store: Store, destination: str, now: datetime) -> None:
-    """Count what one try at a destination came to, and tell the jobs that wait for it.
+    """Count what one try at a destination came to, and tell the jobs that wait for it; nothing was tried where there is no outcome.
 
     Emits ``destination.down`` (tries, reason) when it is left alone from now on, ``destination.reached`` when it no longer is.
     """
+    if not outcomes:
+        return
     causes = [outcome.error for outcome in outcomes if isinstance(outcome.error, PeerUnreachable)]
     was_open = breaker.is_open
     if len(causes) < len(outcomes):

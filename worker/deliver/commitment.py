@@ -25,9 +25,10 @@ from worker import events
 from worker.deliver import cstore, wire
 from worker.deliver.association import NATIVE, Association, Peer, associate
 from worker.domain import Document
-from worker.errors import PeerUnavailable
+from worker.errors import PeerUnavailable, PeerUnreachable
+from worker.ops.log import places
 from worker.store import commitments, promises
-from worker.store.database import Store
+from worker.store.database import DatabaseUnavailable, Store
 from worker.store.schema import AnyRow
 
 STORAGE_COMMITMENT: Final = "1.2.840.10008.1.20.1"
@@ -103,45 +104,56 @@ def report_all(*, store: Store, instances: Path, peer_of: Callable[[str, str], P
     """
     with store.read() as conn:
         rows = promises.due(conn, limit=_BATCH, now=clock())
-    away: dict[str, str] = {}
+    away: dict[tuple[str, str], str] = {}
     for row in rows:
-        peer = peer_of(row.calling_ae, row.address)
-        reason = away.get(row.calling_ae) or _report(row, peer, store=store, instances=instances, clock=clock)
+        sender, is_unreachable = (row.calling_ae, row.address), False
+        try:
+            reason = away.get(sender) or _report(row, peer_of(*sender), store=store, instances=instances, clock=clock)
+        except PeerUnreachable as error:
+            reason, is_unreachable = str(error), True
+        except PeerUnavailable as error:
+            reason = str(error)
+        except DatabaseUnavailable:
+            raise
+        except Exception as exc:  # noqa: BLE001  what one row meets must not hold up the others for ever
+            reason = unforeseen(exc)
         if not reason:
             continue
-        away[row.calling_ae] = reason
+        away[sender] = reason
         with store.begin() as conn:
-            is_over = promises.postpone(conn, row, now=clock())
+            is_over = promises.postpone(conn, row, with_others=is_unreachable, now=clock())
         if is_over or not row.attempt:
             events.emit("commitment.unreported", calling_ae=row.calling_ae, attempt=row.attempt + 1, is_final=is_over, reason=reason)
 
 
 def _report(row: AnyRow, peer: Peer | None, *, store: Store, instances: Path, clock: Callable[[], datetime]) -> str:
-    """Report one transaction over an association of its own; returns why the sender does not take it, or ''."""
+    """Report one transaction over an association of its own; returns why the sender does not take it, or ''; raises as `associate`."""
     if peer is None:
         return "The configuration has no commitment_port for this sender any more."
-    try:
-        with associate(peer, _PROPOSALS, scp_of=[STORAGE_COMMITMENT]) as line:
-            if line.context(STORAGE_COMMITMENT, NATIVE) is None:
-                return f"{peer.name} does not accept Storage Commitment."
-            found = promises.standing(store, row, instances)  # only now: files are read for those who listen
-            said = Dataset()
-            said.TransactionUID = row.transaction_uid
-            kept = [_item(one.sop_class_uid, one.sop_instance_uid) for one in found if not one.reason]
-            failed = [_item(one.sop_class_uid, one.sop_instance_uid, one.reason) for one in found if one.reason]
-            if kept:
-                said.ReferencedSOPSequence = kept
-            if failed:
-                said.FailedSOPSequence = failed
-            status = _say(line, wire.N_EVENT_REPORT, _SOME_FAILED if failed else _ALL_KEPT, said)
-    except PeerUnavailable as error:
-        return str(error)
+    with associate(peer, _PROPOSALS, scp_of=[STORAGE_COMMITMENT]) as line:
+        if line.context(STORAGE_COMMITMENT, NATIVE) is None:
+            return f"{peer.name} does not accept Storage Commitment."
+        found = promises.standing(store, row, instances)  # only now: files are read for those who listen
+        said = Dataset()
+        said.TransactionUID = row.transaction_uid
+        kept = [_item(one.sop_class_uid, one.sop_instance_uid) for one in found if not one.reason]
+        failed = [_item(one.sop_class_uid, one.sop_instance_uid, one.reason) for one in found if one.reason]
+        if kept:
+            said.ReferencedSOPSequence = kept
+        if failed:
+            said.FailedSOPSequence = failed
+        status = _say(line, wire.N_EVENT_REPORT, _SOME_FAILED if failed else _ALL_KEPT, said)
     if status:
         return f"{peer.name} answers the report on commitment with 0x{status:04X}."
     with store.begin() as conn:
         promises.reported(conn, row, found, now=clock())
     events.emit("commitment.promised", calling_ae=row.calling_ae, instances=len(kept), failed=len(failed))
     return ""
+
+
+def unforeseen(exc: Exception) -> str:
+    """Say of a bug of ours where it is, without its words: they may quote data."""
+    return f"Internal error ({type(exc).__name__}) at {'; '.join(places(exc, limit=2))}."
 
 
 def _item(sop_class_uid: str, sop_instance_uid: str, reason: int = 0) -> Dataset:

@@ -250,11 +250,15 @@ def _confirm(line: Association, parcel: Parcel, outcome: Outcome, *, peer: Peer)
         if not any(_is_same(answer, parcel.keys) for answer in found):
             failed = f"; the query ended with 0x{response.status:04X}" if response.status else ""
             return replace(outcome, error=NotReadBack(f"{peer.name} does not find the object in the study it was sent to{failed}."))
-        study = {"QueryRetrieveLevel": "STUDY", "StudyInstanceUID": parcel.keys["StudyInstanceUID"], "PatientID": ""}
-        _, studies = line.find(study)
+        uid = parcel.keys["StudyInstanceUID"]
+        response, studies = line.find({"QueryRetrieveLevel": "STUDY", "StudyInstanceUID": uid, "PatientID": ""})
     except PeerUnavailable as error:
         return replace(outcome, error=error)
-    return replace(outcome, error=misfiled(parcel, {answer["PatientID"] for answer in studies}, peer=peer))
+    if response.status:
+        what = f"does not say whose study it filed the object in; the query ended with 0x{response.status:04X}"
+        return replace(outcome, error=NotReadBack(f"{peer.name} {what}."))
+    patient_ids = {answer["PatientID"] for answer in studies if answer["StudyInstanceUID"] in ("", uid)}
+    return replace(outcome, error=misfiled(parcel, patient_ids, peer=peer))
 
 
 def is_warning(status: int) -> bool:

@@ -17,9 +17,8 @@ from pydicom.uid import generate_uid
 from worker import events
 from worker.deliver import commitment, cstore, stow
 from worker.domain import Document, Job, Patient, PatientKey
-from worker.errors import Reject, Retry
+from worker.errors import PatientConflict, Reject, ReportInvalid, Retry
 from worker.ops import audit
-from worker.ops.log import places
 from worker.store import commitments, documents, queue
 from worker.store.database import Store
 
@@ -27,25 +26,30 @@ from worker.store.database import Store
 def deliver(
     jobs: Sequence[Job], *, store: Store, peer: cstore.Peer, clock: Callable[[], datetime], commitment_wait_s: float | None = None
 ) -> list[cstore.Outcome]:
-    """Send leased jobs' documents by the destination's door, C-STORE or STOW-RS, and settle each on its own; returns what became of each.
+    """Send leased jobs' documents by their door, C-STORE or STOW-RS, and settle each on its own; returns the outcomes of the sent.
 
     With `commitment_wait_s` the peer is asked to commit to what it took, and its report is waited for so long.
     """
     with store.read() as conn:
         loaded = [documents.load(conn, job.document_id or 0) for job in jobs]
+        stops = [_stop(document, documents.hold_of(conn, job.study_id)) for job, document in zip(jobs, loaded, strict=True)]
+    fit = [document for document, stop in zip(loaded, stops, strict=True) if stop is None]
     subjects: list[audit.Subject] = []
     to = audit.Party(peer.stow_url or peer.ae_title, peer.host, is_ae=not peer.stow_url)
     try:
-        for document in loaded:
+        for document in fit:
             subjects.append(_subject(document))
             audit.begun(subjects[-1], destination=to)
-        outcomes = stow.send(loaded, peer=peer) if peer.stow_url else cstore.send(loaded, peer=peer)
+        sent = stow.send(fit, peer=peer) if peer.stow_url else cstore.send(fit, peer=peer)
     except Exception as exc:  # noqa: BLE001  one document must not end the deliveries of a destination
-        outcomes = [cstore.Outcome(document.sop_instance_uid, error=Retry(_unforeseen(exc))) for document in loaded]
-    for subject, outcome in zip(subjects, outcomes, strict=False):
+        sent = [cstore.Outcome(document.sop_instance_uid, error=Retry(commitment.unforeseen(exc))) for document in fit]
+    for subject, outcome in zip(subjects, sent, strict=False):
         error = outcome.error
         verdict = audit.SUCCESS if error is None else audit.FAILED if isinstance(error, Reject) else audit.AGAIN
         audit.transferred(subject, destination=to, outcome=verdict, reason=str(error or outcome.warning))
+    of_fit = iter(sent)
+    became = zip(loaded, stops, strict=True)
+    outcomes = [cstore.Outcome(document.sop_instance_uid, error=stop) if stop else next(of_fit) for document, stop in became]
     transaction_uid = str(generate_uid(prefix=None))  # of random bits: none is ever used twice
     taken = []
     for job, document, outcome in zip(jobs, loaded, outcomes, strict=True):
@@ -56,7 +60,16 @@ def deliver(
             events.emit("job.fenced", job=job.id, kind=job.kind, study=job.study_id)
     if taken and commitment_wait_s is not None:
         commitment.ask(taken, transaction_uid=transaction_uid, store=store, peer=peer, clock=clock)
-    return outcomes
+    return list(sent)
+
+
+def _stop(document: Document, hold: str) -> Reject | None:
+    """Why a document is not sent at all: what was true when it was written may not be any more."""
+    if hold:
+        return PatientConflict(f"The study is held, its report is not sent: {hold}")
+    return (
+        None if document.is_whole else ReportInvalid("The stored report is not as it was written, its sha256 is another: it is not sent.")
+    )
 
 
 def _subject(document: Document) -> audit.Subject:
@@ -65,10 +78,6 @@ def _subject(document: Document) -> audit.Subject:
     uid, accession, *whose = (str(ds.get(tag) or "") for tag in tags[1:])
     patient = Patient(PatientKey(whose[1], whose[0]), whose[2])
     return audit.Subject(uid, patient, accession, {document.sop_class_uid: 1})
-
-
-def _unforeseen(exc: Exception) -> str:
-    return f"Internal error ({type(exc).__name__}) at {'; '.join(places(exc, limit=2))}."
 
 
 def _settle(job: Job, outcome: cstore.Outcome, *, store: Store, now: datetime, transaction_uid: str, wait_s: float | None) -> None:

@@ -273,5 +273,5 @@ def _exchange(peer: Peer, method: str, below: str, *, body: bytes = b"", kind: s
 
 
 def _cut(sock: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        sock.shutdown(socket.SHUT_RDWR)
+    with contextlib.suppress(OSError):  # of the plain socket: a TLS socket's own would send the rest of a report in the clear
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -116,6 +117,13 @@ class Document:
     kind: str
     data: bytes
     predecessor_uid: str = ""
+    #: Of `data` when it was written, lower hex; '' where that is not kept.
+    sha256: str = field(default="", compare=False)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether `data` is what was written."""
+        return self.sha256 in ("", hashlib.sha256(self.data).hexdigest())
 
 
 @dataclass(frozen=True, slots=True)

@@ -162,14 +162,10 @@ class StorageScp:
             thread.join(max(0.0, deadline - time.monotonic()))
         self._is_over.set()
         self._acceptor.join()
-        with self._load.lock:
-            left = list(self._load.connections.values())
-        for sock in left:
-            try:
-                sock.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                continue  # the peer was quicker
-        for thread in self._threads():
+        left = self._threads()
+        for thread in left:
+            self._cut(thread)
+        for thread in left:
             thread.join(5.0)
         self._listener.close()
 
@@ -234,7 +230,7 @@ class StorageScp:
             sock = self._load.connections.get(thread)
             with suppress(OSError):
                 if sock is not None:
-                    socket.socket.shutdown(sock, socket.SHUT_RDWR)  # the plain socket's: its thread may be in the TLS of it
+                    socket.socket.shutdown(sock, socket.SHUT_RDWR)  # a TLS socket's own would send what its thread writes in the clear
 
     # --- one connection ---------------------------------------------------------------------------
 

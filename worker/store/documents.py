@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from worker.domain import Code, Document, Finding, Job, Saliency
-from worker.store.schema import AnyRow, document, finding, job
+from worker.store.schema import AnyRow, document, finding, job, study
 from worker.store.studies import insert_or_ignore
 
 
@@ -76,6 +76,11 @@ def load(conn: Connection, document_id: int) -> Document:
     """One document, as it is to be sent."""
     row = conn.execute(sa.select(document).where(document.c.id == document_id)).one()
     return _document(row)
+
+
+def hold_of(conn: Connection, study_id: int) -> str:
+    """Why a study is held, '' if it is not: then nothing of it is sent."""
+    return str(conn.execute(sa.select(study.c.hold).where(study.c.id == study_id)).scalar_one())
 
 
 def delivered(conn: Connection, *, destination: str, since: datetime) -> list[AnyRow]:
@@ -174,4 +179,4 @@ def _unpacked(data: bytes | None) -> tuple[Saliency, ...]:
 
 
 def _document(row: AnyRow) -> Document:
-    return Document(row.sop_instance_uid, row.sop_class_uid, row.kind, bytes(row.data), row.predecessor_uid)
+    return Document(row.sop_instance_uid, row.sop_class_uid, row.kind, bytes(row.data), row.predecessor_uid, row.sha256)

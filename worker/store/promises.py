@@ -94,10 +94,11 @@ def reported(conn: Connection, row: AnyRow, found: Sequence[Standing], *, now: d
         history.note(conn, study_id, name="commitment.promised", now=now, instances=count, calling_ae=row.calling_ae)
 
 
-def postpone(conn: Connection, row: AnyRow, *, now: datetime) -> bool:
-    """The sender did not take it: later, or never again; then the answer is True."""
-    is_over = bool(now - row.asked_at >= GIVE_UP)
-    later = {"attempt": row.attempt + 1, "not_before": now + timedelta(seconds=queue.backoff_s(row.attempt + 1))}
-    mine = promise.c.id == row.id
-    conn.execute(sa.delete(promise).where(mine) if is_over else sa.update(promise).where(mine).values(**later))
+def postpone(conn: Connection, row: AnyRow, *, with_others: bool = False, now: datetime) -> bool:
+    """The sender did not take it: later, or never again; then the answer is True. `with_others`: nor would it take what else is due."""
+    later = now + timedelta(seconds=queue.backoff_s(row.attempt + 1))
+    of_sender = (promise.c.calling_ae == row.calling_ae, promise.c.address == row.address, promise.c.not_before <= now)
+    mine = sa.and_(*of_sender) if with_others else promise.c.id == row.id
+    is_over = conn.execute(sa.delete(promise).where(mine, promise.c.asked_at <= now - GIVE_UP)).rowcount > 0
+    conn.execute(sa.update(promise).where(mine).values(attempt=promise.c.attempt + 1, not_before=later))
     return is_over

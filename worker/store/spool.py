@@ -26,6 +26,7 @@ import secrets
 import stat
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -139,7 +140,8 @@ class Incoming:
     def abort(self) -> None:
         """Drop the file. Calling it again does nothing."""
         if self._fd >= 0:
-            self._part.unlink(missing_ok=True)
+            with suppress(OSError):  # a disk that has become read-only keeps it, and `sweep` comes again
+                self._part.unlink(missing_ok=True)
             self._close()
 
     def _close(self) -> None:
