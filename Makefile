@@ -2,7 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 MINUTES ?= 3
-.PHONY: demo test check fix bench gate fuzz clean
+KILLS ?= 200
+.PHONY: demo test check fix bench gate fuzz crash clean
 
 .venv/.installed: pyproject.toml .constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Synoptic needs Python 3.11 or newer; say: make PYTHON=python3.11 ...")'
@@ -39,6 +40,9 @@ gate: .venv/.installed  ## every validator, PixelMed too, on all 188 reports of 
 
 fuzz: .venv/.installed  ## faults put into real files for MINUTES=3, through the receiver's reader and the decoders; the result is quoted in deploy/IMAGES.md
 	$(BIN)/python -m tests.fuzz $(MINUTES)
+
+crash: .venv/.installed  ## random kill -9 of each process of the line under load, then of the receiver alone beside Orthanc's
+	$(BIN)/python -m tests.crash.campaign --kills $(KILLS)
 
 clean:
 	rm -rf .venv var/demo var/demo-*
