@@ -2,8 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 MINUTES ?= 3
+PROCESSES ?= 2
+INSTANCES ?= 10000
 KILLS ?= 200
-.PHONY: demo test check fix bench gate fuzz crash clean
+.PHONY: demo test verify check fix bench gate fuzz abuse soak crash verified lock sbom audit-deps clean
 
 .venv/.installed: pyproject.toml .constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Synoptic needs Python 3.11 or newer; say: make PYTHON=python3.11 ...")'
@@ -14,8 +16,11 @@ KILLS ?= 200
 demo: .venv/.installed  ## a dozen phantom patients through the real daemon and back, in a minute
 	$(BIN)/synoptic demo
 
-test: .venv/.installed  ## the whole suite
-	$(BIN)/python -m pytest
+test: .venv/.installed  ## the whole suite, in PROCESSES=2, file by file, those that take longest first (tests/conftest.py)
+	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
+
+verify: .venv/.installed  ## every fault of tests/faults.py: its tests, run, and a table of what came of them; fails where one is not proven
+	$(BIN)/python -m pytest -m requirement --verify
 
 check: .venv/.installed  ## lint, types, import rules, length of files
 	$(BIN)/ruff check .
@@ -23,6 +28,7 @@ check: .venv/.installed  ## lint, types, import rules, length of files
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	@wc -l $$(git ls-files 'worker/*.py' 'models/*.py' | grep -v migrations/versions) | awk '$$2 != "total" && $$1 > 400 { print $$2 ": " $$1 " lines; the ceiling is 400"; bad = 1 } END { exit bad }'
+	@$(MAKE) --no-print-directory audit-deps
 
 fix: .venv/.installed  ## format and mend what can be mended by itself
 	$(BIN)/ruff check --fix .
@@ -35,14 +41,39 @@ bench: .venv/.installed  ## the long measurements, one JSON line each; results a
 	$(BIN)/python -m tests.bench.records
 	$(BIN)/python -m tests.bench.load
 
-gate: .venv/.installed  ## every validator, PixelMed too, on all 188 reports of the real cohort: a quarter of an hour
-	JAVA_SAMPLE=188 $(BIN)/python -m pytest -s -o timeout=3000 tests/integration/test_line.py -k cohort
+gate: .venv/.installed  ## every validator, PixelMed too, on all 188 reports of the real cohort, by both databases: a quarter of an hour
+	JAVA_SAMPLE=188 POSTGRES_STEP=1 $(BIN)/python -m pytest -s -o timeout=3000 tests/integration/test_line.py -k cohort
 
 fuzz: .venv/.installed  ## faults put into real files for MINUTES=3, through the receiver's reader and the decoders; the result is quoted in deploy/IMAGES.md
 	$(BIN)/python -m tests.fuzz $(MINUTES)
 
+abuse: .venv/.installed  ## 200 stalled peers and worse beside one honest modality: a minute; the result is quoted in deploy/README.md
+	$(BIN)/python -m tests.bench.abuse
+
+soak: .venv/.installed  ## INSTANCES=10000 through a real installation at line rate, memory and descriptors of each process: a quarter of an hour; the result is quoted in deploy/README.md
+	$(BIN)/python -m tests.bench.soak --instances $(INSTANCES) --plot var/soak.png
+
 crash: .venv/.installed  ## random kill -9 of each process of the line under load, then of the receiver alone beside Orthanc's
 	$(BIN)/python -m tests.crash.campaign --kills $(KILLS)
+
+# The tools of the supply chain have an environment of their own, so that they are no part of what they list.
+.venv/tools/.installed: .venv/.installed
+	$(PYTHON) -m venv .venv/tools
+	.venv/tools/bin/python -m pip install --quiet uv==0.13.9 pip-audit==2.10.1 cyclonedx-bom==7.5.0
+	@touch $@
+
+verified:  ## before the first make: install each pinned version, but torch, from files whose sha256 is in .constraints.lock
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --require-hashes --no-deps --requirement .constraints.lock
+
+lock: .venv/tools/.installed  ## the sha256 of every published file of each version in .constraints.txt but torch, which comes from several indexes
+	grep -v '^torch==' .constraints.txt | .venv/tools/bin/uv pip compile - --quiet --generate-hashes --no-deps --no-header --no-annotate --python-version 3.11 -o .constraints.lock
+
+sbom: .venv/tools/.installed  ## sbom.json: what is installed here, CycloneDX 1.6
+	.venv/tools/bin/cyclonedx-py environment $(BIN)/python --sv 1.6 --of JSON -o sbom.json
+
+audit-deps: .venv/tools/.installed  ## known vulnerabilities of the pinned versions, by pip-audit; says so where its service is not reached
+	$(BIN)/python -m tests.audit .venv/tools/bin/pip-audit
 
 clean:
 	rm -rf .venv var/demo var/demo-*

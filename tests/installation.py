@@ -95,7 +95,7 @@ class Installation:
         with self.log.open("ab") as log:
             command = [sys.executable, "-m", "worker", "all", "--config", str(self.config)]
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environ, start_new_session=True)
-        wanted = 2 + self.processes + self.run_processes
+        wanted = 2 + self.processes + (self.run_processes if self.bundles else 0)
         wait_until(lambda: len(self.events("role.started")) >= ready + wanted or self._died(), timeout_s=90, what="roles ready")
         if self._died():
             raise AssertionError(f"The daemon ended: {self.log.read_text('utf-8')[-2000:]}")

@@ -253,6 +253,12 @@ class Orthanc:
         with urllib.request.urlopen(request, timeout=30) as response:
             return json.load(response)
 
+    def post(self, path: str, body: str) -> Any:
+        """POST to a path of the REST interface; the answer as JSON."""
+        request = urllib.request.Request(f"http://127.0.0.1:{self.http_port}{path}", data=body.encode(), method="POST")
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return json.load(response)
+
     def delete(self, path: str) -> None:
         """DELETE a path of the REST interface."""
         request = urllib.request.Request(f"http://127.0.0.1:{self.http_port}{path}", method="DELETE")

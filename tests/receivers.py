@@ -90,6 +90,7 @@ def receiving(
     ssl_context: Callable[[], ssl.SSLContext] | None = None,
     accepts_unknown: bool = False,
     reports: Reports | None = None,
+    commits_to: Sequence[str] = (),
     address: tuple[str, int] = ("127.0.0.1", 0),
 ) -> Iterator[Receiver]:
     """Run a receiver called SYNOPTIC, which SENDER may call, while the block runs."""
@@ -101,6 +102,7 @@ def receiving(
         max_pdu=limits.max_pdu,
         accepts_unknown=accepts_unknown,
         takes_commitments=reports is not None,
+        commits_to=commits_to,
     )
     scp = StorageScp(listen(address), policy=policy, spool=spool, sink=store.sink, limits=limits, ssl_context=ssl_context, reports=reports)
     with hearing() as heard:

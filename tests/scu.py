@@ -105,8 +105,8 @@ def pdu(kind: int, body: bytes) -> bytes:
 class Scu:
     """One connection, spoken by hand."""
 
-    def __init__(self, address: tuple[str, int], *, timeout_s: float = 15.0) -> None:
-        self.sock = socket.create_connection(address, timeout=timeout_s)
+    def __init__(self, address: tuple[str, int], *, timeout_s: float = 15.0, source: str = "") -> None:
+        self.sock = socket.create_connection(address, timeout=timeout_s, source_address=(source, 0) if source else None)
         # Else Nagle's wait meets the receiver's delayed ACK: 40 ms for each message of two PDUs.
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.contexts: dict[int, tuple[int, str]] = {}

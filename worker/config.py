@@ -2,13 +2,15 @@
 
 Every key of a section is a field of its class, so the class is the reference; deploy/synoptic.toml
 shows each with a comment. An unknown key is an error that names the nearest right one. The environment overrides single
-keys: ``SYNOPTIC_RECEIVE__PORT=11112`` is ``[receive] port``. Secrets belong there. Nothing here reads a database or opens a socket.
+keys: ``SYNOPTIC_RECEIVE__PORT=11112`` is ``[receive] port``, ``SYNOPTIC_DESTINATIONS__PACS__STOW_SECRET`` a key of the destination "pacs".
+Secrets belong there. Nothing here reads a database or opens a socket.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -52,11 +54,12 @@ class Receive:
     tls_certificate: str = ""
     tls_key: str = ""
     tls_client_ca: str = ""
+    verify_mb_per_h: float = 1024.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sender:
-    """Somebody who may send to us; with a port, it can be asked how many images a study has."""
+    """Somebody who may send to us; with ports, it is asked how many images a study has, and may ask us to commit to what it sent."""
 
     ae_title: str
     addresses: tuple[str, ...] = ("127.0.0.1",)
@@ -67,6 +70,7 @@ class Sender:
     tls_certificate: str = ""
     tls_key: str = ""
     tls_server_name: str = ""
+    commitment_port: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,6 +172,7 @@ class Run:
     decoder_timeout_s: float = 60.0
     lease_s: float = 60.0
     poll_s: float = 0.1
+    study_limit_s: float = 600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,12 +187,12 @@ class Retention:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Destination:
-    """A PACS that gets the reports."""
+    """A PACS that gets the reports: by C-STORE to AE title, host and port, or by STOW-RS. The secret belongs in the environment."""
 
     name: str
-    ae_title: str
-    host: str
-    port: int
+    ae_title: str = ""
+    host: str = ""
+    port: int = 0
     own_ae_title: str = ""
     read_back: bool = True
     commitment: bool = False
@@ -198,6 +203,8 @@ class Destination:
     tls_certificate: str = ""
     tls_key: str = ""
     tls_server_name: str = ""
+    stow_url: str = ""
+    stow_secret: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -304,6 +311,15 @@ def _add_environment(table: dict[str, Any], environ: Mapping[str, str]) -> None:
         if not name.startswith(ENVIRONMENT_PREFIX) or "__" not in name:
             continue
         section, key = name.removeprefix(ENVIRONMENT_PREFIX).lower().split("__", 1)
-        if not isinstance(found := table.setdefault(section, {}), dict):
-            raise ConfigError(f"{name}: [[{section}]] is a list; it can be set in the file only.")
+        if isinstance(found := table.setdefault(section, {}), list):
+            found, key = _named(found, key, name=name, section=section)
         found[key] = Text(value)
+
+
+def _named(entries: list[dict[str, Any]], key: str, *, name: str, section: str) -> tuple[dict[str, Any], str]:
+    """The entry of a list that a variable means by its name, and what is left of the key: ``PACS_2__STOW_SECRET`` is of "pacs-2"."""
+    meant, _, key = key.partition("__")
+    found = [one for one in entries if re.sub(r"\W", "_", str(one.get("name", ""))).lower() == meant]
+    if len(found) != 1 or not key:
+        raise ConfigError(f"{name}: [[{section}]] is a list; write SYNOPTIC_{section.upper()}__NAME__KEY, NAME that of one of its entries.")
+    return found[0], key

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import ipaddress
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from worker.config_tables import ConfigError
 
@@ -20,9 +21,11 @@ def check(config: Config) -> None:
     ConfigError
         Naming the section, the key and what it may be.
     """
+    for peer in config.destinations:
+        _check_door(peer)
     titles = [("receive.ae_title", config.receive.ae_title)]
     titles += [("senders.ae_title", sender.ae_title) for sender in config.senders]
-    titles += [("destinations.ae_title", peer.ae_title) for peer in config.destinations]
+    titles += [("destinations.ae_title", peer.ae_title) for peer in config.destinations if not peer.stow_url]
     for where, title in titles:
         # PS3.5 §6.2, VR AE: at most 16 characters, not all spaces, no backslash or control characters.
         if not title.strip() or len(title) > 16 or "\\" in title or not title.isprintable() or not title.isascii():
@@ -40,6 +43,35 @@ def check(config: Config) -> None:
     _check_records(config)
     _check_tls(config)
     _check_numbers(config)
+
+
+def _check_door(peer: Destination) -> None:
+    """A destination has one door, and a secret goes only where it cannot be read on the way."""
+    where = f"destinations {peer.name}"
+    if not peer.stow_url:
+        if not (peer.ae_title and peer.host):
+            raise ConfigError(f"{where} needs ae_title, host and port, or stow_url.")
+        if peer.stow_secret:
+            raise ConfigError(f"{where}: stow_secret without stow_url.")
+        return
+    if peer.ae_title or peer.host or peer.port or peer.commitment:
+        raise ConfigError(f"{where}: with stow_url there is no ae_title, host, port or commitment: those are of C-STORE.")
+    if peer.stow_secret and not (peer.stow_secret.isprintable() and peer.stow_secret.isascii()):
+        raise ConfigError(f"{where}: stow_secret is a token, or user:password, in printable ASCII.")
+    _check_url(where, peer.stow_url)
+
+
+def _check_url(where: str, text: str) -> None:
+    try:
+        url = urlsplit(text)
+        is_url = bool(url.hostname) and url.port != 0
+    except ValueError:
+        is_url = False
+    is_near = is_url and url.scheme == "http" and url.hostname in ("localhost", "127.0.0.1", "::1")
+    if not is_url or not (url.scheme == "https" or is_near):
+        raise ConfigError(f"{where}: stow_url must begin with https://; http:// is for a server on this very machine.")
+    if "@" in url.netloc or url.query or url.fragment or not url.path.endswith("/studies") or not text.isascii() or " " in text:
+        raise ConfigError(f"{where}: stow_url must end with /studies; user name and password belong in stow_secret.")
 
 
 def _check_commitment(config: Config) -> None:
@@ -76,7 +108,7 @@ def _check_tls(config: Config) -> None:
         if not one.tls_certificate and (one.tls_key or one.tls_client_ca):
             raise ConfigError(f"{section}: tls_key or tls_client_ca without tls_certificate; the port would be plain.")
     called: list[tuple[str, str, bool, Destination | Sender]]
-    called = [(f"destinations {peer.name}", "tls", peer.tls, peer) for peer in config.destinations]
+    called = [(f"destinations {peer.name}", "tls", peer.tls or peer.stow_url.startswith("https:"), peer) for peer in config.destinations]
     called += [(f"senders {sender.ae_title}", "query_tls", sender.query_tls, sender) for sender in config.senders]
     for where, key, is_on, given in called:
         if not is_on and (given.tls_ca or given.tls_certificate or given.tls_key or given.tls_server_name):
@@ -88,15 +120,18 @@ def _check_tls(config: Config) -> None:
 def _check_numbers(config: Config) -> None:
     if min(config.run.batch, config.deliver.batch, config.run.decoders) < 1 or min(config.run.lease_s, config.deliver.lease_s) < 3:
         raise ConfigError("run.batch, deliver.batch and run.decoders are at least 1; run.lease_s and deliver.lease_s at least 3.")
-    if min(dataclasses.astuple(config.retention)) < 0:
-        raise ConfigError("retention: days are 0 (never) or more.")
+    if config.run.study_limit_s <= 0:
+        raise ConfigError("run.study_limit_s is more than 0.")
+    if min(config.receive.verify_mb_per_h, *dataclasses.astuple(config.retention)) < 0:
+        raise ConfigError("retention: days are 0 (never) or more, and so is receive.verify_mb_per_h.")
     if config.log.level.upper() not in {"DEBUG", "INFO", "WARNING", "ERROR"} or config.log.format not in {"json", "human"}:
         raise ConfigError("log.level is DEBUG, INFO, WARNING or ERROR; log.format is json or human.")
 
 
 def _check_ports(config: Config) -> None:
     ports = [("receive", config.receive.port), ("records", config.records.port)]
-    ports += [(f"destinations {peer.name}", peer.port) for peer in config.destinations]
+    ports += [(f"destinations {peer.name}", peer.port) for peer in config.destinations if not peer.stow_url]
+    ports += [(f"senders {sender.ae_title}", sender.commitment_port) for sender in config.senders if sender.commitment_port]
     for where, port in ports:
         if not 1 <= port <= 65535:
             raise ConfigError(f"{where}: {port} is no TCP port; ports are 1 to 65535.")

@@ -7,6 +7,7 @@
     dead letters for a lost file that is here again ─▶ back into the queue
 
 Sent again, the same bytes come to the same place: a resend mends a missing file and a changed one alike.
+The daemon reads the files again too, a few at a time (`verify`).
 """
 
 from __future__ import annotations
@@ -83,6 +84,33 @@ def check(store: Store, spool: Spool, *, with_digests: bool, now: datetime, prog
     faults = _still(store, spool, faults, with_digests=with_digests)
     strays = spool.strays(_known(store, spool), written_before=now - ORPHAN_AGE)
     return Checked(done, tuple(faults), strays, _returned(store, spool))
+
+
+def verify(store: Store, spool: Spool, *, budget_bytes: float) -> tuple[int, tuple[tuple[StoredFile, str], ...]]:
+    """Read the next files again, until that many bytes are read or the last row is reached; how many were, and what is wrong.
+
+    Each call begins after the file where the last one ended, a restart between them or not: the number of its row is in the spool.
+    """
+    place = spool.root / "verified"
+    try:
+        last = int(place.read_text("ascii"))
+    except (FileNotFoundError, ValueError):  # none yet, or cut off by a crash: every file is as good a beginning
+        last = 0
+    faults: list[tuple[StoredFile, str]] = []
+    size_bytes = 0
+    while size_bytes < budget_bytes:
+        page = _page(store, last)
+        for one in page:
+            if found := _fault(spool, one, with_digests=True):
+                faults.append((one, found))
+            size_bytes, last = size_bytes + one.size_bytes, one.id
+            if size_bytes >= budget_bytes:
+                break
+        if not page:
+            last = 0
+            break
+    place.write_text(str(last), "ascii")
+    return size_bytes, tuple(_still(store, spool, faults, with_digests=True))
 
 
 def repair(store: Store, spool: Spool, found: Checked, *, now: datetime) -> Repaired:

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from worker import events, record_feeds, roles, sweeps, tls
+from worker import events, reception, record_feeds, roles, sweeps, tls
 from worker.config import Config, ConfigError
 from worker.store.database import DatabaseUnavailable, Store
 from worker.store.spool import Spool
@@ -208,7 +208,7 @@ def role(name: str, config: Config, *, descriptor: int | None, parent: int, is_c
     try:
         if name == "receive":
             assert descriptor is not None  # noqa: S101  our own command line
-            roles.receive(config, store, socket.socket(fileno=descriptor), stop)
+            reception.receive(config, store, socket.socket(fileno=descriptor), stop)
         elif name == "run":
             roles.run(config, store, stop)
         else:

@@ -133,7 +133,9 @@ def _peers(config: Config) -> Iterator[Check]:
     if not config.destinations:
         yield "destinations", "none is configured: reports stay in the database. Add [[destinations]].", False
     for one in config.destinations:
-        yield _tried(f"C-ECHO {one.name}", partial(_echo, partial(peers.peer_of, one, own_ae_title=own)))
+        yield _tried(
+            f"{'DICOMweb' if one.stow_url else 'C-ECHO'} {one.name}", partial(_echo, partial(peers.peer_of, one, own_ae_title=own))
+        )
     for sender in config.senders:
         if sender.query_port:
             peer = partial(peers.peer_to_ask, sender, host=sender.addresses[0], own_ae_title=own)
@@ -143,9 +145,11 @@ def _peers(config: Config) -> Iterator[Check]:
 
 
 def _echo(peer_of: Callable[[], Peer]) -> str:
-    from worker.deliver import cstore
+    from worker.deliver import cstore, stow
 
     peer = peer_of()
+    if peer.stow_url:
+        return f"{peer.stow_url} answers QIDO-RS, {stow.ask(peer) * 1000:.0f} ms"
     return f"{peer.ae_title} at {peer.host}:{peer.port}{', by TLS' if peer.tls else ''}, {cstore.echo(peer) * 1000:.0f} ms"
 
 

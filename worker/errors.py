@@ -11,11 +11,13 @@
     │   │   └── PeerUnreachable        no connection, no TLS, no association
     │   ├── NotReadBack            Success was answered but the object cannot be found
     │   ├── DecoderDied            the decoding process was killed by its limits
-    │   └── DeviceOutOfMemory      the accelerator is full even for one study
+    │   ├── DeviceOutOfMemory      the accelerator is full even for one study
+    │   └── DeviceLost             the accelerator answers no more: the process ends, a new one looks for it
     └── Reject      the input is wrong     → discard; tell a person
         ├── PeerRefused            a status that a resend cannot change
         ├── PatientConflict        whose study is this?
         ├── StoredFileLost         our own disk lost or changed what was received, or [retention] removed it: send it again, then retry
+        ├── ReportInvalid          what we wrote may not be sent: our fault, and nobody is told anything
         ├── BundleError            weights, digest or metadata are not what they should be
         ├── RecordError            a message or resource that cannot be understood
         │   └── PatientAmbiguous   a server has several patients under one identifier
@@ -80,6 +82,10 @@ class DeviceOutOfMemory(Retry):
     """The accelerator cannot hold even one study now."""
 
 
+class DeviceLost(Retry):
+    """The accelerator failed (reset, fallen off the bus): nothing that this process asks of it will be answered again."""
+
+
 class Reject(WorkerError):
     """The input is wrong: no attempt will change that; a person must look."""
 
@@ -94,6 +100,10 @@ class PatientConflict(Reject):
 
 class StoredFileLost(Reject):
     """A spool file is missing, removed or not what was received: our doing, which no report may pass on as the study's."""
+
+
+class ReportInvalid(Reject):
+    """A report that we wrote breaks a rule of its kind and may not be sent."""
 
 
 class BundleError(Reject):

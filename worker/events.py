@@ -30,15 +30,19 @@ NAMES: Final = frozenset(
         "job.cancelled",
         "job.rescued",
         "job.fenced",  # a late owner's verdict was turned away
+        "heartbeat.died",  # leases are renewed no more: the process stops after the work in hand
         "commitment.given",  # an archive promised to keep a document
         "commitment.denied",  # it did not, and the document is sent again
         "commitment.missing",  # no report in time; a query found the document, or was not answered
         "commitment.turned_away",  # a report that changed nothing: a stranger's, of an unknown transaction, not to be read
+        "commitment.promised",  # a sender took our report on what it asked us to keep
+        "commitment.unreported",  # it did not: at the first try, and when it is given up
         "report.outdated",  # the record changed after it
         "record.expired",  # retention
         "images.removed",  # retention
         "explanation.failed",  # the findings are reported all the same
         "spool.swept",
+        "file.damaged",  # found by reading it again, once each time round
         "destination.down",  # not reached several times in a row: left alone between tries
         "destination.reached",
         "certificate.expires",  # once a day, from 30 days before

@@ -26,20 +26,6 @@ def advising(folder: Path) -> Iterator[None]:
         raise
 
 
-def check_device(device: str) -> None:
-    """Refuse a device that is not here, or on which a network cannot be run."""
-    import torch
-
-    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    try:
-        found = torch.device(device)
-    except RuntimeError:
-        found = torch.device("meta")
-    if found.type not in ("cpu", "cuda") or (found.type == "cuda" and (found.index or 0) >= cards):
-        here = f"cpu, {', '.join(['cuda', *(f'cuda:{n}' for n in range(cards))])}" if cards else "cpu; torch finds no CUDA device"
-        raise Reject(f"--device {device!r} cannot be used here: there is {here}.")
-
-
 def check_fusions(names: Iterable[str]) -> None:
     """Refuse a fusion that there is none of."""
     from models.fusion import FUSIONS

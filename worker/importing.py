@@ -17,7 +17,7 @@ from typing import Final
 from pydicom.filereader import dcmread
 from pydicom.uid import UID
 
-from worker import record_feeds, roles
+from worker import reception, record_feeds
 from worker.config import Config
 from worker.domain import PatientKey, Received, RecordUpdate
 from worker.errors import RecordError, Reject
@@ -123,7 +123,7 @@ def import_dicom(path: Path, *, config: Config, store: Store, spool: Spool) -> R
     finally:
         incoming.abort()
     with store.begin() as conn:
-        received = roles.add_instance(conn, config, header, stored, calling_ae=IMPORT_AE, address="")
+        received = reception.add_instance(conn, config, header, stored, calling_ae=IMPORT_AE, address="")
     if received is Received.CONFLICT:
         spool.quarantine(stored, "same SOP Instance UID, other bytes")
     return received

@@ -42,7 +42,7 @@ from models.transforms import (
 )
 from worker import checks, selection
 from worker.domain import Code, Finding, Inputs, Saliency, Verdict, Volume
-from worker.errors import BundleError, DeviceOutOfMemory, GeometryError, PixelError
+from worker.errors import BundleError, DeviceLost, DeviceOutOfMemory, GeometryError, PixelError, Reject
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +61,16 @@ class Place:
     sop_instance_uids: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Raw:
+    """Of a batch: log-odds (B, L), their Shapley shares (M, B, L), whether each study (B,) is atypical, and has what the head sees."""
+
+    logits: NDArray[np.float64]
+    shares: NDArray[np.float64]
+    is_atypical: NDArray[np.bool_]
+    is_heard: NDArray[np.bool_]
+
+
 class Model:
     """A bundle, loaded, checked and warm.
 
@@ -73,12 +83,14 @@ class Model:
     ------
     BundleError
         Metadata, weights or their digest are not what they should be.
+    Reject
+        The device is not here. The CPU does not take its place unasked.
     """
 
     def __init__(self, folder: Path, *, device: str = "cpu", threads: int = 1) -> None:
         self.bundle = read(folder)
         self.name, self.version, self.digest = self.bundle.name, self.bundle.version, self.bundle.digest
-        self.device = torch.device(device)
+        self.device = check_device(device)
         torch.set_num_threads(threads)
         network, self._atypical = load_network(self.bundle)
         self.network = network.to(self.device)
@@ -97,21 +109,30 @@ class Model:
             return prepare(self.bundle, volumes, inputs, device=self.device)
         except torch.OutOfMemoryError:
             return prepare(self.bundle, volumes, inputs)
+        except torch.AcceleratorError as exc:
+            raise self._lost(exc) from exc
 
     def predict(self, batch: Sequence[Prepared]) -> list[tuple[Finding, ...] | BundleError]:
         """Answer for each study, in order, in one forward; halves the batch while the device is out of memory.
 
-        The answer is a BundleError, of that study alone, where a finite input gave an infinite or undefined output.
+        The answer is a BundleError, of that study alone, where a finite input gave an infinite or undefined output, or one that
+        its input had no part in.
 
         Raises
         ------
         DeviceOutOfMemory
             Not even one study fits.
+        DeviceLost
+            The device answers no more.
+        BundleError
+            The network gave another number of answers than there are studies and findings.
         """
         if not batch:
             return []
         try:
-            logits, shares, far = self._forward(collate([one.tensors for one in batch]))
+            raw = self._forward(collate([one.tensors for one in batch]))
+        except torch.AcceleratorError as exc:
+            raise self._lost(exc) from exc
         except torch.OutOfMemoryError as exc:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -119,18 +140,24 @@ class Model:
                 raise DeviceOutOfMemory(f"{self.device} cannot hold one study of bundle {self.name}.") from exc
             middle = len(batch) // 2
             return self.predict(batch[:middle]) + self.predict(batch[middle:])
-        return [self._answer(logits[b], shares[:, b], is_atypical=bool(far[b])) for b in range(len(batch))]
+        return [self._answer(raw, b) for b in range(len(batch))]
+
+    def _lost(self, error: torch.AcceleratorError) -> DeviceLost:
+        return DeviceLost(f"{self.device} answers no more ({type(error).__name__}); its process must end.")
 
     @torch.inference_mode()
-    def _forward(self, sample: Sample) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
-        """Calibrated log-odds (B, L), their Shapley shares (M, B, L), and which studies (B,) are atypical."""
+    def _forward(self, sample: Sample) -> Raw:
         tokens = self.network.encode({key: tensor.to(self.device) for key, tensor in sample.items()})
-        game = subset_logits(self.network.head, tokens) / self._temperatures  # (S, B, L)
+        heard = torch.stack([tokens[name][1].any(1) for name in self.network.head.used]).any(0)  # (B,)
+        game = subset_logits(self.network.head, tokens)  # (S, B, L)
+        if game.shape[1:] != (wanted := (len(heard), len(self.bundle.findings))):
+            raise BundleError(f"Bundle {self.name} gave answers of shape {tuple(game.shape[1:])} where {wanted} were expected.")
+        game = game / self._temperatures
         logits = game[-1].double().cpu().numpy()
         far = np.zeros(len(logits), dtype=bool)
         if self._atypical is not None:
             far = self._atypical.is_atypical(self.network.head.embed(tokens).double().cpu().numpy())
-        return logits, shapley(game.double()).cpu().numpy(), far
+        return Raw(logits, shapley(game.double()).cpu().numpy(), far, heard.cpu().numpy())
 
     def explain(self, prepared: Prepared, findings: Sequence[Finding], places: Mapping[str, Place]) -> tuple[Finding, ...]:
         """The same findings with the share of each value, and with maps of those that are not negative.
@@ -171,13 +198,19 @@ class Model:
         array, affine = to_patient(found, spec, place.shape, place.affine)
         return Saliency(array.astype(np.float16), affine, spec.name, place.sop_instance_uids)
 
-    def _answer(self, logits: NDArray[np.float64], shares: NDArray[np.float64], *, is_atypical: bool) -> tuple[Finding, ...] | BundleError:
+    def _answer(self, raw: Raw, b: int) -> tuple[Finding, ...] | BundleError:
+        logits, shares = raw.logits[b], raw.shares[:, b]
         if not (np.isfinite(logits).all() and np.isfinite(shares).all()):
             return BundleError(f"Bundle {self.name} gave an output that is not finite.")
-        return tuple(self._finding(spec, logits[f], shares[:, f], is_atypical=is_atypical) for f, spec in enumerate(self.bundle.findings))
+        # With and without each modality the very same number: the answer is a constant, not this patient's.
+        if raw.is_heard[b] and (constant := int((~shares.any(axis=0)).sum())):
+            return BundleError(f"Bundle {self.name} gave {constant} of {len(logits)} answers that its input had no part in.")
+        far = bool(raw.is_atypical[b])
+        return tuple(self._finding(spec, logits[f], shares[:, f], is_atypical=far) for f, spec in enumerate(self.bundle.findings))
 
     def _finding(self, spec: FindingSpec, logit: float, shares: NDArray[np.float64], *, is_atypical: bool) -> Finding:
-        probability = float(1 / (1 + np.exp(-logit)))
+        with np.errstate(over="ignore"):  # of a log-odds below -709 the probability is 0
+            probability = float(1 / (1 + np.exp(-logit)))
         return Finding(
             name=spec.name,
             code=Code(spec.code.value, spec.code.scheme, spec.code.meaning),
@@ -196,6 +229,19 @@ def verdict(spec: FindingSpec, probability: float) -> Verdict:
         return "positive"
     lower = spec.threshold if spec.negative_below is None else spec.negative_below
     return "negative" if probability < lower else "uncertain"
+
+
+def check_device(device: str) -> torch.device:
+    """The device of this name; Reject if it is not here, or no network can be run on it."""
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        found = torch.device("meta")
+    if found.type not in ("cpu", "cuda") or (found.type == "cuda" and (found.index or 0) >= cards):
+        here = f"cpu, {', '.join(['cuda', *(f'cuda:{n}' for n in range(cards))])}" if cards else "cpu; torch finds no CUDA device"
+        raise Reject(f"The device {device!r} cannot be used here: there is {here}.")
+    return found
 
 
 def read(folder: Path, *, verify: bool = True) -> Bundle:

@@ -93,7 +93,7 @@ def _open(bundle: Path, given: Path | None, threads: int, *, device: str = "cpu"
 
     log.silence()
     torch.set_num_threads(threads)
-    guards.check_device(device)
+    infer.check_device(device)
     with guards.advising(bundle):
         spec = infer.read(bundle, verify=verify)
     if not spec.network.fusion.startswith("single:"):
@@ -363,11 +363,14 @@ def compress(
         rows = compression.compress(network, spec, asked, student=student)
     to.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in student.state_dict().items()}, to / "student.safetensors")
-    for name, export in (("network.pt2", compression.export_program), ("network.onnx", compression.export_onnx)):
-        try:
-            export(network, asked[0].sample, to / name)
-        except (ImportError, ValueError) as exc:
-            err.print(f"{name} is not written: {escape(str(exc))}", soft_wrap=True)
+    name = "network.pt2, network.onnx"
+    try:
+        program = compression.exported(network, asked[0].sample)
+        compression.export_program(program, to / "network.pt2")
+        name = "network.onnx"
+        compression.export_onnx(program, asked[0].sample, to / name)
+    except (ImportError, ValueError) as exc:
+        err.print(f"{name} is not written: {escape(str(exc))}", soft_wrap=True)
     table = Table("form", "MB", "ms a study", "largest change", "mean change", "equal verdicts")
     for row in rows:
         table.add_row(

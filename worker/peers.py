@@ -5,13 +5,17 @@ Not here: who calls us (intake/negotiation.py), certificates (tls.py).
 
 from __future__ import annotations
 
+import base64
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
+from urllib.parse import urlsplit
 
 from worker.config import Config, Destination, Sender
 from worker.tls import client_context
 
 if TYPE_CHECKING:
     from worker.deliver.cstore import Peer
+    from worker.store.studies import Line, Pending
 
 #: A sender that is asked for a count has this long; the quiet period comes anyway.
 ASK_S: Final = 10.0
@@ -21,17 +25,27 @@ def peer_of(destination: Destination, *, own_ae_title: str) -> Peer:
     """A destination as the network part takes it."""
     from worker.deliver.cstore import Peer
 
+    url = urlsplit(destination.stow_url)
     return Peer(
         name=destination.name,
         ae_title=destination.ae_title,
-        host=destination.host,
-        port=destination.port,
+        host=url.hostname or destination.host,
+        port=url.port or {"https": 443, "http": 80}.get(url.scheme, destination.port),
         own_ae_title=destination.own_ae_title or own_ae_title,
         timeout_s=destination.timeout_s,
         read_back=destination.read_back,
         tls=client_context(destination),
         tls_server_name=destination.tls_server_name,
+        stow_url=destination.stow_url,
+        authorization=_authorization(destination.stow_secret),
     )
+
+
+def _authorization(secret: str) -> str:
+    """Basic of ``user:password`` (RFC 7617), else Bearer: a token has no colon (RFC 6750 §2.1)."""
+    if ":" in secret:
+        return f"Basic {base64.b64encode(secret.encode()).decode()}"
+    return f"Bearer {secret}" if secret else ""
 
 
 def peer_to_ask(sender: Sender, *, host: str, own_ae_title: str) -> Peer:
@@ -48,6 +62,32 @@ def peer_to_ask(sender: Sender, *, host: str, own_ae_title: str) -> Peer:
         tls=client_context(sender),
         tls_server_name=sender.tls_server_name,
     )
+
+
+def count_of(config: Config, one: Pending | Line) -> int | None:
+    """Ask a study's sender how many instances it has; None if it is not one that may be asked, or does not know.
+
+    Raises
+    ------
+    PeerUnavailable
+        No association, or no answer in time.
+    """
+    from worker.deliver import cstore
+
+    for sender in config.senders:
+        if sender.ae_title == one.calling_ae and sender.query_port:
+            peer = peer_to_ask(sender, host=one.address, own_ae_title=config.receive.ae_title)
+            return cstore.count_instances(peer, study_instance_uid=one.study_instance_uid)
+    return None
+
+
+def peer_to_report(config: Config, calling_ae: str, address: str) -> Peer | None:
+    """A sender as we report to it what we commit to; None where nobody by that title may ask."""
+    for sender in config.senders:
+        if sender.commitment_port and sender.ae_title in (calling_ae, "*"):
+            peer = peer_to_ask(sender, host=address, own_ae_title=config.receive.ae_title)
+            return replace(peer, name=calling_ae, ae_title=calling_ae, port=sender.commitment_port)
+    return None
 
 
 def peers_of(config: Config) -> list[Peer]:

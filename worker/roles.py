@@ -2,47 +2,40 @@
 
 ::
 
-    receive   StorageScp → spool → studies.add_instance          (n processes, one listening socket)
     run       lease → pipeline.process, a heartbeat beside it    (the only one that loads torch)
     deliver   lease → deliver.send, one thread a destination
 
-Imports are late on purpose: a role loads only what it needs, the receiver never torch.
+The third is in reception.py. Imports are late on purpose: a role loads only what it needs.
 """
 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime, timedelta, timezone, tzinfo
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import psutil
 
 from worker import events
 from worker.config import Config, Destination
-from worker.domain import CommitmentReport, Header, Job, Received
-from worker.errors import BundleError, DecoderDied
+from worker.domain import Job
+from worker.errors import BundleError, DeviceLost
+from worker.ops.log import places
 from worker.peers import peer_of
-from worker.record_feeds import clock, identified
-from worker.store import commitments, queue, studies
-from worker.store.database import Connection, DatabaseUnavailable, Store
-from worker.store.group import GroupCommit
-from worker.store.spool import Spool, Stored
-from worker.tls import server_context
+from worker.record_feeds import clock
+from worker.store import queue
+from worker.store.database import DatabaseUnavailable, Store
 
 if TYPE_CHECKING:
     from models.bundle import Bundle
-    from worker.intake.negotiation import Peer as Caller
 
 
-#: Seconds that transfers under way have to finish after SIGTERM.
-RECEIVE_GRACE_S: Final = 10.0
 #: So often it is looked for archives that did not say in time whether they commit.
 LOOK_S: Final = 1.0
 
@@ -76,126 +69,8 @@ def read_bundles(config: Config) -> list[Bundle]:
         raise BundleError(str(exc)) from exc
 
 
-# --- receive
-
-
-#: No image is older; a date of before it is a device's idea of "unknown".
-FIRST_XRAY: Final = 1895
-
-
-def study_time(header: Header, zone: tzinfo) -> datetime | None:
-    """When a study was made: its date and time in its own offset, else the site's zone; None without a date that can be."""
-    text = header.study_date + (header.study_time.split(".")[0] + "000000")[:6]
-    with contextlib.suppress(ValueError, OverflowError):  # 0001-01-01 east of Greenwich is before the calendar
-        naive = datetime.strptime(text, "%Y%m%d%H%M%S")  # noqa: DTZ007  the zone is put on in the next line
-        if naive.year < FIRST_XRAY:
-            return None
-        return naive.replace(tzinfo=_offset(header.timezone_offset) or zone).astimezone(UTC)
-    return None
-
-
-def _offset(text: str) -> tzinfo | None:
-    """PS3.3 §C.12.1.1.8: ±HHMM."""
-    if len(text) != 5 or text[0] not in "+-" or not text[1:].isdecimal():
-        return None
-    delta = timedelta(hours=int(text[1:3]), minutes=int(text[3:5]))
-    return timezone(-delta if text[0] == "-" else delta)
-
-
-def add_instance(conn: Connection, config: Config, header: Header, stored: Stored, *, calling_ae: str, address: str) -> Received:
-    """Commit 1: the row of a file that is durable already."""
-    return studies.add_instance(
-        conn,
-        identified(header, config),
-        # Below the spool, not absolute: a spool that was moved or restored elsewhere is still ours.
-        path=Path(stored.path.parent.name) / stored.path.name,
-        sha256=stored.sha256,
-        size_bytes=stored.size_bytes,
-        calling_ae=calling_ae,
-        address=address,
-        study_at=study_time(header, config.zone),
-        quiet_s=config.assembly.quiet_by_modality.get(header.modality, config.assembly.quiet_s),
-        now=clock(),
-    )
-
-
-def receive(config: Config, store: Store, listener: socket.socket, stop: threading.Event) -> None:
-    """Serve C-ECHO, C-STORE and reports on storage commitment on a listening socket until told to stop; what is under way is finished."""
-    from worker.imaging.codecs import decodable_transfer_syntaxes
-    from worker.intake.negotiation import Policy
-    from worker.intake.scp import Limits, StorageScp
-
-    settings = config.receive
-    spool = Spool(config.spool, low_water_bytes=settings.low_water_mb * 2**20)
-    policy = Policy(
-        ae_title=settings.ae_title,
-        calling={sender.ae_title: sender.addresses for sender in config.senders},
-        max_pdu=settings.max_pdu_bytes,
-        accepts_unknown=settings.accept_unknown_sop_classes,
-        takes_commitments=any(destination.commitment for destination in config.destinations),
-        transfer_syntaxes=decodable_transfer_syntaxes(_loadable_codecs()),
-    )
-    limits = Limits(
-        max_pdu=settings.max_pdu_bytes,
-        associations=settings.max_associations,
-        per_address=settings.max_per_address,
-        pdu_s=settings.pdu_deadline_s,
-        idle_s=settings.idle_s,
-    )
-
-    def add(conn: Connection, item: tuple[Header, Stored, Caller]) -> Received:
-        header, stored, sender = item
-        return add_instance(conn, config, header, stored, calling_ae=sender.calling_ae, address=sender.address)
-
-    def report(said: CommitmentReport, archive: Caller) -> str:
-        return take_report(config, store, said, archive)
-
-    commit = GroupCommit(store.begin, add, order=lambda item: item[0].study_instance_uid)
-
-    def sink(header: Header, stored: Stored, sender: Caller) -> Received:
-        return commit((header, stored, sender))
-
-    scp = StorageScp(
-        listener,
-        policy=policy,
-        spool=spool,
-        sink=sink,
-        limits=limits,
-        ssl_context=server_context(config.receive, section="receive"),
-        reports=report,
-    )
-    scp.start()
-    started("receive", port=scp.address[1])
-    stop.wait()
-    scp.stop(RECEIVE_GRACE_S)
-
-
-def take_report(config: Config, store: Store, said: CommitmentReport, archive: Caller) -> str:
-    """Take in what an archive says of storage commitment; returns why it changes nothing, or ''."""
-    asked = [peer.name for peer in config.destinations if peer.commitment and peer.ae_title == archive.calling_ae]
-    with store.begin() as conn:
-        changes = commitments.report(conn, said, destinations=asked, now=clock())
-    if changes is None:
-        return "The transaction was not asked of this AE title"
-    for change in changes:
-        commitments.say(change)
-    return ""
-
-
-def _loadable_codecs() -> Mapping[str, str] | None:
-    """Return the versions of the decoders; None if they cannot be asked, for images must be received all the same."""
-    from worker.imaging.decoding import codec_versions
-
-    try:
-        versions = codec_versions()
-    except DecoderDied as exc:
-        events.emit("codec.missing", reason=f"It is not known which decoders can be loaded. {exc}")
-        return None
-    _say_unloadable(versions)
-    return versions
-
-
-def _say_unloadable(codecs: Mapping[str, str]) -> None:
+def say_unloadable(codecs: Mapping[str, str]) -> None:
+    """Say which transfer syntaxes no decoder was loaded for, with the decoders' versions given."""
     from worker.imaging.codecs import unloadable
 
     for sentence in unloadable(codecs):
@@ -219,7 +94,7 @@ def run(config: Config, store: Store, stop: threading.Event) -> None:
     with DecoderPool(
         processes=settings.decoders, memory_bytes=settings.decoder_memory_mb * 2**20, timeout_s=settings.decoder_timeout_s
     ) as pool:
-        _say_unloadable(pool.warm())
+        say_unloadable(pool.warm())
         line = Line(
             store=store,
             models={model.name: model for model in loaded},
@@ -231,6 +106,17 @@ def run(config: Config, store: Store, stop: threading.Event) -> None:
             must_agree=config.records.must_agree,
             pull=Puller(config, store) if config.fhir.url else None,
         )
+
+        def do(jobs: list[Job]) -> None:
+            # The heartbeat would renew the lease of what hangs for ever. This needs no interpreter lock; it prints places, no values.
+            faulthandler.dump_traceback_later(settings.study_limit_s * len(jobs), exit=True)
+            try:
+                cases = process(line, jobs)
+            finally:
+                faulthandler.cancel_dump_traceback_later()
+            if lost := next((case.error for case in cases if isinstance(case.error, DeviceLost)), None):
+                raise lost
+
         started("run", bundles={model.name: model.digest[:12] for model in loaded})
         _work(
             store,
@@ -238,7 +124,7 @@ def run(config: Config, store: Store, stop: threading.Event) -> None:
             poll_s=settings.poll_s,
             lease_s=settings.lease_s,
             take=_take(store, config, sorted(line.models)),
-            do=lambda jobs: process(line, jobs),
+            do=do,
         )
 
 
@@ -275,7 +161,7 @@ def _work(
         try:
             jobs = take()
             if jobs:
-                with heartbeat(store, jobs, lease_s=lease_s):
+                with heartbeat(store, jobs, lease_s=lease_s, stop=stop):
                     do(jobs)
                 continue
         except DatabaseUnavailable as exc:
@@ -285,15 +171,19 @@ def _work(
 
 
 @contextlib.contextmanager
-def heartbeat(store: Store, jobs: Sequence[Job], *, lease_s: float) -> Iterator[None]:
-    """Renew the leases of `jobs` at each third of their time while the block runs."""
+def heartbeat(store: Store, jobs: Sequence[Job], *, lease_s: float, stop: threading.Event) -> Iterator[None]:
+    """Renew the leases of `jobs` at each third of their time while the block runs; where that fails for good, `stop` the process."""
     done = threading.Event()
 
     def beat() -> None:
-        while not done.wait(lease_s / 3):
-            # If the database is away the leases run out, and the verdicts are fenced: nothing to do here.
-            with contextlib.suppress(DatabaseUnavailable), store.begin() as conn:
-                queue.renew(conn, jobs, lease_s=lease_s, now=clock())
+        try:
+            while not done.wait(lease_s / 3):
+                # If the database is away the leases run out, and the verdicts are fenced: nothing to do here.
+                with contextlib.suppress(DatabaseUnavailable), store.begin() as conn:
+                    queue.renew(conn, jobs, lease_s=lease_s, now=clock())
+        except BaseException as exc:  # noqa: BLE001  a thread that ends has no other way to say so
+            events.emit("heartbeat.died", jobs=[job.id for job in jobs], reason=type(exc).__name__, places=places(exc))
+            stop.set()
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()

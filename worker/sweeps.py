@@ -6,15 +6,16 @@ the first at the start. The scheduler holds no state of ours: what must survive 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from worker import consistency, events, reissue, tables_feed, tls
 from worker.config import Config, ConfigError, Table
 from worker.errors import WorkerError
 from worker.ops.log import places
-from worker.peers import peer_to_ask, peers_of
+from worker.peers import count_of, peer_to_report, peers_of
 from worker.record_feeds import clock
 from worker.roles import read_bundles
 from worker.silence import Silence
@@ -34,8 +35,10 @@ SPOOL_SWEEP_S: Final = 1800.0
 RENEW_S: Final = 5.0
 EXPIRE_S: Final = 3600.0
 RETAIN_S: Final = 600.0
+PROMISE_S: Final = 1.0
 LISTEN_S: Final = 60.0
 CERTIFICATES_S: Final = 86400.0
+VERIFY_S: Final = 60.0
 
 
 def scheduler(config: Config, store: Store, spool: Spool) -> BackgroundScheduler:
@@ -57,13 +60,9 @@ def scheduler(config: Config, store: Store, spool: Spool) -> BackgroundScheduler
         for bundle in bundles
     ]
     limit_s = config.assembly.incomplete_limit_s
-    asking = {sender.ae_title: sender for sender in config.senders if sender.query_port}
 
     def complete() -> None:
         assembly.sweep(store, wants=wants, limit_s=limit_s, now=clock())
-
-    def ask() -> None:
-        assembly.ask_senders(store, ask=lambda one: _expected(config, one), after_s=config.assembly.ask_sender_after_s, now=clock())
 
     def rescue() -> None:
         with store.begin() as conn:
@@ -73,14 +72,14 @@ def scheduler(config: Config, store: Store, spool: Spool) -> BackgroundScheduler
 
     made = BackgroundScheduler(timezone=UTC, job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": None})
     made.add_job(_spared(complete), "interval", seconds=config.assembly.sweep_s)
-    for sweep, seconds in _of_records(config, store, bundles):
+    for sweep, seconds in _of_records(config, store, bundles) + _of_senders(config, store):
         made.add_job(_spared(sweep), "interval", seconds=seconds)
     made.add_job(_spared(rescue), "interval", seconds=max(1.0, config.run.lease_s / 6))
-    if asking:
-        made.add_job(_spared(ask), "interval", seconds=config.assembly.sweep_s)
     # At once but in the background: with 100 000 files, or peers that are away, it must not delay the first association.
     made.add_job(_spared(lambda: sweep_spool(store, spool), name="clean"), "interval", seconds=SPOOL_SWEEP_S, next_run_time=clock())
     made.add_job(_spared(lambda: _retain(config, store, spool), name="remove"), "interval", seconds=RETAIN_S)
+    if config.receive.verify_mb_per_h > 0:
+        made.add_job(_spared(verifier(store, spool, mb_per_h=config.receive.verify_mb_per_h)), "interval", seconds=VERIFY_S)
     made.add_job(_spared(_certificates(config)), "interval", seconds=CERTIFICATES_S, next_run_time=clock())
     return made
 
@@ -123,6 +122,21 @@ def _of_records(config: Config, store: Store, bundles: Sequence[Bundle]) -> list
     return [(renew, RENEW_S), (expire, EXPIRE_S), *alarms, *views]
 
 
+def _of_senders(config: Config, store: Store) -> list[tuple[Callable[[], None], float]]:
+    """What senders are asked and told, and every how many seconds."""
+    from worker.deliver import commitment
+    from worker.intake import assembly
+
+    def ask() -> None:
+        assembly.ask_senders(store, ask=lambda one: _expected(config, one), after_s=config.assembly.ask_sender_after_s, now=clock())
+
+    def promise() -> None:
+        commitment.report_all(store=store, instances=config.spool / "instances", peer_of=partial(peer_to_report, config), clock=clock)
+
+    asks = [(ask, config.assembly.sweep_s)] if any(sender.query_port for sender in config.senders) else []
+    return asks + ([(promise, PROMISE_S)] if any(sender.commitment_port for sender in config.senders) else [])
+
+
 def _certificates(config: Config) -> Callable[[], None]:
     def certificates() -> None:
         try:
@@ -133,10 +147,29 @@ def _certificates(config: Config) -> Callable[[], None]:
     return certificates
 
 
+def verifier(store: Store, spool: Spool, *, mb_per_h: float) -> Callable[[], None]:
+    """Read stored files again, so many an hour, and tell of each that is not as it came."""
+    share = mb_per_h * 2**20 * VERIFY_S / 3600
+    left = 0.0
+
+    def verify() -> None:
+        nonlocal left
+        left += share
+        if left <= 0:  # an object of a gigabyte takes the time of several turns
+            return
+        size_bytes, faults = consistency.verify(store, spool, budget_bytes=left)
+        left = min(left - size_bytes, 0.0)
+        for one, fault in faults:
+            events.emit("file.damaged", study=one.study_id, file=one.path, reason=f"A stored file is {fault}.")
+
+    return verify
+
+
 def _retain(config: Config, store: Store, spool: Spool) -> None:
     kept = config.retention
     days = {"delivered": kept.delivered_days, "excluded": kept.excluded_days, "failed": kept.failed_days}
-    retain(store, spool, days=days, quarantine_days=kept.quarantine_days, now=clock())
+    committing = [one.name for one in config.destinations if one.commitment]
+    retain(store, spool, days=days, quarantine_days=kept.quarantine_days, committing=committing, now=clock())
 
 
 def _spared(sweep: Callable[[], None], *, name: str = "") -> Callable[[], None]:
@@ -154,17 +187,11 @@ def _spared(sweep: Callable[[], None], *, name: str = "") -> Callable[[], None]:
 
 
 def _expected(config: Config, one: Pending) -> int | None:
-    """Ask the study's sender for its count, if the sender may be asked."""
-    from worker.deliver import cstore
-
-    for sender in config.senders:
-        if sender.ae_title == one.calling_ae and sender.query_port:
-            try:
-                peer = peer_to_ask(sender, host=one.address, own_ae_title=config.receive.ae_title)
-                return cstore.count_instances(peer, study_instance_uid=one.study_instance_uid)
-            except WorkerError as exc:
-                events.emit("sweep.failed", sweep="ask_sender", reason=str(exc))
-    return None
+    try:
+        return count_of(config, one)
+    except WorkerError as exc:
+        events.emit("sweep.failed", sweep="ask_sender", reason=str(exc))
+        return None
 
 
 def sweep_spool(store: Store, spool: Spool) -> None:
@@ -172,13 +199,18 @@ def sweep_spool(store: Store, spool: Spool) -> None:
     consistency.sweep(store, spool, now=clock())
 
 
-def retain(store: Store, spool: Spool, *, days: Mapping[str, int], quarantine_days: int, now: datetime) -> None:
-    """Remove the files that [retention] gives up: `days` by account (store/ledger.py), 0: never. At most `retention.LIMIT` studies."""
+def retain(
+    store: Store, spool: Spool, *, days: Mapping[str, int], quarantine_days: int, committing: Collection[str] = (), now: datetime
+) -> None:
+    """Remove the files that [retention] gives up: `days` by account (store/ledger.py), 0: never. At most `retention.LIMIT` studies.
+
+    `committing` are the destinations that are asked to commit: what they were asked and did not promise keeps its study.
+    """
     before = {account: now - timedelta(days=some) for account, some in days.items() if some > 0}
     gone = {"studies": 0, "files": 0, "size_bytes": 0}
-    for part in retention.due(store, before):
+    for part in retention.due(store, before, committing=committing):
         # The rows first: what a kill leaves is a file too many, which the sweep of the spool finds, never a row too many.
-        paths, marked = retention.mark(store, part, before, now=now)
+        paths, marked = retention.mark(store, part, before, committing=committing, now=now)
         files, size_bytes = spool.remove(paths, written_before=now - consistency.ORPHAN_AGE)
         gone = {"studies": gone["studies"] + marked, "files": gone["files"] + files, "size_bytes": gone["size_bytes"] + size_bytes}
     if quarantine_days > 0:

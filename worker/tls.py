@@ -133,7 +133,7 @@ def client_context(settings: Destination | Sender) -> Credentials | None:
     ConfigError
         A file is missing or is not what it should be.
     """
-    is_wanted = settings.tls if isinstance(settings, Destination) else settings.query_tls
+    is_wanted = settings.tls or settings.stow_url.startswith("https:") if isinstance(settings, Destination) else settings.query_tls
     if not is_wanted:
         return None
     return Credentials(

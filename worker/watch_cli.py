@@ -1,16 +1,17 @@
-"""The verbs that watch an installation: `status` counts, `check` compares spool and database.
+"""The verbs that watch an installation: `status` counts, `check` compares spool, database and archives.
 
-Not here: what is counted (worker/store/), what is compared (consistency.py).
+Not here: what is counted (worker/store/), what is compared (consistency.py, deliver/cstore.py).
 """
 
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime, time, timedelta, tzinfo
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 from rich import box
@@ -18,12 +19,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from worker import __version__, consistency, progress
+from worker import __version__, consistency, peers, progress
+from worker.domain import Document
+from worker.errors import PeerUnavailable
 from worker.record_feeds import clock
-from worker.store import feeds, ledger, queue, studies
+from worker.store import documents, feeds, ledger, queue, studies
 from worker.store.database import Store
 from worker.store.images import StoredFile
 from worker.store.spool import Spool
+
+if TYPE_CHECKING:
+    from worker.deliver.cstore import Peer
 
 out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 
@@ -36,6 +42,8 @@ ConfigFile = Annotated[
 ]
 #: Of studies that no account has, and of reasons, so many are named.
 _NAMED: Final = 20
+#: Between two questions to an archive, which serves radiologists meanwhile.
+PAUSE_S: Final = 0.1
 
 
 def register(app: typer.Typer, opener: Opener) -> None:
@@ -66,19 +74,32 @@ def register(app: typer.Typer, opener: Opener) -> None:
         given: ConfigFile = None,
         with_digests: Annotated[bool, typer.Option("--digests", help="Read every file and compare its sha256, not its size.")] = False,
         is_repair: Annotated[bool, typer.Option("--repair", help="Put back what can be put back.")] = False,
+        with_archives: Annotated[bool, typer.Option("--pacs", help="Ask destinations for our reports, senders for counts.")] = False,
+        days: Annotated[int, typer.Option(min=1, max=36600, help="With --pacs: what was delivered or came in so many days.")] = 7,
     ) -> None:
-        """Do spool and database agree? Exit 1 if something is wrong, and with --repair if something is left that only a resend mends.
+        """Do spool, database and archives agree? Exit 1 if something is wrong, with --repair if something is left.
 
         Each image in the database must have its file, of the size and, with --digests, the sha256 it came with; each file must be an
         image's. --repair takes missing and changed files from quarantine if they are there, puts files that nobody knows into quarantine,
         and queues analyses again that failed for a file that is here now. The daemon may run meanwhile.
+
+        With --pacs each destination is asked by C-FIND, ten times a second, for every report that it took: what it does not find, --repair
+        sends again, the same bytes under the same UIDs. Senders with a query_port are asked how many images their studies have; what they
+        have more than came here is named. It is no fault: archives keep objects that they do not send.
         """
         from worker.ops import log
 
         log.silence()
         settings, store = opener(given)
         spool = Spool(settings.spool, low_water_bytes=settings.receive.low_water_mb * 2**20)
-        if not _check(store, spool, with_digests=with_digests, is_repair=is_repair):
+        is_well = _check(store, spool, with_digests=with_digests, is_repair=is_repair)
+        if with_archives:
+            since = clock() - timedelta(days=days)
+            for destination in settings.destinations:
+                peer = peers.peer_of(destination, own_ae_title=settings.receive.ae_title)
+                is_well &= _check_archive(store, peer, since=since, is_repair=is_repair)
+            _count_at_senders(settings, store, since=since)
+        if not is_well:
             raise typer.Exit(1)
 
 
@@ -111,7 +132,7 @@ def _status(store: Store, spool: Spool, *, as_json: bool) -> None:
 
 def _ledger(store: Store, zone: tzinfo, *, days: int, as_json: bool) -> None:
     today = clock().astimezone(zone).date()
-    midnights = [datetime.combine(today - timedelta(days=ago), time(), tzinfo=zone) for ago in range(days)]
+    midnights = [datetime.combine(today - timedelta(days=ago), datetime.min.time(), tzinfo=zone) for ago in range(days)]
     with store.read() as conn:
         found = ledger.entries(conn, midnights)
         lost = ledger.lost(conn, limit=_NAMED) if any(one.account == ledger.LOST for one in found) else []
@@ -193,11 +214,9 @@ def _check(store: Store, spool: Spool, *, with_digests: bool, is_repair: bool) -
     put = f"{done.restored} files put back from quarantine, {done.quarantined} put into quarantine"
     out.print(f"Repaired: {put}, {done.requeued} analyses queued again.", soft_wrap=True)
     if done.left:
-        numbers = sorted({one.study_id for one, _ in done.left})
-        more = f" and {len(numbers) - _NAMED} more" if len(numbers) > _NAMED else ""
         out.print(
             f"{len(done.left)} files are nowhere: have these studies sent again, then `synoptic check --repair` once more: "
-            f"{', '.join(map(str, numbers[:_NAMED]))}{more}.",
+            f"{_numbers(one.study_id for one, _ in done.left)}.",
             soft_wrap=True,
         )
     return not done.left
@@ -209,3 +228,71 @@ def _print_faults(faults: Sequence[tuple[StoredFile, str]]) -> None:
         out.print(f"Study {study}: {count} files are {fault}.")
     if len(counts) > _NAMED:
         out.print(f"… and of {len(counts) - _NAMED} more.")
+
+
+# --- check --pacs
+
+
+def _check_archive(store: Store, peer: Peer, *, since: datetime, is_repair: bool) -> bool:
+    """Ask a destination for each report that it took; whether it has all, or will be sent what it has not."""
+    from worker.deliver import cstore
+
+    with store.read() as conn:
+        given = documents.delivered(conn, destination=peer.name, since=since)
+    absent: list[Any] = []
+    count, reason = 0, ""
+    try:
+        with progress.bars(err) as bar:
+            found = cstore.find_documents(peer, _loaded(store, given)) if given else ()
+            for one, is_found in zip(given, bar.track(found, len(given), description=f"asking {peer.name}"), strict=True):
+                if is_found is None:
+                    reason = f"{peer.name} does not answer such a query."
+                    break
+                count += 1
+                absent += [] if is_found else [one]
+    except PeerUnavailable as exc:
+        reason = str(exc)
+    out.print(f"{peer.name}: {count - len(absent)} of {count} reports are there.", markup=False, soft_wrap=True)
+    if reason:
+        out.print(f"{len(given) - count} reports were not asked for: {reason}", markup=False, soft_wrap=True)
+    if absent:
+        out.print(f"Not found are reports of the studies {_numbers(one.study_id for one in absent)}.", soft_wrap=True)
+    if absent and is_repair:
+        why = f"{peer.name} does not find the document that it took."
+        with store.begin() as conn:
+            done = [queue.reopen(conn, one.id, reason=why, delay_s=0, now=clock()) for one in absent]
+        out.print(f"{sum(done)} reports are queued again, the same bytes under the same UIDs.")
+    return not reason and (is_repair or not absent)
+
+
+def _loaded(store: Store, given: Sequence[Any]) -> Iterator[Document]:
+    for one in given:
+        with store.read() as conn:
+            document = documents.load(conn, one.document_id)
+        yield document
+        time.sleep(PAUSE_S)
+
+
+def _count_at_senders(settings: Any, store: Store, *, since: datetime) -> None:
+    """Name the studies of which a sender has more than came here and than we reported."""
+    titles = {sender.ae_title for sender in settings.senders if sender.query_port}
+    with store.read() as conn:
+        recent = [one for one in studies.recent(conn, limit=None, since=since) if one.state == "complete" and one.calling_ae in titles]
+    silent = 0
+    with progress.bars(err) as bar:
+        for one in bar.track(recent, description="asking senders"):
+            try:
+                count = peers.count_of(settings, one) if one.calling_ae in titles else None
+            except PeerUnavailable:
+                count, titles = None, titles - {one.calling_ae}  # away: each try would take as long again
+            silent += count is None
+            if count is not None and (more := count - one.instances - one.reports) > 0:
+                out.print(f"Study {one.id}: its sender counts {more} objects more than the {one.instances} that came.")
+            time.sleep(PAUSE_S)
+    if silent:
+        out.print(f"Of {silent} studies the sender gave no count.")
+
+
+def _numbers(several: Iterable[int]) -> str:
+    numbers = sorted(set(several))
+    return ", ".join(map(str, numbers[:_NAMED])) + (f" and {len(numbers) - _NAMED} more" if len(numbers) > _NAMED else "")

@@ -22,17 +22,15 @@ from tests.peers import require_shared
 
 
 @contextmanager
-def receiving(folder: Path, *, processes: int) -> Iterator[Installation]:
-    """Run `synoptic receive` with so many processes on one port."""
-    made = Installation(folder, senders=("BENCH",), processes=processes, quiet_s=3600.0, ask_sender=False)
-    made.write_config()
+def receiving(made: Installation) -> Iterator[Installation]:
+    """Run `synoptic receive` of an installation whose configuration is written."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("SYNOPTIC_")}
     with made.log.open("ab") as log:
         command = [sys.executable, "-m", "worker", "receive", "--config", str(made.config)]
         made.process = subprocess.Popen(command, stdout=log, stderr=log, env=environ, start_new_session=True)
     try:
         wait_until(
-            lambda: sum(one["role"] == "receive" for one in made.events("role.started")) == processes, timeout_s=60, what="receivers"
+            lambda: sum(one["role"] == "receive" for one in made.events("role.started")) == made.processes, timeout_s=60, what="receivers"
         )
         yield made
     finally:
@@ -52,7 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = [sys.executable, str(bench), "--instances", str(given.instances), "--rounds", str(given.rounds)]
         command += ["--associations", *map(str, given.associations)]
         for processes in given.processes:
-            made = stack.enter_context(receiving(Path(root, str(processes)), processes=processes))
+            made = Installation(Path(root, str(processes)), senders=("BENCH",), processes=processes, quiet_s=3600.0, ask_sender=False)
+            made.write_config()
+            stack.enter_context(receiving(made))
             rss = [f"{one['rss_mb']} MB, {one['seconds']} s to ready" for one in made.events("role.started") if one["role"] == "receive"]
             print(f"ours{processes}: {'; '.join(rss)}", flush=True)
             command += ["--target", f"ours{processes}=WORKER@127.0.0.1:{made.port}"]

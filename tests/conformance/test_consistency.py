@@ -13,7 +13,8 @@ from typer.testing import CliRunner, Result
 from tests.conformance.test_ledger import STEP, WANTS, lease
 from tests.conformance.test_retention import OLD, Site
 from tests.conformance.test_store import NOW
-from worker import consistency
+from tests.conftest import Captured
+from worker import consistency, sweeps
 from worker.cli import app
 from worker.errors import StoredFileLost
 from worker.intake import assembly
@@ -188,3 +189,59 @@ def test_pages_leave_out_and_repeat_nothing(site: Checked, monkeypatch: pytest.M
     )
     assert sorted(one.id for one, _ in found.faults) == [1, 2, 3]
     assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+def hourly(size_bytes: float) -> float:
+    """MB an hour that are a little less than so many bytes each turn."""
+    return (size_bytes - 0.1) * 3600 / sweeps.VERIFY_S / 2**20
+
+
+class TestReadAgain:
+    """The daemon's slow sweep: all files in their turn, a restart or not, and no more of them than allowed."""
+
+    @pytest.fixture
+    def sizes(self, site: Checked) -> list[int]:
+        return [path.stat().st_size for path in site.paths()]
+
+    @pytest.mark.requirement("S6")
+    @pytest.mark.requirement("S7")
+    def test_each_file_has_its_turn_and_what_is_wrong_is_told_each_time_round(
+        self, site: Checked, sizes: list[int], captured: Captured
+    ) -> None:
+        changed, missing, _ = site.paths()
+        root = site.spool.root / "instances"
+        whole = changed.read_bytes()
+        changed.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        missing.unlink()
+        told = []
+        for _ in range(6):
+            # A new one each time, as after a restart; three files and the end of the list are a round of four turns.
+            sweeps.verifier(site.store, site.spool, mb_per_h=hourly(sizes[0]))()
+            told.append(len(captured.named("file.damaged")))
+        assert told == [1, 2, 2, 2, 3, 4]
+        facts = {"study": 1, "file": str(missing.relative_to(root)), "reason": "A stored file is missing."}
+        assert captured.named("file.damaged")[1] == facts
+
+    def test_a_large_file_takes_the_time_of_several_turns(self, site: Checked, sizes: list[int], captured: Captured) -> None:
+        for path in site.paths():
+            path.write_bytes(b"damaged")
+        turn = sweeps.verifier(site.store, site.spool, mb_per_h=hourly(sizes[0] / 4))
+        told = []
+        for _ in range(8):
+            turn()
+            told.append(len(captured.named("file.damaged")))
+        assert told == [1, 1, 1, 1, 2, 2, 2, 2]
+
+    def test_a_place_that_a_crash_cut_off_is_the_beginning(self, site: Checked, captured: Captured) -> None:
+        (site.spool.root / "verified").write_bytes(b"")
+        site.paths()[0].unlink()
+        consistency.verify(site.store, site.spool, budget_bytes=1)
+        size_bytes, faults = consistency.verify(site.store, site.spool, budget_bytes=10**9)
+        assert (size_bytes > 0, faults) == (True, ())
+
+    def test_what_retention_took_is_no_damage(self, site: Checked) -> None:
+        for path in site.paths():
+            path.unlink()
+        with site.store.begin() as conn:
+            conn.execute(sa.update(schema.instance).values(removed_at=NOW))
+        assert consistency.verify(site.store, site.spool, budget_bytes=10**9) == (0, ())

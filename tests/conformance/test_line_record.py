@@ -32,7 +32,7 @@ from worker.domain import (
     PatientKey,
     RecordUpdate,
 )
-from worker.errors import PatientConflict, RecordError, RecordIncomplete, RecordPending, Snooze
+from worker.errors import PatientConflict, RecordError, RecordIncomplete, RecordPending, ReportInvalid, Snooze
 from worker.fingerprint import digest
 from worker.infer import Model
 from worker.intake import assembly
@@ -242,6 +242,52 @@ def test_a_record_of_somebody_else_stops_the_study_unless_the_site_says_otherwis
     spared = line(store, bundle, must_agree=tuple({"birth_date", "sex", "name"} - set(told)))
     (again,) = pipeline.each(spared, pipeline.gather, [pipeline.Case(lease(store))])
     assert again.error is None
+
+
+@pytest.mark.requirement("L11")
+@pytest.mark.parametrize("told", [{"birth_date": "19000101"}, {"sex": "M"}, {"name": "Hopper^Grace"}])
+@pytest.mark.parametrize("when", ["before", "while it is analysed"])
+def test_where_images_and_record_differ_nothing_is_sent_and_it_is_said(
+    store: Store, bundle: Bundle, captured: Captured, told: dict[str, str], when: str
+) -> None:
+    study_id, other = receive(store), replace(ADA, **told)  # type: ignore[arg-type]
+    if when == "before":
+        tell(store, other)
+        analyze(store, bundle)
+    else:
+        tell(store)
+        door = line(store, bundle)
+        (case,) = pipeline.each(door, pipeline.gather, [pipeline.Case(lease(store))])
+        tell(store, other, now=NOW + timedelta(seconds=1))
+        pipeline.settle(door, reported(case))
+    nothing_is_sent(store, study_id, captured, "differ")
+
+
+@pytest.mark.requirement("L9")
+@pytest.mark.requirement("L11")
+@pytest.mark.parametrize("error", [ReportInvalid("The report breaks a rule."), PatientConflict("The report breaks a rule.")])
+def test_a_report_that_may_not_be_sent_is_filed_nowhere_and_it_is_said(
+    store: Store, bundle: Bundle, captured: Captured, error: Exception
+) -> None:
+    def refused(_line: pipeline.Line, _case: pipeline.Case) -> pipeline.Case:
+        raise error
+
+    study_id = receive(store)
+    tell(store)
+    door = line(store, bundle)
+    (case,) = pipeline.each(door, pipeline.gather, [pipeline.Case(lease(store))])
+    (case,) = pipeline.each(door, refused, [case])
+    pipeline.settle(door, case)
+    nothing_is_sent(store, study_id, captured, "breaks a rule")
+
+
+def nothing_is_sent(store: Store, study_id: int, captured: Captured, reason: str) -> None:
+    """No document, no delivery, a dead letter, and a line in the log with its reason."""
+    assert filed(store, study_id) == []
+    with store.read() as conn:
+        assert queue.counts(conn) == {("infer", "discarded"): 1}
+    (said,) = captured.named("job.discarded")
+    assert reason in str(said["reason"])
 
 
 OTHER_DAY = replace(ADA, birth_date="19000101")

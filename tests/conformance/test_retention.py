@@ -20,7 +20,7 @@ from tests.scu import CT, EXPLICIT
 from worker import consistency, sweeps
 from worker.domain import Patient, Received
 from worker.intake import assembly
-from worker.store import history, ledger, queue, retention, schema, studies
+from worker.store import commitments, history, ledger, queue, retention, schema, studies
 from worker.store.database import Store
 from worker.store.spool import Spool
 
@@ -141,6 +141,37 @@ class TestRetention:
         site.retain(now=NOW + 3650 * DAY)
         assert site.files() == before == site.kept_rows()
 
+    def test_what_an_archive_was_asked_to_commit_to_stays_until_it_does(self, site: Site) -> None:
+        """A query that finds the report is no promise; of several questions about one delivery the last counts."""
+        site.receive(1)
+        site.analyse(is_delivered=False)
+        (job,) = lease(site.store, "deliver", NOW + STEP)
+        delivered(site.store, job, "report", NOW + STEP)
+
+        def ask(state: str) -> None:
+            with site.store.begin() as conn:
+                commitments.ask(conn, job, transaction_uid=f"2.25.{state.encode().hex()}", wait_s=1, now=NOW)
+                said = sa.update(schema.commitment).where(schema.commitment.c.state == "asked")
+                conn.execute(said.values(state=state))
+
+        for state in ("asked", "unproven", "found"):
+            ask(state)
+            sweeps.retain(site.store, site.spool, days=DAYS, quarantine_days=0, committing=[job.destination], now=LATER)
+            assert site.files() == 1, state
+        ask("committed")
+        sweeps.retain(site.store, site.spool, days=DAYS, quarantine_days=0, committing=[job.destination], now=LATER)
+        assert site.files() == 0
+
+    def test_who_is_not_asked_to_commit_any_more_owes_no_promise(self, site: Site) -> None:
+        site.receive(1)
+        site.analyse(is_delivered=False)
+        (job,) = lease(site.store, "deliver", NOW + STEP)
+        delivered(site.store, job, "report", NOW + STEP)
+        with site.store.begin() as conn:
+            commitments.ask(conn, job, transaction_uid="2.25.1", wait_s=1, now=NOW)
+        site.retain()
+        assert site.files() == 0
+
     @pytest.mark.parametrize(("account", "modality", "verdict"), [("excluded", "US", ""), ("failed", "CT", "discard")])
     def test_excluded_and_failed_studies_go_by_their_own_days(self, site: Site, account: str, modality: str, verdict: str) -> None:
         site.receive(1, modality=modality)
@@ -181,7 +212,7 @@ class TestKilled:
         site.receive(1)
         site.receive(2)
         site.analyse()
-        paths, marked = retention.mark(site.store, [1], {"delivered": LATER - 30 * DAY}, now=LATER)
+        paths, marked = retention.mark(site.store, [1], {"delivered": LATER - 30 * DAY}, committing=(), now=LATER)
         assert (marked, site.files(), site.kept_rows()) == (1, 2, 0)
         return paths
 
@@ -203,7 +234,7 @@ class TestKilled:
         site.analyse()
         with site.store.begin() as conn:
             conn.execute(sa.update(schema.study).values(hold="meanwhile"))
-        assert retention.mark(site.store, [1], {"delivered": LATER}, now=LATER) == ([], 0)
+        assert retention.mark(site.store, [1], {"delivered": LATER}, committing=(), now=LATER) == ([], 0)
         assert site.kept_rows() == 1
 
     def test_an_image_sent_again_before_its_old_file_went_stays(self, site: Site) -> None:

@@ -25,7 +25,7 @@ from tests.integration.test_cstore import make_document
 from tests.peers import ScriptedPacs, free_port, orthanc
 from tests.receivers import Receiver, receiving
 from tests.scu import CT, DEFLATED, EXPLICIT, P_DATA, command_set, encoded, pdu, pdv, slice_of
-from worker import roles, view
+from worker import reception, roles, view
 from worker.config import Config, Destination
 from worker.deliver import commitment
 from worker.deliver.association import Peer
@@ -132,7 +132,7 @@ class Site:
         """Our receiver, which takes reports of SCRIPTED and TESTPACS and lets STRANGER in too."""
 
         def take(said: CommitmentReport, archive: Caller) -> str:
-            return roles.take_report(config, store or self.store, said, archive)
+            return reception.take_report(config, store or self.store, said, archive)
 
         pacs = [Destination(name="pacs", ae_title=title, host="127.0.0.1", port=1, commitment=True) for title in ("SCRIPTED", "TESTPACS")]
         config = Config(destinations=tuple(pacs))
@@ -144,7 +144,7 @@ class Site:
 def site(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
     """One study, nothing to send yet; the receiver's clock is the site's."""
     made = Site(store, tmp_path)
-    monkeypatch.setattr(roles, "clock", lambda: made.now)
+    monkeypatch.setattr(reception, "clock", lambda: made.now)
     return made
 
 
@@ -478,8 +478,8 @@ def event_report_command() -> bytes:
 
 
 @pytest.mark.parametrize(("scp_role", "takes"), [(False, True), (True, False)])
-def test_a_caller_that_wants_us_to_commit_is_offered_nothing(tmp_path: Path, *, scp_role: bool, takes: bool) -> None:
-    """Without the role of SCP it would ask, and we do not answer; and no site gets a door it did not ask for."""
+def test_a_caller_that_may_not_ask_or_is_not_to_report_is_offered_nothing(tmp_path: Path, *, scp_role: bool, takes: bool) -> None:
+    """Without the role of SCP it would ask, which needs `commits_to` (test_promises.py); and no site gets a door it did not ask for."""
     ae = AE("SENDER")
     ae.add_requested_context(STORAGE_COMMITMENT)
     role = build_role(STORAGE_COMMITMENT, scu_role=not scp_role, scp_role=scp_role)
@@ -550,6 +550,7 @@ def test_an_archive_that_is_never_heard_again_is_queried_by_the_role_itself(
 ) -> None:
     """The delivering thread looks between two leases."""
     monkeypatch.setattr(roles, "clock", lambda: datetime.now(UTC))
+    monkeypatch.setattr(reception, "clock", lambda: datetime.now(UTC))
     monkeypatch.setattr(roles, "LOOK_S", 0.05)
     (uid,) = site.add()
     stop = threading.Event()

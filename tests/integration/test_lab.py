@@ -47,7 +47,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, cohort: Path, cache: Path) 
     shutil.copytree(ROOT / "models" / "bundles" / "phantom", folder, ignore=shutil.ignore_patterns("checkpoint.pt"))
     text = (folder / "bundle.toml").read_text("utf-8")
     text = text.replace("epochs = 24", 'epochs = 2\nstages = "frozen"').replace("size = [32, 24, 22]", "size = [18, 16, 16]")
-    (folder / "bundle.toml").write_text(text.replace("spacing_mm = [9.0, 9.0, 9.0]", "spacing_mm = [16, 14, 13]"), "utf-8")
+    text = text.replace("spacing_mm = [9.0, 9.0, 9.0]", "spacing_mm = [16, 14, 13]").replace("words = 96", "words = 24")
+    (folder / "bundle.toml").write_text(text, "utf-8")
     (folder / "bundle.toml").chmod(0o640)
     done = run("train", "--bundle", folder, "--cohort", cohort, "--cache", cache)
     assert done.exit_code == 0, done.output
@@ -90,16 +91,21 @@ def test_every_study_is_predicted_with_verdict_and_modalities_and_without_labels
     assert all(0 < float(row["probability"]) < 1 and row["verdict"] in {"positive", "negative", "uncertain"} for row in rows)
 
 
-@pytest.mark.timeout(900)  # three trainings and 150 baselines
+@pytest.mark.timeout(900)  # three folds of ten networks and 23 baselines
 def test_an_evaluation_has_every_row_an_interval_a_page_and_goes_on_where_it_stopped(
     bundle: Path, cohort: Path, cache: Path, tmp_path: Path
 ) -> None:
+    bundle = shutil.copytree(bundle, tmp_path / "one")
+    text = (bundle / "bundle.toml").read_text("utf-8")  # of one finding: each of the baselines is learned for each
+    (bundle / "bundle.toml").write_text(re.sub(r'\[\[findings\]\]\nname = "large_nodule".*?(?=\n\[)', "", text, flags=re.DOTALL), "utf-8")
+    assert [finding.name for finding in Bundle.read(bundle).findings] == ["suspicious_nodule"]
+    to = tmp_path / "judged"
     size = ("--folds", 2, "--repeats", 1, "--processes", 2)
-    words = ("evaluate", "--bundle", bundle, "--cohort", cohort, "--cache", cache, "--out", tmp_path, *size)
+    words = ("evaluate", "--bundle", bundle, "--cohort", cohort, "--cache", cache, "--out", to, *size)
     before = Bundle.read(bundle).digest
     done = run(*words, "--fusions", "tokens,late_mean", "--card")
     assert done.exit_code == 0, done.output
-    results = json.loads((tmp_path / "evaluation.json").read_text("utf-8"))
+    results = json.loads((to / "evaluation.json").read_text("utf-8"))
     names = {row["name"] for row in results["rows"]}
     assert {"tokens", "late_mean", "image alone", "values alone", "text alone", "late stack of single networks"} <= names
     assert {"values: random forest", "image features: SVM", "both: logistic regression"} <= names
@@ -108,17 +114,17 @@ def test_an_evaluation_has_every_row_an_interval_a_page_and_goes_on_where_it_sto
         if row["metrics"]["auroc"] is not None:
             value, low, high = row["metrics"]["auroc"]
             assert low is None or low <= value <= high
-    assert "<svg" in (tmp_path / "evaluation.html").read_text("utf-8")
+    assert "<svg" in (to / "evaluation.html").read_text("utf-8")
     assert "Intended use" in (bundle / "README.md").read_text("utf-8")
     assert Bundle.read(bundle).digest == before, "judging changes nothing"
-    folds = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npz")}
+    folds = {path: path.stat().st_mtime_ns for path in to.rglob("*.npz")}
     assert len(folds) == 2
     next(iter(folds)).unlink()
     again = run(*words, "--fusions", "tokens,late_mean")
     assert again.exit_code == 0
-    repeated = json.loads((tmp_path / "evaluation.json").read_text("utf-8"))
+    repeated = json.loads((to / "evaluation.json").read_text("utf-8"))
     assert repeated["rows"] == results["rows"], "a fold done again says the same"
-    assert sum(path.stat().st_mtime_ns == folds[path] for path in tmp_path.rglob("*.npz")) == 1
+    assert sum(path.stat().st_mtime_ns == folds[path] for path in to.rglob("*.npz")) == 1
 
 
 def test_too_few_studies_are_no_ground_for_new_verdicts(bundle: Path, cohort: Path, cache: Path) -> None:

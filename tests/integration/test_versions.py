@@ -81,6 +81,7 @@ def test_files_imported_twice_are_one_study_one_record_and_no_report_more(tmp_pa
     assert "C reactive protein" in shown
 
 
+@pytest.mark.requirement("Q5")
 def test_the_same_input_makes_the_same_bytes(tmp_path: Path, shared: Path) -> None:
     """Retried by an operator, the job writes the very object it wrote before: same UID, same digest."""
     installation = Installation(tmp_path / "worker", bundles=("cxr-severity",), quiet_s=0.5, processes=1)

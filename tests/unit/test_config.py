@@ -40,6 +40,7 @@ def test_the_example_shows_every_key_with_its_default() -> None:
 
 
 COMMITTING = "[[destinations]]\nname = 'pacs'\nae_title = 'P'\nhost = 'h'\nport = 1\ncommitment = true\n"
+STOW = "[[destinations]]\nname = 'web'\nstow_url = '{}'\n"
 
 
 @pytest.mark.parametrize(
@@ -49,7 +50,16 @@ COMMITTING = "[[destinations]]\nname = 'pacs'\nae_title = 'P'\nhost = 'h'\nport 
         ("[receive]\nprot = 1", "Unknown key 'prot' in [receive]. Did you mean 'port'?"),
         ('[receive]\nport = "eleven"', "receive.port must be a whole number, not text in quotes."),
         ('[receive]\nae_title = "MUCH-TOO-LONG-A-TITLE"', "is no AE title"),
-        ("[[destinations]]\nname = 'x'", "[destinations] needs the key 'ae_title'."),
+        ("[[destinations]]\nname = 'x'", "destinations x needs ae_title, host and port, or stow_url."),
+        (STOW.format("http://pacs.example/studies"), "stow_url must begin with https://"),
+        (STOW.format("https://user:secret@pacs/studies"), "user name and password belong in stow_secret"),
+        (STOW.format("https://pacs/dicom-web"), "stow_url must end with /studies"),
+        (STOW.format("https://[pacs/studies"), "stow_url must begin with https://"),
+        (STOW.format("https://pacs:99999/studies"), "stow_url must begin with https://"),
+        (STOW.format("https://pacs/studies") + "commitment = true", "with stow_url there is no ae_title, host, port or commitment"),
+        (STOW.format("https://pacs/studies") + "stow_secret = 'a\\nb'".replace("'", '"'), "printable ASCII"),
+        (STOW.format("http://localhost/studies") + "tls_ca = 'x'", "the connection would be plain"),
+        (COMMITTING.replace("commitment = true", "stow_secret = 'x'"), "stow_secret without stow_url"),
         ('[site]\ntimezone = "Mars/Olympus"', "there is no zone 'Mars/Olympus'"),
         ('[records]\naddresses = ["his.local"]', "is no IP address or network"),
         ("[records]\nmax_connections = 0", "records.max_connections is at least 1"),
@@ -94,3 +104,13 @@ def test_zones_are_names_or_fixed_offsets() -> None:
     assert str(config.parse_zone("+01:00")) == "UTC+01:00"
     with pytest.raises(ConfigError, match="no offset"):
         config.parse_zone("+1")
+
+
+def test_the_environment_reaches_an_entry_of_a_list_by_its_name(tmp_path: Path) -> None:
+    """A secret of one destination must not have to be in the file."""
+    text = STOW.format("https://pacs/studies") + STOW.format("https://pacs/studies").replace("'web'", "'web-2'")
+    found = read(tmp_path, text, SYNOPTIC_DESTINATIONS__WEB_2__STOW_SECRET="t0ken", SYNOPTIC_DESTINATIONS__WEB__TIMEOUT_S="7")
+    assert [(one.stow_secret, one.timeout_s) for one in found.destinations] == [("", 7.0), ("t0ken", 30.0)]
+    for name in ("NOBODY__STOW_SECRET", "WEB"):
+        with pytest.raises(ConfigError, match="NAME that of one of its entries"):
+            read(tmp_path, text, **{f"SYNOPTIC_DESTINATIONS__{name}": "x"})

@@ -22,7 +22,7 @@ from pydicom.uid import (
 
 from tests import factories
 from tests.decoders import read, refused
-from worker import doctor, events, roles
+from worker import doctor, events, reception
 from worker.errors import DecoderDied, GeometryError, PixelError, StoredFileLost, WorkerError
 from worker.imaging import child, decoding
 from worker.imaging.codecs import CODECS, NOT_OFFERED, decodable_transfer_syntaxes, unloadable, why_not_decoded
@@ -124,7 +124,7 @@ def test_a_receiver_says_at_start_what_it_cannot_load_and_receives_the_rest(
     heard: list[str] = []
     monkeypatch.setattr(decoding, "codec_versions", asked)
     monkeypatch.setattr(events, "_listeners", [lambda name, facts: heard.append(f"{name}: {facts['reason']}")])
-    offered = decodable_transfer_syntaxes(roles._loadable_codecs())
+    offered = decodable_transfer_syntaxes(reception._loadable_codecs())
     (sentence,) = heard
     if isinstance(versions, DecoderDied):
         assert sentence == "codec.missing: It is not known which decoders can be loaded. It ended."

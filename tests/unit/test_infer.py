@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from safetensors.torch import load, save
 
 from models.bundle import Bundle, settle
@@ -35,7 +34,7 @@ from worker.domain import (
     Volume,
 )
 from worker.errors import BundleError, DeviceOutOfMemory, GeometryError, PixelError
-from worker.infer import Model, Prepared, places, verdict
+from worker.infer import Model, Prepared, Raw, places, verdict
 from worker.inputs import Spec, select_inputs
 from worker.intake.hl7 import parse
 
@@ -163,10 +162,10 @@ def test_weights_that_answer_nonsense_are_refused_not_reported(folder: Path, tmp
 class Undecided(Model):
     """A model that gives no number for the second study of a batch."""
 
-    def _forward(self, sample: Sample) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
-        logits, shares, far = super()._forward(sample)
-        logits[1:2, 0] = np.nan
-        return logits, shares, far
+    def _forward(self, sample: Sample) -> Raw:
+        raw = super()._forward(sample)
+        raw.logits[1:2, 0] = np.nan
+        return raw
 
 
 def test_an_output_that_is_no_number_costs_its_own_study_only(folder: Path) -> None:
@@ -240,7 +239,7 @@ class Cramped(Model):
 
     room = 99
 
-    def _forward(self, sample: Sample) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
+    def _forward(self, sample: Sample) -> Raw:
         if len(sample["image_mask"]) > self.room:
             raise torch.OutOfMemoryError("full")
         return super()._forward(sample)

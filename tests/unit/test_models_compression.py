@@ -126,7 +126,7 @@ def test_an_exported_program_answers_the_same_for_any_number_of_studies(
     network: FusionNetwork, studies: list[Labeled], tmp_path: Path
 ) -> None:
     batch = collate([s.sample for s in studies])
-    compression.export_program(network, studies[0].sample, tmp_path / "network.pt2")
+    compression.export_program(compression.exported(network, studies[0].sample), tmp_path / "network.pt2")
     program = torch.export.load(tmp_path / "network.pt2").module()
     for count in (1, 2, 6):
         tensors: list[Tensor] = [batch[key][:count] for key in sorted(batch)]
@@ -138,7 +138,8 @@ def test_an_onnx_file_answers_the_same_in_another_runtime(network: FusionNetwork
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     batch = collate([s.sample for s in studies])
-    compression.export_onnx(network, studies[0].sample, tmp_path / "network.onnx")
+    sample = studies[0].sample
+    compression.export_onnx(compression.exported(network, sample), sample, tmp_path / "network.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "network.onnx")
     (logits,) = session.run(None, {one.name: batch[one.name].numpy() for one in session.get_inputs()})
     torch.testing.assert_close(torch.from_numpy(logits), network(batch), atol=1e-4, rtol=0)

@@ -12,8 +12,8 @@ from worker import roles
 from worker.config import Config, Site
 from worker.domain import Header, Patient, PatientKey
 from worker.intake.header import InstanceRefused, read_header
+from worker.reception import study_time
 from worker.record_feeds import identified
-from worker.roles import study_time
 
 EAST = timezone(timedelta(hours=1))
 

@@ -15,7 +15,7 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BytesIO
 from types import TracebackType
 from typing import Final, Self
@@ -55,6 +55,8 @@ class Peer:
     ``read_back`` off is for archives without C-FIND: Success alone then counts as delivered.
     ``tls`` gives the context for a new connection; with it nothing is ever sent in the clear. The peer's certificate
     must be for ``tls_server_name``, or where that is empty for ``host``.
+    With a ``stow_url`` it is called by DICOMweb there (stow.py), ``authorization`` is the header's value, and nothing here has a meaning
+    but name, host, port, time-out, read-back and TLS.
     """
 
     name: str
@@ -66,6 +68,8 @@ class Peer:
     read_back: bool = True
     tls: Callable[[], ssl.SSLContext] | None = None
     tls_server_name: str = ""
+    stow_url: str = ""
+    authorization: str = field(default="", repr=False)
 
 
 def connect(peer: Peer) -> socket.socket:
@@ -100,8 +104,8 @@ def connect(peer: Peer) -> socket.socket:
     return sock
 
 
-def associate(peer: Peer, proposals: Sequence[tuple[str, Sequence[str]]]) -> Association:
-    """Connect and negotiate; `proposals` pairs each abstract syntax with transfer syntaxes.
+def associate(peer: Peer, proposals: Sequence[tuple[str, Sequence[str]]], *, scp_of: Sequence[str] = ()) -> Association:
+    """Connect and negotiate; `proposals` pairs each abstract syntax with transfer syntaxes. Of `scp_of` we are the SCP, of the others SCU.
 
     Raises
     ------
@@ -111,7 +115,7 @@ def associate(peer: Peer, proposals: Sequence[tuple[str, Sequence[str]]]) -> Ass
     """
     association = Association(connect(peer), peer)
     try:
-        association.negotiate(proposals)
+        association.negotiate(proposals, scp_of=scp_of)
     except PeerUnavailable as error:
         raise PeerUnreachable(str(error)) from error
     return association
@@ -151,12 +155,13 @@ class Association:
         ids = (self._contexts.get((sop_class_uid, syntax)) for syntax in transfer_syntaxes)
         return next((context_id for context_id in ids if context_id is not None), None)
 
-    def negotiate(self, proposals: Sequence[tuple[str, Sequence[str]]]) -> None:
+    def negotiate(self, proposals: Sequence[tuple[str, Sequence[str]]], *, scp_of: Sequence[str] = ()) -> None:
         """Send the A-ASSOCIATE-RQ and take in the answer (PS3.8 §7.1). Done by `associate`."""
         deadline = time.monotonic() + self._peer.timeout_s
         proposed = {2 * k + 1: proposal for k, proposal in enumerate(proposals)}
         called, calling = self._peer.ae_title, self._peer.own_ae_title
-        self._write(wire.request_pdu(called=called, calling=calling, proposals=proposed, max_pdu=_MAX_PDU_RECEIVED), deadline)
+        request = wire.request_pdu(called=called, calling=calling, proposals=proposed, max_pdu=_MAX_PDU_RECEIVED, scp_of=scp_of)
+        self._write(request, deadline)
         kind, pdu = self._read_pdu(deadline)
         if kind not in (wire.ASSOCIATE_AC, wire.ASSOCIATE_RJ):
             raise self._lost(wire.unexpected(kind))
@@ -222,19 +227,19 @@ class Association:
             except Exception as error:  # pydicom raises whatever hostile bytes make it raise
                 raise self._lost("answered a query with something that cannot be decoded") from error
 
-    def action(self, sop_class_uid: str, sop_instance_uid: str, action_type: int, *, data: bytes, context_id: int) -> Response:
-        """N-ACTION (PS3.7 §10.1.4); `data` is the Action Information, encoded for the context."""
+    def normalized(self, field: int, sop_class_uid: str, sop_instance_uid: str, type_id: int, *, data: bytes, context_id: int) -> Response:
+        """N-ACTION or N-EVENT-REPORT (PS3.7 §10.1.4, §10.1.1); `data` is the Action or Event Information, encoded for the context."""
         deadline = time.monotonic() + self._peer.timeout_s
         self._send(
             context_id,
-            wire.N_ACTION,
+            field,
             deadline,
             sop_class_uid=sop_class_uid,
             sop_instance_uid=sop_instance_uid,
             data=data,
-            action_type=action_type,
+            type_id=type_id,
         )
-        return self._response(wire.N_ACTION, deadline)[0]
+        return self._response(field, deadline)[0]
 
     def release(self) -> None:
         """Say goodbye (PS3.8 §7.2). Nothing that goes wrong here changes an answer already given."""
@@ -275,7 +280,7 @@ class Association:
         sop_class_uid: str,
         sop_instance_uid: str = "",
         data: bytes | memoryview = b"",
-        action_type: int = 0,
+        type_id: int = 0,
     ) -> None:
         """Send one request; a small one, command and data, leaves in one packet."""
         self._message_id = self._message_id % 0xFFFF + 1
@@ -284,7 +289,7 @@ class Association:
             sop_class_uid=sop_class_uid,
             message_id=self._message_id,
             sop_instance_uid=sop_instance_uid,
-            action_type=action_type,
+            type_id=type_id,
         )
         ready = bytearray()
         for pdu in wire.data_pdus(context_id, command, data, max_fragment=self._max_fragment):

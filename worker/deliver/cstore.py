@@ -15,13 +15,13 @@ found, other patient      PatientConflict: a person must look
 no association            PeerUnavailable, permanent rejections too: somebody will mend the AE title
 ========================  =============================================================================
 
-Not here: STOW-RS, storage commitment (commitment.py), jobs (send.py).
+Not here: STOW-RS, which is judged by the same table (stow.py), storage commitment (commitment.py), jobs (send.py).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from io import BytesIO
 from typing import Final
@@ -35,7 +35,23 @@ from worker.deliver.wire import EncodedObject, Response, open_file
 from worker.domain import Document
 from worker.errors import NotReadBack, PatientConflict, PeerRefused, PeerUnavailable, WorkerError
 
-__all__ = ["NO_RESPONSE", "Outcome", "Peer", "count_instances", "echo", "find_document", "find_instance", "send"]
+__all__ = [
+    "MAX_LOST",
+    "NO_RESPONSE",
+    "Outcome",
+    "Parcel",
+    "Peer",
+    "count_instances",
+    "echo",
+    "find_document",
+    "find_documents",
+    "find_instance",
+    "is_warning",
+    "judged",
+    "misfiled",
+    "open_document",
+    "send",
+]
 
 #: Stands in `Outcome.status` where the peer gave none; no DICOM status has this value.
 NO_RESPONSE: Final = 0xFFFF
@@ -51,8 +67,8 @@ _WARNINGS: Final = {
     0xB006: "elements discarded",
     0xB007: "data set does not match SOP class",
 }
-#: Two associations lost in one call are the peer's fault, not a document's: the rest waits.
-_MAX_LOST: Final = 2
+#: Two associations (or answers) lost in one call are the peer's fault, not a document's: the rest waits.
+MAX_LOST: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +87,8 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
-class _Parcel:
-    """A document opened as far as sending and finding it again needs."""
+class Parcel:
+    """A document opened as far as sending and finding it again needs; `keys` are those of a query at level IMAGE."""
 
     item: EncodedObject
     file: bytes
@@ -86,7 +102,7 @@ def send(documents: Sequence[Document], *, peer: Peer) -> list[Outcome]:
     A document's failure is its own, unless the peer is gone: then the rest are outcomes of
     PeerUnavailable. Each step is bounded by ``peer.timeout_s``, and a call loses at most two associations.
     """
-    parcels = [_open(document) for document in documents]
+    parcels = [open_document(document) for document in documents]
     proposals = _proposals([parcel.item for parcel in parcels])
     outcomes: list[Outcome] = []
     line: Association | None = None
@@ -94,13 +110,13 @@ def send(documents: Sequence[Document], *, peer: Peer) -> list[Outcome]:
     try:
         for parcel in parcels:
             uid = parcel.item.sop_instance_uid
-            if len(lost) >= _MAX_LOST:
+            if len(lost) >= MAX_LOST:
                 outcomes.append(Outcome(uid, error=lost[-1]))
                 continue
             try:
                 line = line if line and line.is_open else associate(peer, proposals)
             except PeerUnavailable as error:
-                lost = [error] * _MAX_LOST
+                lost = [error] * MAX_LOST
                 outcomes.append(Outcome(uid, error=error))
                 continue
             outcome = _deliver(line, parcel, peer=peer)
@@ -146,7 +162,8 @@ def count_instances(peer: Peer, *, study_instance_uid: str) -> int | None:
         No association, or no answer in time.
     """
     keys = {"QueryRetrieveLevel": "STUDY", "StudyInstanceUID": study_instance_uid, "NumberOfStudyRelatedInstances": ""}
-    answers = _query(peer, keys)
+    with associate(peer, [(STUDY_ROOT_FIND, NATIVE)]) as line:
+        answers = _answers(line, keys)
     counts = [a["NumberOfStudyRelatedInstances"] for a in answers or () if a["StudyInstanceUID"] == study_instance_uid]
     return int(counts[0]) if len(counts) == 1 and counts[0].isdecimal() else None
 
@@ -164,35 +181,52 @@ def find_instance(peer: Peer, *, study_instance_uid: str, series_instance_uid: s
 
 def find_document(peer: Peer, document: Document) -> bool | None:
     """Ask whether the peer has a document of ours; as `find_instance`."""
-    return _find(peer, _open(document).keys)
+    return _find(peer, open_document(document).keys)
+
+
+def find_documents(peer: Peer, documents: Iterable[Document]) -> Iterator[bool | None]:
+    """Ask for one document after the other, each when its answer is wanted, over one association; as `find_instance`."""
+    with associate(peer, [(STUDY_ROOT_FIND, NATIVE)]) as line:
+        for document in documents:
+            yield _asked(line, open_document(document).keys)
 
 
 def _find(peer: Peer, keys: Mapping[str, str]) -> bool | None:
-    answers = _query(peer, keys)
+    with associate(peer, [(STUDY_ROOT_FIND, NATIVE)]) as line:
+        return _asked(line, keys)
+
+
+def _asked(line: Association, keys: Mapping[str, str]) -> bool | None:
+    answers = _answers(line, keys)
     return None if answers is None else any(_is_same(answer, keys) for answer in answers)
 
 
-def _deliver(line: Association, parcel: _Parcel, *, peer: Peer) -> Outcome:
+def _deliver(line: Association, parcel: Parcel, *, peer: Peer) -> Outcome:
     uid = parcel.item.sop_instance_uid
     try:
         response, note = _store(line, parcel, peer=peer)
     except (PeerUnavailable, PeerRefused) as error:
         return Outcome(uid, error=error)
-    status = response.status
+    outcome = judged(uid, response, note=note, peer=peer)
+    return _confirm(line, parcel, outcome, peer=peer) if peer.read_back and outcome.delivered else outcome
+
+
+def judged(sop_instance_uid: str, response: Response, *, note: str = "", peer: Peer) -> Outcome:
+    """What a status means, by the table above; without an error it is stored, as far as the peer says. `note` goes into the warning."""
+    uid, status = sop_instance_uid, response.status
     blamed = f" at {', '.join(response.offending)}" if response.offending else ""
     if status in _REFUSALS or status >> 8 == 0xA9 or status >> 12 == 0xC:
         return Outcome(uid, status, error=PeerRefused(f"{peer.name} refuses the object with 0x{status:04X}{blamed}."))
     if status == _DUPLICATE:
         note = "; ".join(filter(None, (note, "0x0111: an object with this UID was there before")))
-    elif status in _WARNINGS or status >> 12 == 0xB:
+    elif is_warning(status):
         note = "; ".join(filter(None, (note, f"0x{status:04X}: {_WARNINGS.get(status, 'a warning')}{blamed}")))
     elif status != 0:
         return Outcome(uid, status, error=PeerUnavailable(f"{peer.name} cannot store now: 0x{status:04X}{blamed}."))
-    outcome = Outcome(uid, status, note)
-    return _confirm(line, parcel, outcome, peer=peer) if peer.read_back else outcome
+    return Outcome(uid, status, note)
 
 
-def _store(line: Association, parcel: _Parcel, *, peer: Peer) -> tuple[Response, str]:
+def _store(line: Association, parcel: Parcel, *, peer: Peer) -> tuple[Response, str]:
     """C-STORE the bytes as they are; in Implicit VR only for a peer that takes nothing else."""
     item, note = parcel.item, ""
     context_id = line.context(item.sop_class_uid, [item.transfer_syntax_uid])
@@ -207,7 +241,7 @@ def _store(line: Association, parcel: _Parcel, *, peer: Peer) -> tuple[Response,
     return line.store(item, context_id), note
 
 
-def _confirm(line: Association, parcel: _Parcel, outcome: Outcome, *, peer: Peer) -> Outcome:
+def _confirm(line: Association, parcel: Parcel, outcome: Outcome, *, peer: Peer) -> Outcome:
     """Turn an outcome into one that a query agrees with."""
     if line.context(STUDY_ROOT_FIND, NATIVE) is None:
         return replace(outcome, error=NotReadBack(f"{peer.name} does not accept C-FIND, so nothing proves that it kept the object."))
@@ -220,15 +254,23 @@ def _confirm(line: Association, parcel: _Parcel, outcome: Outcome, *, peer: Peer
         _, studies = line.find(study)
     except PeerUnavailable as error:
         return replace(outcome, error=error)
-    patient_ids = {answer["PatientID"] for answer in studies if answer["PatientID"]}
-    if parcel.patient_id and patient_ids and parcel.patient_id not in patient_ids:
-        conflict = PatientConflict(f"{peer.name} has the object, but files its study under another patient ID than the object's.")
-        return replace(outcome, error=conflict)
-    return outcome
+    return replace(outcome, error=misfiled(parcel, {answer["PatientID"] for answer in studies}, peer=peer))
+
+
+def is_warning(status: int) -> bool:
+    """Whether a status says stored, but."""
+    return status in _WARNINGS or status >> 12 == 0xB
+
+
+def misfiled(parcel: Parcel, patient_ids: Set[str], *, peer: Peer) -> PatientConflict | None:
+    """An error where a peer keeps the document's study under other patient IDs than the document's."""
+    if not parcel.patient_id or not (patient_ids - {""}) or parcel.patient_id in patient_ids:
+        return None
+    return PatientConflict(f"{peer.name} has the object, but files its study under another patient ID than the object's.")
 
 
 def _ask(
-    parcel: _Parcel, unknown: Outcome, *, proposals: Sequence[tuple[str, Sequence[str]]], peer: Peer
+    parcel: Parcel, unknown: Outcome, *, proposals: Sequence[tuple[str, Sequence[str]]], peer: Peer
 ) -> tuple[Association | None, Outcome]:
     """Ask over a new association whether an object arrived although no response said so."""
     try:
@@ -242,20 +284,20 @@ def _ask(
     return line if line.is_open else None, replace(asked, warning=warning)
 
 
-def _query(peer: Peer, keys: Mapping[str, str]) -> list[dict[str, str]] | None:
-    with associate(peer, [(STUDY_ROOT_FIND, NATIVE)]) as line:
-        if line.context(STUDY_ROOT_FIND, NATIVE) is None:
-            return None
-        response, answers = line.find(keys)
-        return answers if response.status == 0 else None
+def _answers(line: Association, keys: Mapping[str, str]) -> list[dict[str, str]] | None:
+    if line.context(STUDY_ROOT_FIND, NATIVE) is None:
+        return None
+    response, answers = line.find(keys)
+    return answers if response.status == 0 else None
 
 
-def _open(document: Document) -> _Parcel:
+def open_document(document: Document) -> Parcel:
+    """Open a document of ours."""
     keywords = ["StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "PatientID"]
     header = dcmread(BytesIO(document.data), stop_before_pixels=True, specific_tags=["SpecificCharacterSet", *keywords])
     keys = _instance_keys(header.StudyInstanceUID, header.SeriesInstanceUID, header.SOPInstanceUID)
     patient_id = str(header.get("PatientID") or "").strip()
-    return _Parcel(item=open_file(document.data), file=document.data, keys=keys, patient_id=patient_id)
+    return Parcel(item=open_file(document.data), file=document.data, keys=keys, patient_id=patient_id)
 
 
 def _proposals(items: Sequence[EncodedObject]) -> list[tuple[str, Sequence[str]]]:

@@ -13,7 +13,7 @@ from datetime import datetime
 from pydicom.uid import generate_uid
 
 from worker import events
-from worker.deliver import commitment, cstore
+from worker.deliver import commitment, cstore, stow
 from worker.domain import Job
 from worker.errors import Reject, Retry
 from worker.ops.log import places
@@ -24,14 +24,14 @@ from worker.store.database import Store
 def deliver(
     jobs: Sequence[Job], *, store: Store, peer: cstore.Peer, clock: Callable[[], datetime], commitment_wait_s: float | None = None
 ) -> list[cstore.Outcome]:
-    """Send leased jobs' documents over one association and settle each on its own; returns what became of each.
+    """Send leased jobs' documents by the destination's door, C-STORE or STOW-RS, and settle each on its own; returns what became of each.
 
     With `commitment_wait_s` the peer is asked to commit to what it took, and its report is waited for so long.
     """
     with store.read() as conn:
         loaded = [documents.load(conn, job.document_id or 0) for job in jobs]
     try:
-        outcomes = cstore.send(loaded, peer=peer)
+        outcomes = (stow if peer.stow_url else cstore).send(loaded, peer=peer)
     except Exception as exc:  # noqa: BLE001  one document must not end the deliveries of a destination
         outcomes = [cstore.Outcome(document.sop_instance_uid, error=Retry(_unforeseen(exc))) for document in loaded]
     transaction_uid = str(generate_uid(prefix=None))  # of random bits: none is ever used twice

@@ -22,7 +22,7 @@ from pynetdicom.pdu_primitives import (
     ImplementationVersionNameNotification,
     MaximumLengthNotification,
 )
-from pynetdicom.presentation import build_context
+from pynetdicom.presentation import build_context, build_role
 
 # PS3.8 §9.3.1
 ASSOCIATE_AC, ASSOCIATE_RJ, P_DATA, RELEASE_RQ, RELEASE_RP, ABORT = 2, 3, 4, 5, 6, 7
@@ -32,7 +32,7 @@ ABORT_PDU: Final = bytes((ABORT, 0, 0, 0, 0, 4, 0, 0, 0, 0))
 #: Length of an A-ASSOCIATE PDU's fixed part, PS3.8 Table 9-17.
 _ASSOCIATE_FIXED: Final = 74
 # PS3.7 Table E.1-1: command fields and the value that says "no data set".
-C_STORE, C_FIND, C_ECHO, N_ACTION = 0x0001, 0x0020, 0x0030, 0x0130
+C_STORE, C_FIND, C_ECHO, N_EVENT_REPORT, N_ACTION = 0x0001, 0x0020, 0x0030, 0x0100, 0x0130
 _NO_DATA_SET: Final = 0x0101
 
 
@@ -67,8 +67,10 @@ def open_file(file: bytes) -> EncodedObject:
     )
 
 
-def request_pdu(*, called: str, calling: str, proposals: Mapping[int, tuple[str, Sequence[str]]], max_pdu: int) -> bytes:
-    """Encode an A-ASSOCIATE-RQ; `proposals`: context ID → abstract syntax, transfer syntaxes (PS3.8 §9.3.2)."""
+def request_pdu(
+    *, called: str, calling: str, proposals: Mapping[int, tuple[str, Sequence[str]]], max_pdu: int, scp_of: Sequence[str] = ()
+) -> bytes:
+    """Encode an A-ASSOCIATE-RQ; `proposals`: context ID → abstract syntax, transfer syntaxes (PS3.8 §9.3.2); `scp_of`: PS3.7 §D.3.3.4."""
     length = MaximumLengthNotification()
     length.maximum_length_received = max_pdu
     implementation = ImplementationClassUIDNotification()
@@ -85,7 +87,7 @@ def request_pdu(*, called: str, calling: str, proposals: Mapping[int, tuple[str,
         context.context_id = context_id
         contexts.append(context)
     primitive.presentation_context_definition_list = contexts
-    primitive.user_information = [length, implementation, version]
+    primitive.user_information = [length, implementation, version, *(build_role(uid, scp_role=True) for uid in scp_of)]
     pdu = A_ASSOCIATE_RQ()
     pdu.from_primitive(primitive)
     return pdu.encode()
@@ -152,19 +154,19 @@ def fragments(pdu: bytes) -> list[tuple[int, bytes]]:
     return found
 
 
-def command_set(field: int, *, sop_class_uid: str, message_id: int, sop_instance_uid: str = "", action_type: int = 0) -> bytes:
+def command_set(field: int, *, sop_class_uid: str, message_id: int, sop_instance_uid: str = "", type_id: int = 0) -> bytes:
     """Encode a request's command set: Implicit VR Little Endian, ascending (PS3.7 §6.3, §9.3, §10.3)."""
     has_data_set = field != C_ECHO
     # N-ACTION names what it requests, the others what they affect.
     class_element, instance_element = (0x0003, 0x1001) if field == N_ACTION else (0x0002, 0x1000)
     body = _element(class_element, _uid(sop_class_uid)) + _element(0x0100, _short(field)) + _element(0x0110, _short(message_id))
-    if has_data_set and field != N_ACTION:
+    if has_data_set and field not in (N_ACTION, N_EVENT_REPORT):
         body += _element(0x0700, _short(0))  # Priority: medium
     body += _element(0x0800, _short(1 if has_data_set else _NO_DATA_SET))
     if sop_instance_uid:
         body += _element(instance_element, _uid(sop_instance_uid))
-    if field == N_ACTION:
-        body += _element(0x1008, _short(action_type))
+    if type_id:
+        body += _element(0x1008 if field == N_ACTION else 0x1002, _short(type_id))
     return _element(0x0000, struct.pack("<I", len(body))) + body
 
 

@@ -9,7 +9,18 @@ Not here: how they are stored (store/), read from DICOM (imaging/) or reported (
 Frame: LPS, millimetres. Times: aware datetimes. Digests: sha256, lower hex.
 """
 
-from worker.domain.answers import CommitmentReport, Document, Finding, Inputs, Saliency, UsedHistory, UsedText, UsedValue, Verdict
+from worker.domain.answers import (
+    CommitmentReport,
+    CommitmentRequest,
+    Document,
+    Finding,
+    Inputs,
+    Saliency,
+    UsedHistory,
+    UsedText,
+    UsedValue,
+    Verdict,
+)
 from worker.domain.images import Header, ImageFacts, Instance, Orientation, Received, Series, Study, Volume
 from worker.domain.jobs import Job, JobKind, JobState, Lease
 from worker.domain.record import (
@@ -34,6 +45,7 @@ __all__ = [
     "STAT",
     "Code",
     "CommitmentReport",
+    "CommitmentRequest",
     "Document",
     "Finding",
     "Header",

@@ -119,6 +119,14 @@ class Document:
 
 
 @dataclass(frozen=True, slots=True)
+class CommitmentRequest:
+    """What a sender asks us to keep (PS3.4 §J.3.2): SOP class and instance UID of each instance."""
+
+    transaction_uid: str
+    instances: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class CommitmentReport:
     """What an archive says of the instances of one transaction (PS3.4 §J.3.3): those it keeps, and why not the others."""
 

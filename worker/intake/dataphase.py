@@ -1,10 +1,10 @@
-"""An open association: messages in, C-ECHO, C-STORE and N-EVENT-REPORT answered, until it is released or cut.
+"""An open association: messages in, C-ECHO, C-STORE, N-EVENT-REPORT and N-ACTION answered, until it is released or cut.
 
 ::
 
     P-DATA-TF ─▶ PDV ─┬─ command set ─▶ what to do
                       └─ data set ────▶ spool file, as it comes ─▶ fsync, rename ─▶ header ─▶ sink ─▶ status
-                                  └───▶ of a report on storage commitment: memory, bounded ─▶ reports ─▶ status
+                                  └───▶ of storage commitment, report or request: memory, bounded ─▶ reports ─▶ status
 
 Fragments go from the socket's buffer straight into the file and its digest; nothing is decoded
 but the header, and nothing is kept in memory. The status is sent last of all. One thread, one
@@ -23,7 +23,7 @@ from pathlib import PurePath
 from typing import Final
 
 from worker import events
-from worker.domain import CommitmentReport, Header, Received
+from worker.domain import CommitmentReport, CommitmentRequest, Header, Received
 from worker.errors import Reject, Retry
 from worker.intake import commitment, dimse, wire
 from worker.intake.dimse import Command
@@ -34,13 +34,17 @@ from worker.store.spool import Incoming, Spool, Stored
 
 #: Records a durable file. Raises worker.errors.Retry if it cannot now; then the sender is asked to come again.
 Sink = Callable[[Header, Stored, Peer], Received]
-#: Takes in what an archive says of storage commitment; returns why it changes nothing, or ''. Raises Retry if it cannot now.
-Reports = Callable[[CommitmentReport, Peer], str]
+#: Takes in what an archive says of storage commitment, or a sender asks; returns why it changes nothing, or ''. Retry: it cannot now.
+Reports = Callable[[CommitmentReport | CommitmentRequest, Peer], str]
+#: The messages of storage commitment, and how long they may be.
+_OF_COMMITMENT: Final = {dimse.N_EVENT_REPORT_RQ: commitment.MAX_REPORT_BYTES, dimse.N_ACTION_RQ: commitment.MAX_REQUEST_BYTES}
 
 #: Ours, and longer than what any PDV header adds.
 _PDU_SLACK: Final = 1024
 #: PS3.7: the longest command set has a few hundred bytes.
 _MAX_COMMAND_BYTES: Final = 64 * 1024
+#: Of a data set that has no end, so much may come before the disk's mark is looked at again.
+_LOOK_BYTES: Final = 16 * 2**20
 
 OUT_OF_RESOURCES, DOES_NOT_MATCH, OUR_BUG = 0xA700, 0xA900, 0xC211
 
@@ -64,7 +68,7 @@ class _Message:
     command: Command
     incoming: Incoming | None = None
     refusal: InstanceRefused | None = None
-    #: The data set of an N-EVENT-REPORT; one that becomes too long is cut off, and refused.
+    #: The data set of an N-EVENT-REPORT or N-ACTION; one that becomes too long is cut off, and refused.
     report: bytearray = field(default_factory=bytearray)
 
 
@@ -164,7 +168,7 @@ class DataPhase:
             size -= len(piece)
             if message.incoming is not None:
                 self._write(message, message.incoming, piece)
-            elif message.command.field == dimse.N_EVENT_REPORT_RQ and len(message.report) <= commitment.MAX_BYTES:
+            elif len(message.report) <= _OF_COMMITMENT.get(message.command.field, -1):
                 message.report += piece
         if is_last:
             self._message = None
@@ -179,7 +183,7 @@ class DataPhase:
             status, comment = self._store(message)
         elif command.field == dimse.C_ECHO_RQ and self._contexts[message.context_id].sop_class_uid == VERIFICATION:
             status = dimse.SUCCESS
-        elif command.field == dimse.N_EVENT_REPORT_RQ and self._contexts[message.context_id].sop_class_uid == STORAGE_COMMITMENT:
+        elif command.field in _OF_COMMITMENT and self._contexts[message.context_id].sop_class_uid == STORAGE_COMMITMENT:
             status, comment = self._take_report(message, bytes(message.report))
         elif command.field == dimse.C_CANCEL_RQ or command.field & dimse.RESPONSE:
             return  # neither has an answer
@@ -200,7 +204,7 @@ class DataPhase:
         elif not command.has_data_set:
             message.refusal = InstanceRefused(0xC002, "The request has no data set")
         elif self._spool.is_low:
-            message.refusal = InstanceRefused(OUT_OF_RESOURCES, "The spool is nearly full: send again later")
+            message.refusal = _nearly_full()
         else:
             try:
                 message.incoming = self._spool.begin(
@@ -212,12 +216,16 @@ class DataPhase:
                 message.refusal = _out_of_disk(error)
 
     def _write(self, message: _Message, incoming: Incoming, piece: memoryview) -> None:
+        before, refusal = incoming.size_bytes // _LOOK_BYTES, None
         try:
             incoming.write(piece)
+            if incoming.size_bytes // _LOOK_BYTES > before and self._spool.is_low:
+                refusal = _nearly_full()
         except OSError as error:
+            refusal = _out_of_disk(error)
+        if refusal is not None:
             incoming.abort()
-            message.incoming = None
-            message.refusal = _out_of_disk(error)
+            message.incoming, message.refusal = None, refusal
 
     def _store(self, message: _Message) -> tuple[int, str]:
         """Return the status and Error Comment of a C-STORE whose data set is all here."""
@@ -267,10 +275,10 @@ class DataPhase:
         events.emit("instance.refused", **facts)
         return refusal.status, refusal.comment
 
-    # --- PS3.7 §10.1.1: N-EVENT-REPORT ------------------------------------------------------------
+    # --- PS3.7 §10.1.1, §10.1.4: N-EVENT-REPORT, N-ACTION -----------------------------------------
 
     def _take_report(self, message: _Message, data: bytes) -> tuple[int, str]:
-        """Return the status of an archive's report on storage commitment."""
+        """Return the status of an archive's report on storage commitment, or of a sender's request for it."""
         status, reason = self._report(message, data)
         if status != dimse.SUCCESS:
             facts = {"calling_ae": self._peer.calling_ae, "address": self._peer.address}
@@ -280,19 +288,21 @@ class DataPhase:
     def _report(self, message: _Message, data: bytes) -> tuple[int, str]:
         command = message.command
         if command.sop_class_uid != STORAGE_COMMITMENT or command.sop_instance_uid != commitment.WELL_KNOWN_INSTANCE:
-            return dimse.NO_SUCH_INSTANCE, "The report is not of the Storage Commitment instance"
-        if command.event_type not in commitment.EVENT_TYPES or self._reports is None:
-            return dimse.NO_SUCH_EVENT, "The event type is none of Storage Commitment"
-        if len(data) > commitment.MAX_BYTES:
-            return dimse.RESOURCE_LIMITATION, f"The event information is longer than {commitment.MAX_BYTES} bytes"
+            return dimse.NO_SUCH_INSTANCE, "The message is not of the Storage Commitment instance"
+        asks = command.field == dimse.N_ACTION_RQ
+        if self._reports is None or command.type_id not in ((commitment.ACTION_TYPE,) if asks else commitment.EVENT_TYPES):
+            return dimse.NO_SUCH_ACTION if asks else dimse.NO_SUCH_EVENT, "The type is none of Storage Commitment"
+        if len(data) > (limit := _OF_COMMITMENT[command.field]):
+            return dimse.RESOURCE_LIMITATION, f"The information is longer than {limit} bytes"
         try:
-            said = commitment.read_report(data, self._contexts[message.context_id].transfer_syntax_uid)
+            read = commitment.read_request if asks else commitment.read_report
+            said = read(data, self._contexts[message.context_id].transfer_syntax_uid)
         except ValueError as error:
             return dimse.INVALID_ARGUMENT, str(error)
         try:
             reason = self._reports(said, self._peer)
         except Retry:
-            return dimse.RESOURCE_LIMITATION, "The database is not available: report again later"
+            return dimse.RESOURCE_LIMITATION, "The database is not available: come again later"
         return (dimse.INVALID_ARGUMENT, reason) if reason else (dimse.SUCCESS, "")
 
     def _send(self, context_id: int, command_set: bytes) -> None:
@@ -301,6 +311,10 @@ class DataPhase:
             part = command_set[start : start + limit]
             control = 3 if start + limit >= len(command_set) else 1
             self._wire.send(pdu(wire.P_DATA_TF, _PDV.pack(len(part) + 2, context_id, control) + part))
+
+
+def _nearly_full() -> InstanceRefused:
+    return InstanceRefused(OUT_OF_RESOURCES, "The spool is nearly full: send again later")
 
 
 def _out_of_disk(error: OSError) -> InstanceRefused:

@@ -10,19 +10,21 @@ from dataclasses import dataclass
 from typing import Final
 
 # PS3.7 Annex E.1: command fields. A response is its request with the high bit set.
-C_STORE_RQ, C_ECHO_RQ, N_EVENT_REPORT_RQ, C_CANCEL_RQ = 0x0001, 0x0030, 0x0100, 0x0FFF
+C_STORE_RQ, C_ECHO_RQ, N_EVENT_REPORT_RQ, N_ACTION_RQ, C_CANCEL_RQ = 0x0001, 0x0030, 0x0100, 0x0130, 0x0FFF
 RESPONSE: Final = 0x8000
 
 # PS3.7 Annex C: statuses of every service.
 SUCCESS, INVALID_INSTANCE, CLASS_NOT_SUPPORTED, PROCESSING_FAILURE, UNRECOGNIZED_OPERATION = 0x0000, 0x0117, 0x0122, 0x0110, 0x0211
-# Of N-EVENT-REPORT, PS3.7 §10.1.1.1.8.
-NO_SUCH_INSTANCE, NO_SUCH_EVENT, INVALID_ARGUMENT, RESOURCE_LIMITATION = 0x0112, 0x0113, 0x0115, 0x0213
+# Of N-EVENT-REPORT and N-ACTION, PS3.7 §10.1.1.1.8 and §10.1.4.1.10.
+NO_SUCH_INSTANCE, NO_SUCH_EVENT, INVALID_ARGUMENT, NO_SUCH_ACTION, RESOURCE_LIMITATION = 0x0112, 0x0113, 0x0115, 0x0123, 0x0213
 
 #: PS3.7 §9.3: the value of Command Data Set Type that says none follows.
 NO_DATA_SET: Final = 0x0101
 
 _CLASS, _FIELD, _MESSAGE_ID, _RESPONDED, _DATA_SET = 0x0002, 0x0100, 0x0110, 0x0120, 0x0800
 _STATUS, _COMMENT, _INSTANCE, _EVENT_TYPE = 0x0900, 0x0902, 0x1000, 0x1002
+# N-ACTION says what it requests where others say what they affect.
+_REQUESTED_CLASS, _REQUESTED_INSTANCE, _ACTION_TYPE = 0x0003, 0x1001, 0x1008
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +36,8 @@ class Command:
     has_data_set: bool
     sop_class_uid: str
     sop_instance_uid: str
-    event_type: int = 0
+    #: Of the event or the action.
+    type_id: int = 0
 
 
 def decode(data: bytes) -> Command:
@@ -55,9 +58,9 @@ def decode(data: bytes) -> Command:
         # Responses, which we never asked for, and C-CANCEL have none of their own.
         message_id=_number(values, _MESSAGE_ID) if _MESSAGE_ID in values else _number(values, _RESPONDED),
         has_data_set=_number(values, _DATA_SET) != NO_DATA_SET,
-        sop_class_uid=_text(values, _CLASS),
-        sop_instance_uid=_text(values, _INSTANCE),
-        event_type=_number(values, _EVENT_TYPE) if _EVENT_TYPE in values else 0,
+        sop_class_uid=_text(values, _CLASS) or _text(values, _REQUESTED_CLASS),
+        sop_instance_uid=_text(values, _INSTANCE) or _text(values, _REQUESTED_INSTANCE),
+        type_id=next((_number(values, element) for element in (_EVENT_TYPE, _ACTION_TYPE) if element in values), 0),
     )
 
 

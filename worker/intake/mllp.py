@@ -31,6 +31,7 @@ from worker.errors import PeerUnavailable, RecordError, Reject, cause_of
 from worker.events import emit
 from worker.intake.envelope import BOM, Verdict, acknowledgment, read_envelope
 from worker.intake.hl7 import ParsedMessage, parse
+from worker.intake.places import Place, Places, waiting, working
 
 # MLLP Release 1, §2: start block, and end block with carriage return.
 _START: Final = b"\x0b"
@@ -141,7 +142,7 @@ class MllpServer:
     allowed_addresses
         IP addresses or networks; others are closed unread, and so is everybody if it is empty.
     max_connections
-        More are closed unread: each may hold a message of `max_message_bytes` in memory.
+        One more is closed unread, or the one that owes its next message for longest (places.py). Each may hold a message in memory.
     idle_s
         A connection may be silent this long between messages.
     message_deadline_s
@@ -175,12 +176,12 @@ class MllpServer:
         self._zone, self._issuers, self._schemes, self._encoding = zone, dict(issuers), dict(schemes or {}), encoding
         self._networks = tuple(ip_network(one, strict=False) for one in allowed_addresses)
         self._limits = Limits(max_message_bytes, idle_s, message_deadline_s)
-        self._max_connections = max_connections
+        self._places = Places(max_connections, max_connections)
         self._clock = clock
         self._ssl_context = ssl_context
         self._stopping = threading.Event()
         self._lock = threading.Lock()
-        self._connections: dict[socket.socket, threading.Thread] = {}
+        self._connections: dict[threading.Thread, socket.socket] = {}
         self._listener: socket.socket | None = None
         self._acceptor: threading.Thread | None = None
 
@@ -204,13 +205,17 @@ class MllpServer:
             self._acceptor.join(timeout_s)
             self._listener.close()
         with self._lock:
-            serving = list(self._connections.items())
-        for connection, _ in serving:
-            with suppress(OSError):  # the peer may be gone already
-                # Of the plain socket: a TLS socket's own would send the answer that is on its way unencrypted.
-                socket.socket.shutdown(connection, socket.SHUT_RD)
-        for _, thread in serving:
+            serving = list(self._connections)
+        for thread in serving:
+            self._cut(thread)
+        for thread in serving:
             thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _cut(self, thread: threading.Thread) -> None:
+        """Read no more of a connection; an answer that is on its way still goes."""
+        with self._lock, suppress(KeyError, OSError):  # it has ended, or the peer is gone already
+            # Of the plain socket: a TLS socket's own would send that answer unencrypted.
+            socket.socket.shutdown(self._connections[thread], socket.SHUT_RD)
 
     # --- connections
 
@@ -223,37 +228,41 @@ class MllpServer:
             except OSError:
                 self._stopping.wait(0.1)  # out of file descriptors: do not spin
                 continue
-            if reason := self._turned_away(str(peer[0])):
-                emit("message.refused", sender="", trigger="", result="closed", reason=reason)
-                connection.close()
-                continue
-            thread = threading.Thread(target=self._serve, args=(connection,), name=f"mllp-{peer[1]}", daemon=True)
+            self._begin(connection, str(peer[0]))
+
+    def _begin(self, connection: socket.socket, host: str) -> None:
+        place = Place(host, waiting(), lambda: self._cut(thread))
+        thread = threading.Thread(target=self._serve, args=(connection, place), name="mllp", daemon=True)
+        if not (reason := self._turned_away(place)):
             with self._lock:
-                self._connections[connection] = thread
+                self._connections[thread] = connection
             try:
                 thread.start()
+                return
             except RuntimeError:  # the system gives no more threads: the sender comes again, the acceptor must live
-                with self._lock:
-                    del self._connections[connection]
-                connection.close()
-                emit("message.refused", sender="", trigger="", result="closed", reason="no thread could be started")
+                reason = "no thread could be started"
+            with self._lock:
+                del self._connections[thread]
+            self._places.leave(place)
+        emit("message.refused", sender="", trigger="", result="closed", reason=reason)
+        connection.close()
 
-    def _turned_away(self, host: str) -> str:
-        address = ip_address(host.partition("%")[0])
+    def _turned_away(self, place: Place) -> str:
+        address = ip_address(place.address.partition("%")[0])
         if isinstance(address, IPv6Address) and address.ipv4_mapped:
             address = address.ipv4_mapped
         if not any(address in network for network in self._networks):
             return "The peer's address is not allowed."
-        with self._lock:
-            is_full = len(self._connections) >= self._max_connections
-        return f"{self._max_connections} connections are open already." if is_full else ""
+        return "" if self._places.take(place) else f"{len(self._places)} connections are open already."
 
-    def _serve(self, connection: socket.socket) -> None:
+    def _serve(self, connection: socket.socket, place: Place) -> None:
         try:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection = self._secured(connection)
             for raw in frames(connection, self._limits):
+                place.waited_s = working
                 self._reply(connection, self._answer(raw))
+                place.waited_s = waiting()
                 if self._stopping.is_set():
                     return
         except FramingError as exc:
@@ -262,8 +271,8 @@ class MllpServer:
             emit("message.refused", sender="", trigger="", result="closed", reason=f"The connection broke: {cause_of(exc)}.")
         finally:
             with self._lock:
-                self._connections.pop(connection, None)
-            connection.close()
+                self._connections.pop(threading.current_thread()).close()
+            self._places.leave(place)
 
     def _secured(self, connection: socket.socket) -> socket.socket:
         """Shake hands, in the connection's own thread: a peer that never does holds up nobody."""
@@ -271,16 +280,10 @@ class MllpServer:
             return connection
         context = self._ssl_context()
         connection.settimeout(self._limits.message_deadline_s)
-        with self._lock:  # `stop` must find the socket that is read, and wrapping takes the other's descriptor
+        with self._lock:  # `_cut` must find the socket that is read, and wrapping takes the other's descriptor
             secured = context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
-            self._connections[secured] = self._connections.pop(connection)
-        try:
-            secured.do_handshake()
-        except OSError:
-            with self._lock:
-                self._connections.pop(secured, None)
-            secured.close()
-            raise
+            self._connections[threading.current_thread()] = secured
+        secured.do_handshake()
         return secured
 
     def _reply(self, connection: socket.socket, answer: bytes | None) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ipaddress
 import struct
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -123,6 +123,8 @@ class Policy:
         Also take SOP classes that are in no table: private ones, and those younger than pydicom.
     takes_commitments
         Accept Storage Commitment from a caller that proposes itself as its SCP: an archive that reports on what we sent it.
+    commits_to
+        Calling AE titles from which it is accepted as SCU: they may ask us to commit to what they sent. "*" as above.
     """
 
     def __init__(
@@ -133,6 +135,7 @@ class Policy:
         max_pdu: int,
         accepts_unknown: bool = False,
         takes_commitments: bool = False,
+        commits_to: Collection[str] = (),
         transfer_syntaxes: Collection[str] = TRANSFER_SYNTAXES,
     ) -> None:
         self.ae_title = ae_title
@@ -142,16 +145,17 @@ class Policy:
         }
         self._accepts_unknown = accepts_unknown
         self._takes_commitments = takes_commitments
+        self._commits_to = frozenset(commits_to)
         self._transfer_syntaxes = frozenset(transfer_syntaxes)
 
-    def negotiate(self, body: bytes, address: str, *, is_full: bool) -> Accepted | Rejected:
-        """Answer the body of an A-ASSOCIATE-RQ; raises ProtocolError if it is not one."""
+    def negotiate(self, body: bytes, address: str, *, has_room: Callable[[], bool]) -> Accepted | Rejected:
+        """Answer the body of an A-ASSOCIATE-RQ; raises ProtocolError if it is not one. Room is asked for once it is known who calls."""
         try:
-            return self._negotiate(_Request(body), address, is_full)
+            return self._negotiate(_Request(body), address, has_room)
         except (struct.error, IndexError, UnicodeDecodeError):
             raise ProtocolError("The association request cannot be read.") from None
 
-    def _negotiate(self, request: _Request, address: str, is_full: bool) -> Accepted | Rejected:
+    def _negotiate(self, request: _Request, address: str, has_room: Callable[[], bool]) -> Accepted | Rejected:
         peer = Peer(request.calling_ae, request.called_ae, address)
         if not request.version & 1:
             return _rejected(peer, BAD_VERSION, "protocol version not supported")
@@ -161,14 +165,15 @@ class Policy:
             return _rejected(peer, UNKNOWN_CALLED, "called AE title not recognized")
         if not self._may_call(request.calling_ae, address):
             return _rejected(peer, UNKNOWN_CALLING, "calling AE title not recognized from this address")
-        if is_full:
+        if not has_room():
             return _rejected(peer, LOCAL_LIMIT, "local limit exceeded")
         contexts = {number: self._choose(request, sop_class_uid, syntaxes) for number, sop_class_uid, syntaxes in request.contexts}
         items = b"".join(_context_item(number, result) for number, result in contexts.items())
         user = _item(0x51, struct.pack(">L", self.max_pdu)) + _item(0x52, IMPLEMENTATION_CLASS_UID.encode())
-        if any(isinstance(one, Context) and one.sop_class_uid == STORAGE_COMMITMENT for one in contexts.values()):
-            # PS3.7 §D.3.3.4: the caller is SCP of this class, and nothing else.
-            user += _item(0x54, struct.pack(">H", len(STORAGE_COMMITMENT)) + STORAGE_COMMITMENT.encode() + bytes((0, 1)))
+        is_agreed = any(isinstance(one, Context) and one.sop_class_uid == STORAGE_COMMITMENT for one in contexts.values())
+        if is_agreed and STORAGE_COMMITMENT in request.roles:
+            roles = bytes(self._commitment_roles(request))
+            user += _item(0x54, struct.pack(">H", len(STORAGE_COMMITMENT)) + STORAGE_COMMITMENT.encode() + roles)
         user += _item(0x55, _IMPLEMENTATION_VERSION.encode())
         # PS3.8 Table 9-17: the peer's own title fields come back as they were.
         reply = struct.pack(">HH", 1, 0) + request.titles + _item(0x10, _APPLICATION_CONTEXT.encode()) + items + _item(0x50, user)
@@ -178,8 +183,7 @@ class Policy:
     def _choose(self, request: _Request, sop_class_uid: str, syntaxes: Sequence[str]) -> Context | int:
         """Return the context agreed, or the reason for none."""
         is_commitment = sop_class_uid == STORAGE_COMMITMENT
-        # One that proposes no role would be asking us to commit, which we do not.
-        takes = self._takes_commitments and STORAGE_COMMITMENT in request.scp_of if is_commitment else self._takes(sop_class_uid)
+        takes = any(self._commitment_roles(request)) if is_commitment else self._takes(sop_class_uid)
         if not takes:
             return _NO_ABSTRACT_SYNTAX
         for syntax in syntaxes:
@@ -187,6 +191,11 @@ class Policy:
             if syntax in (_NATIVE if is_commitment else self._transfer_syntaxes):
                 return Context(sop_class_uid, syntax)
         return _NO_TRANSFER_SYNTAX
+
+    def _commitment_roles(self, request: _Request) -> tuple[bool, bool]:
+        """Whether the caller is SCU of Storage Commitment (asks us), and SCP (reports to us); PS3.7 §D.3.3.4: without a word of it, SCU."""
+        asks, reports = request.roles.get(STORAGE_COMMITMENT, (True, False))
+        return asks and not self._commits_to.isdisjoint((request.calling_ae, "*")), reports and self._takes_commitments
 
     def _takes(self, sop_class_uid: str) -> bool:
         if sop_class_uid == VERIFICATION or sop_class_uid in STORAGE_SOP_CLASSES:
@@ -211,8 +220,8 @@ class _Request:
         self.calling_ae = _title(self.titles[16:32])
         self.application_context = ""
         self.max_length = 0
-        #: The classes of which the caller would be SCP (PS3.7 §D.3.3.4).
-        self.scp_of: set[str] = set()
+        #: Of which classes the caller would be SCU, and SCP (PS3.7 §D.3.3.4).
+        self.roles: dict[str, tuple[bool, bool]] = {}
         self.contexts: list[tuple[int, str, list[str]]] = []
         for kind, value in _items(body, 68):
             if kind == 0x10:
@@ -223,8 +232,8 @@ class _Request:
                 for sub_kind, sub_value in _items(value, 0):
                     if sub_kind == 0x51:
                         self.max_length = struct.unpack(">L", sub_value)[0]
-                    elif sub_kind == 0x54 and sub_value[-1:] == b"\1":
-                        self.scp_of.add(_uid(sub_value[2:-2]))
+                    elif sub_kind == 0x54:
+                        self.roles[_uid(sub_value[2:-2])] = sub_value[-2] == 1, sub_value[-1] == 1
 
     def _add_context(self, value: bytes) -> None:
         number, abstract, syntaxes = value[0], "", []

@@ -22,7 +22,8 @@ What a C-STORE is answered (PS3.4 Table B.2-1, PS3.7 Annex C); each comes with a
 
 And an archive's N-EVENT-REPORT on storage commitment (PS3.7 §10.1.1.1.8), where the association agreed that it is SCP of that class:
 0x0000 taken, repeated ones too; 0x0112 another SOP instance; 0x0113 another event type; 0x0115 cannot be read, or the transaction is
-unknown or another archive's; 0x0213 too long, or the database is away: report again later.
+unknown or another archive's; 0x0213 too long, or the database is away: report again later. A sender's N-ACTION, where it may be SCU: 0x0000
+our report follows, whatever it will say; 0x0112, 0x0115, 0x0213 likewise, 0x0123 another action type.
 
 Several processes may share one listening socket (`listen`): an idle one accepts first. Emits
 ``association.rejected``, ``association.closed``, ``instance.refused`` and ``commitment.turned_away``.
@@ -35,8 +36,8 @@ import socket
 import ssl
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -45,13 +46,14 @@ from worker.errors import cause_of
 from worker.intake import wire
 from worker.intake.dataphase import DataPhase, Reports, Sink
 from worker.intake.negotiation import MAX_REQUEST_BYTES, Accepted, Policy, pdu
+from worker.intake.places import Place, Places, waiting, working
 from worker.intake.wire import Closed, ProtocolError, Stalled, Stopping, Wire
 from worker.store.spool import Spool
 
 #: Each open association delays a process's next accept by so much, so that an idle one is first.
 _LAG_S: Final = 0.002
 _FULL_LAG_S: Final = 0.05
-#: Connections beyond this, or half of it from one address, are closed unread: they are not modalities.
+#: Connections, and half of them from one address. One more is closed unread, or the one that owes its association request for longest.
 _MAX_CONNECTIONS: Final = 512
 _LINGER_S: Final = 1.0
 
@@ -62,7 +64,7 @@ class Limits:
 
     #: Largest PDU we announce. CPU per instance (wire.py's measure): 0.66 ms at 16 KiB, 0.53 at 64 and 128, 0.55 at 256.
     max_pdu: int = 131072
-    #: Open associations of this process; one more is rejected, transient.
+    #: Open associations of this process; one more is rejected, transient, unless one of them has stalled (places.py).
     associations: int = 50
     #: Of one address, so that one broken peer leaves room for the others.
     per_address: int = 40
@@ -96,9 +98,6 @@ class _Load:
     lock: threading.Lock = field(default_factory=threading.Lock)
     #: Every connection's thread and socket, negotiated or not.
     connections: dict[threading.Thread, socket.socket] = field(default_factory=dict)
-    connections_of: Counter[str] = field(default_factory=Counter)
-    associations: int = 0
-    associations_of: Counter[str] = field(default_factory=Counter)
 
 
 class StorageScp:
@@ -111,7 +110,7 @@ class StorageScp:
     ssl_context
         Gives the server context for one connection; then nothing but TLS is spoken. The handshake runs in the connection's own thread.
     reports
-        Takes what archives say of storage commitment; goes with the policy's `takes_commitments`.
+        Takes what archives say of storage commitment and senders ask; goes with the policy's `takes_commitments` and `commits_to`.
     """
 
     def __init__(
@@ -133,6 +132,8 @@ class StorageScp:
         self._limits = limits or Limits()
         self._ssl_context = ssl_context
         self._load = _Load()
+        self._connected = Places(_MAX_CONNECTIONS, _MAX_CONNECTIONS // 2)
+        self._associated = Places(self._limits.associations, self._limits.per_address)
         self._is_stopping = threading.Event()
         self._is_over = threading.Event()
         self._acceptor = threading.Thread(target=self._accept_all, name="scp-accept", daemon=True)
@@ -147,7 +148,7 @@ class StorageScp:
     @property
     def associations(self) -> int:
         """How many associations are open now."""
-        return self._load.associations
+        return len(self._associated)
 
     def start(self) -> None:
         """Begin to accept; returns at once."""
@@ -187,47 +188,59 @@ class StorageScp:
                 # Another process may be idle: let it be first.
                 if self._is_over.wait(self._lag_s()):
                     return
-                try:
-                    sock, name = self._listener.accept()
-                except BlockingIOError:
-                    continue
-                except OSError:
-                    # Out of descriptors, or the peer gave up: what is open goes on.
-                    self._is_over.wait(wire.TICK_S)
-                    continue
-                self._begin(sock, str(name[0]))
+                # As many more as we have: however long the lag, who knocks in a tight loop keeps nobody out.
+                for _ in range(1 + self.associations):
+                    if not self._accept():
+                        break
+
+    def _accept(self) -> bool:
+        try:
+            sock, name = self._listener.accept()
+        except BlockingIOError:
+            return False
+        except OSError:
+            # Out of descriptors, or the peer gave up: what is open goes on.
+            self._is_over.wait(wire.TICK_S)
+            return False
+        self._begin(sock, str(name[0]))
+        return True
 
     def _lag_s(self) -> float:
-        if self._is_stopping.is_set() or self._load.associations >= self._limits.associations:
+        if self._is_stopping.is_set() or self.associations >= self._limits.associations:
             return _FULL_LAG_S
-        return min(_LAG_S * self._load.associations, _FULL_LAG_S / 2)
+        return min(_LAG_S * self.associations, _FULL_LAG_S / 2)
 
     def _begin(self, sock: socket.socket, address: str) -> None:
-        load = self._load
-        with load.lock:
-            is_flood = len(load.connections) >= _MAX_CONNECTIONS or load.connections_of[address] >= _MAX_CONNECTIONS // 2
-            if not is_flood:
-                thread = threading.Thread(target=self._serve, args=(sock, address), name="scp-association", daemon=True)
-                load.connections[thread] = sock
-                load.connections_of[address] += 1
-        if is_flood:
+        load, place = self._load, Place(address, waiting(), lambda: self._cut(thread))
+        thread = threading.Thread(target=self._serve, args=(sock, place), name="scp-association", daemon=True)
+        if not self._connected.take(place):
             sock.close()
             events.emit("association.rejected", address=address, reason="too many connections")
             return
+        with load.lock:
+            load.connections[thread] = sock
         try:
             thread.start()
         except RuntimeError:  # the system gives no more threads: this peer comes again, the acceptor must live
             with load.lock:
                 del load.connections[thread]
-                load.connections_of[address] -= 1
+            self._connected.leave(place)
             sock.close()
             events.emit("association.rejected", address=address, reason="no thread could be started")
 
+    def _cut(self, thread: threading.Thread) -> None:
+        """End a connection from outside; its own thread finds it closed."""
+        with self._load.lock:
+            sock = self._load.connections.get(thread)
+            with suppress(OSError):
+                if sock is not None:
+                    socket.socket.shutdown(sock, socket.SHUT_RDWR)  # the plain socket's: its thread may be in the TLS of it
+
     # --- one connection ---------------------------------------------------------------------------
 
-    def _serve(self, sock: socket.socket, address: str) -> None:
+    def _serve(self, sock: socket.socket, place: Place) -> None:
         """Own one connection from accept to close."""
-        load, thread, limits = self._load, threading.current_thread(), self._limits
+        load, thread, limits, address = self._load, threading.current_thread(), self._limits, place.address
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -238,7 +251,7 @@ class StorageScp:
                     load.connections[thread] = sock
                 sock.do_handshake()
             line = Wire(sock, idle_s=limits.request_s, pdu_s=limits.request_s, is_stopping=self._is_stopping.is_set)
-            self._converse(line, address)
+            self._converse(line, place)
             line.linger(_LINGER_S)
         except OSError as error:
             events.emit("association.rejected", address=address, reason=f"connection failed before an association: {cause_of(error)}")
@@ -246,19 +259,25 @@ class StorageScp:
             sock.close()
             with load.lock:
                 del load.connections[thread]
-                _subtract(load.connections_of, address)
+            self._connected.leave(place)
 
-    def _converse(self, line: Wire, address: str) -> None:
+    def _converse(self, line: Wire, place: Place) -> None:
         """Negotiate, and serve what was agreed."""
+        address = place.address
         try:
             request = _request(line)
         except (Closed, Stalled, Stopping, ProtocolError) as error:
             self._give_up(line, address, error)
             return
+        place.waited_s = working  # from now on the association's place says how long we wait
         # Only now: connections that never ask for an association take nobody's place.
-        has_slot = self._take_slot(address)
+        slot = Place(address, line.waited_s, line.give_way)
+
+        def has_room() -> bool:
+            return not self._is_stopping.is_set() and self._associated.take(slot)
+
         try:
-            answer = self._policy.negotiate(request, address, is_full=not has_slot)
+            answer = self._policy.negotiate(request, address, has_room=has_room)
             line.send(answer.reply)
         except (Closed, Stalled, ProtocolError) as error:
             self._give_up(line, address, error)
@@ -269,8 +288,7 @@ class StorageScp:
                 facts = {"calling_ae": answer.peer.calling_ae, "called_ae": answer.peer.called_ae}
                 events.emit("association.rejected", address=address, reason=answer.reason, **facts)
         finally:
-            if has_slot:
-                self._free_slot(address)
+            self._associated.leave(slot)
 
     def _give_up(self, line: Wire, address: str, error: Exception) -> None:
         if isinstance(error, ProtocolError):
@@ -311,21 +329,6 @@ class StorageScp:
             **facts,
         )
 
-    def _take_slot(self, address: str) -> bool:
-        load, limits = self._load, self._limits
-        with load.lock:
-            is_full = load.associations >= limits.associations or load.associations_of[address] >= limits.per_address
-            if is_full or self._is_stopping.is_set():
-                return False
-            load.associations += 1
-            load.associations_of[address] += 1
-        return True
-
-    def _free_slot(self, address: str) -> None:
-        with self._load.lock:
-            self._load.associations -= 1
-            _subtract(self._load.associations_of, address)
-
 
 def _request(line: Wire) -> bytes:
     kind, length = line.next_pdu(is_between_messages=False)
@@ -340,9 +343,3 @@ def _abort(line: Wire, reason: int) -> None:
         line.send(pdu(wire.ABORT, bytes((0, 0, 2, reason))))
     except (Closed, Stalled):
         return  # nobody left to tell
-
-
-def _subtract(counter: Counter[str], key: str) -> None:
-    counter[key] -= 1
-    if not counter[key]:
-        del counter[key]

@@ -62,12 +62,26 @@ class Wire:
         self._start = self._end = 0
         self._pdu_waited_s = self._message_waited_s = 0.0
         self._message_bytes = 0
+        self._waiting_since: float | None = None
+        self._must_give_way = False
         self.received_bytes = 0
 
     def begin_message(self) -> None:
         """Start the clock of a new message."""
         self._message_waited_s = 0.0
         self._message_bytes = 0
+
+    def waited_s(self) -> float:
+        """How long the peer keeps us waiting now: its silence, or its message where that comes too slowly; 0 while it waits for us."""
+        since = self._waiting_since  # read once: this is another thread's call
+        if since is None:
+            return 0.0
+        is_slow = self._message_bytes < _SLOWEST_BYTES_PER_S * self._message_waited_s
+        return max(time.monotonic() - since, self._message_waited_s if is_slow else 0.0)
+
+    def give_way(self) -> None:
+        """Stop waiting for the peer: its place was given to another."""
+        self._must_give_way = True
 
     def next_pdu(self, *, is_between_messages: bool) -> tuple[int, int]:
         """Wait for a PDU; returns its type and the length of its body.
@@ -152,6 +166,8 @@ class Wire:
 
     def _receive(self) -> float:
         """Receive once, at most a tick long; returns the seconds waited."""
+        if self._must_give_way:
+            raise Stalled("The peer kept us waiting while another wanted its place.")
         if self._start == self._end:
             self._start = self._end = 0
         elif self._end == len(self._buffer) or self._start > len(self._buffer) // 2:
@@ -159,6 +175,7 @@ class Wire:
             self._buffer[:rest] = bytes(self._buffer[self._start : self._end])
             self._start, self._end = 0, rest
         began = time.monotonic()
+        self._waiting_since = self._waiting_since or began
         try:
             count = self._sock.recv_into(self._buffer[self._end :])
         except TimeoutError:
@@ -170,6 +187,7 @@ class Wire:
         waited_s = time.monotonic() - began
         self._message_waited_s += waited_s
         if count > 0:
+            self._waiting_since = None
             self._end += count
             self._message_bytes += count
             self.received_bytes += count

@@ -35,11 +35,12 @@ WARNINGS: Final = frozenset(
         "commitment.denied",
         "commitment.missing",
         "commitment.turned_away",
+        "commitment.unreported",
         "certificate.expires",
         "destination.down",
     }
 )
-ERRORS: Final = frozenset({"job.discarded", "sweep.failed", "certificate.unusable"})
+ERRORS: Final = frozenset({"job.discarded", "sweep.failed", "certificate.unusable", "heartbeat.died", "file.damaged"})
 
 #: Libraries whose words may hold patient data, at any level.
 SILENCED: Final = ("pynetdicom", "pydicom", "highdicom", "sqlalchemy", "alembic", "apscheduler", "hl7", "py.warnings", "monai", "ignite")

@@ -23,7 +23,7 @@ from pydicom.uid import Comprehensive3DSRStorage, ExplicitVRLittleEndian
 from pydicom.valuerep import DA, DT, TM
 
 from worker.domain import Document, Finding, Inputs, Study
-from worker.report import codes, content
+from worker.report import codes, content, gate
 from worker.report.content import MANUFACTURER, Algorithm, ReportUids, derive_uid
 from worker.report.evidence import Evidence, read, references
 
@@ -89,6 +89,8 @@ def build_report(
         An analysed instance is of another patient or study.
     PixelError
         An analysed instance has no readable header.
+    ReportInvalid
+        What was written may not be sent (gate.py).
     ValueError
         Findings and failure contradict each other, or a number is not one.
 
@@ -155,6 +157,7 @@ def build_report(
     with BytesIO() as buffer:
         ds.save_as(buffer, enforce_file_format=True)
         data = buffer.getvalue()
+    gate.check(data, study=study)
     return Document(
         sop_instance_uid=uids.sop_instance_uid,
         sop_class_uid=str(Comprehensive3DSRStorage),

@@ -24,11 +24,17 @@ from worker.store import schema
 
 __all__ = ["Connection", "DatabaseUnavailable", "Store", "listed", "rows_of"]
 
-#: How long a transaction waits for SQLite's writers, this process's and others together (FAULTS D5): senders of HL7 commonly wait 30 s
-#: for their answer, and must hear that a message was not stored, not nothing. What is refused comes again.
+#: How long a transaction waits for other writers: SQLite's, this process's and others together (FAULTS D5), or a lock of PostgreSQL
+#: (FAULTS D4). Senders of HL7 commonly wait 30 s for their answer, and must hear that a message was not stored, not nothing. What is
+#: refused comes again.
 BUSY_S: Final = 20.0
 #: PostgreSQL: no statement may hang a receiver (FAULTS D4).
 STATEMENT_TIMEOUT_MS: Final = 30_000
+#: Connections of one process, and how many more while there is a rush; who finds all of them taken for so long comes again (FAULTS D7).
+POOL: Final = {"pool_size": 8, "max_overflow": 10, "pool_timeout": BUSY_S / 2}
+#: PostgreSQL: a server that was cut off without a word is noticed after about BUSY_S, not when the system gives up after a quarter of an
+#: hour (FAULTS D1). https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-KEEPALIVES
+_KEEPALIVE: Final = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 2, "tcp_user_timeout": 20_000}
 
 
 class DatabaseUnavailable(Retry):
@@ -43,16 +49,16 @@ class Store:
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
         if self.is_sqlite:
             # A pooled connection outlives its file's deletion; checking in is cheap.
-            self.engine = sa.create_engine(self.url, pool_size=8, hide_parameters=True)
+            self.engine = sa.create_engine(self.url, hide_parameters=True, **POOL)
             sa.event.listen(self.engine, "connect", _prepare_sqlite)
         else:
-            options = f"-c statement_timeout={STATEMENT_TIMEOUT_MS} -c lock_timeout={STATEMENT_TIMEOUT_MS}"
+            options = f"-c statement_timeout={STATEMENT_TIMEOUT_MS} -c lock_timeout={round(1000 * BUSY_S)}"
             self.engine = sa.create_engine(
                 self.url,
                 pool_pre_ping=True,
                 hide_parameters=True,  # they are patient data
-                pool_size=8,
-                connect_args={"options": options, "connect_timeout": 5},
+                connect_args={"options": options, "connect_timeout": 5, **_KEEPALIVE},
+                **POOL,
             )
         # Threads of one process queue here: SQLite's own busy handler sleeps, and is not fair.
         self._writer = threading.Lock()
@@ -67,9 +73,9 @@ class Store:
             The database is away, locked for too long, or its disk is full.
         """
         try:
-            with self._turn() as left_s, self.engine.connect() as conn, conn.begin():
+            with self._turn() as until, self.engine.connect() as conn, conn.begin():
                 if self.is_sqlite:
-                    _wait(conn, left_s)
+                    _wait(conn, max(0.0, until - time.monotonic()))
                     conn.exec_driver_sql("BEGIN IMMEDIATE")
                 yield conn
         except (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError) as exc:
@@ -77,15 +83,15 @@ class Store:
 
     @contextmanager
     def _turn(self) -> Iterator[float]:
-        """Wait for the other writers of this process; gives the seconds that are left to wait for those of others."""
+        """Wait for the other writers of this process; gives the moment (monotonic) until which those of others are waited for."""
+        until = time.monotonic() + BUSY_S
         if not self.is_sqlite:
-            yield BUSY_S
+            yield until
             return
-        began = time.monotonic()
         if not self._writer.acquire(timeout=BUSY_S):
             raise DatabaseUnavailable(f"The database is not available: other writers held it for {BUSY_S:g} s.")
         try:
-            yield max(0.0, BUSY_S - (time.monotonic() - began))
+            yield until
         finally:
             self._writer.release()
 

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from worker.domain import Code, Document, Finding, Job, Saliency
-from worker.store.schema import AnyRow, document, finding
+from worker.store.schema import AnyRow, document, finding, job
 from worker.store.studies import insert_or_ignore
 
 
@@ -76,6 +76,13 @@ def load(conn: Connection, document_id: int) -> Document:
     """One document, as it is to be sent."""
     row = conn.execute(sa.select(document).where(document.c.id == document_id)).one()
     return _document(row)
+
+
+def delivered(conn: Connection, *, destination: str, since: datetime) -> list[AnyRow]:
+    """Job, study and document of each delivery to `destination` since then, the newest first."""
+    done = (job.c.kind == "deliver", job.c.state == "completed", job.c.destination == destination, job.c.finished_at >= since)
+    wanted = sa.select(job.c.id, job.c.study_id, job.c.document_id).where(*done).order_by(job.c.finished_at.desc(), job.c.id.desc())
+    return list(conn.execute(wanted))
 
 
 def predecessor(conn: Connection, study_id: int, *, bundle: str, before_version: int) -> Document | None:

@@ -21,7 +21,7 @@ from sqlalchemy.engine import Row
 from worker.store.columns import UtcDateTime, id_column, is_one_of, reference, text, where
 
 #: Must be the head of migrations/; a test compares them.
-REVISION: Final = "0006"
+REVISION: Final = "0007"
 
 #: Drawn in HOUSE §5 and worker/README.md: available → leased → completed | discarded | cancelled.
 JOB_STATES: Final = ("available", "leased", "completed", "discarded", "cancelled")
@@ -362,6 +362,22 @@ commitment = sa.Table(
     sa.CheckConstraint(is_one_of("state", COMMITMENT_STATES), name="state"),
     sa.Index("ix_commitment_job_id", "job_id"),
     sa.Index("ix_commitment_asked", "look_at", **where("state = 'asked'")),
+)
+
+#: A report on storage commitment that we owe a sender; the row goes when it took it.
+promise = sa.Table(
+    "promise",
+    metadata,
+    id_column(),
+    sa.Column("calling_ae", sa.Text, nullable=False),
+    text("address"),
+    sa.Column("transaction_uid", sa.Text, nullable=False),
+    # [SOP class UID, SOP instance UID] of each that was asked about.
+    sa.Column("wanted", sa.JSON, nullable=False),
+    sa.Column("asked_at", UtcDateTime, nullable=False),
+    sa.Column("attempt", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("not_before", UtcDateTime, nullable=False),
+    sa.UniqueConstraint("calling_ae", "transaction_uid"),
 )
 
 event = sa.Table(

@@ -116,7 +116,8 @@ def add_instance(
         known = conn.execute(_KNOWN, {"uid": header.sop_instance_uid}).one()
         if known.sha256 == sha256:
             return Received.DUPLICATE if known.removed_at is None else _returned(conn, study_row, known.id, quiet_s=quiet_s, now=now)
-        history.note(conn, study_row.id, name="instance.quarantined", now=now, reason="same SOP Instance UID, other bytes")
+        reason = "same SOP Instance UID, other bytes"
+        history.note(conn, study_row.id, name="instance.quarantined", now=now, instance=known.id, reason=reason)
         return Received.CONFLICT
     result = Received.STORED
     if PatientKey(study_row.issuer, study_row.patient_id) != header.patient.key:
@@ -345,11 +346,14 @@ class Line:
     last_received_at: datetime
     jobs: str
     reports: int
+    calling_ae: str
+    address: str
 
 
-def recent(conn: Connection, *, limit: int, is_discarded: bool = False) -> list[Line]:
-    """The studies that changed last, newest first; on wish only those with a dead letter."""
-    wanted = sa.select(study).order_by(study.c.last_received_at.desc(), study.c.id.desc()).limit(limit)
+def recent(conn: Connection, *, limit: int | None, is_discarded: bool = False, since: datetime = UNDATED) -> list[Line]:
+    """The studies of which an image came last, newest first; on wish only those with a dead letter, or with an image since then."""
+    wanted = sa.select(study).where(study.c.last_received_at >= since)
+    wanted = wanted.order_by(study.c.last_received_at.desc(), study.c.id.desc()).limit(limit)
     if is_discarded:
         wanted = wanted.where(study.c.id.in_(sa.select(job.c.study_id).where(job.c.state == "discarded")))
     rows = conn.execute(wanted).all()
@@ -377,6 +381,8 @@ def _line(conn: Connection, row: AnyRow) -> Line:
         last_received_at=row.last_received_at,
         jobs=", ".join(f"{count} {kind} {state}" for kind, state, count in sorted(tuple(r) for r in jobs)),
         reports=reports,
+        calling_ae=row.calling_ae,
+        address=row.address,
     )
 
 
