@@ -123,7 +123,7 @@ class Installation:
         """The log's lines, of one event or all."""
         if not self.log.exists():
             return []
-        lines = (line for line in self.log.read_text("utf-8", "replace").splitlines() if line.startswith("{"))
+        lines = (line for line in self.log.read_text("utf-8", "replace").splitlines() if line.startswith("{") and f'"{name}' in line)
         found = [json.loads(line) for line in lines if line.endswith("}")]
         return [one for one in found if not name or one.get("event") == name]
 
