@@ -16,7 +16,7 @@ import sqlite3
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -26,7 +26,7 @@ import psutil
 
 from tests import accept
 from tests.crash.senders import Laboratory, Sender, radiographs, ultrasound
-from tests.installation import Installation
+from tests.installation import Installation, wait_until
 from tests.peers import Orthanc, orthanc
 from worker import consistency
 from worker.store.database import Store
@@ -44,6 +44,8 @@ VICTIMS: Mapping[str, tuple[int, str]] = {
 PHASES = ("receiving", "analysing", "delivering")
 #: So long the moment is waited for that a kill is meant for.
 AIM_S = 3.0
+#: Of the starts after a kill so many are waited for.
+WAITS = 0.7
 #: Radiographs on their way to a report, at most.
 BACKLOG = 24
 
@@ -101,7 +103,8 @@ class Line:
         return found
 
     def kill_one(self, victim: str) -> bool:
-        """Wait for the moment that fits the victim, then kill; the supervisor is started again, as systemd does. Whether one lived."""
+        """Wait for the moment that fits the victim, then kill; the supervisor is launched again, as by systemd. Whether one lived."""
+        self.revive()
         wanted = VICTIMS[victim][1] or self.rng.choice(PHASES)
         deadline = time.monotonic() + AIM_S
         while wanted not in (during := self.under_way()) and time.monotonic() < deadline:
@@ -116,19 +119,27 @@ class Line:
         else:
             os.kill(self.rng.choice(alive), signal.SIGKILL)
         if victim in ("supervisor", "all"):
-            self.start()
+            assert self.installation.process is None or self.installation.process.wait(10)
+            ready = len(self.installation.events("role.started")) + self.installation.roles
+            self.installation.launch()
+            if self.rng.random() < WAITS:  # else the next kill falls into its start
+                self.until(lambda: len(self.installation.events("role.started")) >= ready, "all roles ready again")
         return True
 
-    def start(self) -> None:
-        """Start the daemon until it stays: children of the one before may hold the port for their last seconds."""
-        for _ in range(60):
-            with contextlib.suppress(AssertionError):
-                self.installation.start()
-                return
-            if self.installation.process is not None and self.installation.process.poll() is None:
-                break  # it lives, and is not ready
+    def revive(self) -> None:
+        """Launch the daemon again if it has ended: children of the one before may hold its port for their last seconds."""
+        if self.installation.process is None or self.installation.process.poll() is not None:
             self.refused_starts += 1
-        raise AssertionError("The daemon did not come up again.")
+            self.installation.launch()
+
+    def until(self, is_so: Callable[[], object], what: str) -> None:
+        """Wait, and launch the daemon again where it ends."""
+
+        def attempt() -> bool:
+            self.revive()
+            return bool(is_so())
+
+        wait_until(attempt, timeout_s=120, what=what)
 
     def note_recoveries(self) -> None:
         """Find in the log when each role was ready again."""
@@ -194,6 +205,7 @@ def killing(
                     time.sleep(rng.uniform(*pause_s))
                     while not whole.kill_one(victim):
                         time.sleep(0.2)  # it was killed before and is not back yet
+                whole.until(lambda: whole.pids("receive"), "receivers")  # it has its port, and stays
                 for sender in load:
                     sender.finish()
                 seconds = time.monotonic() - began
