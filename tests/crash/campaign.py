@@ -1,6 +1,6 @@
 """Random `kill -9` under load: of each process of the whole line, then of the receiver alone beside Orthanc's.
 
-usage: python -m tests.crash.campaign [--kills 200] [--receive-s 240] [--seed 1] [--folder DIR]
+usage: python -m tests.crash.campaign [--kills 200] [--within-s S] [--receive-s 240] [--seed 1] [--folder DIR]
 
 ``make crash KILLS=200`` runs it, for about 40 minutes. It prints figures as JSON lines and tables, and exits 1 where a promise was broken:
 anything acknowledged is missing, a report is missing or there twice, or a study is in no account of the ledger.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the campaign; the exit code is 1 where a promise of ours was broken."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=200, help="of the whole line")
+    parser.add_argument("--within-s", type=float, default=math.inf, help="no more kills of the whole line after so long")
     parser.add_argument("--receive-s", type=float, default=240, help="so long each receiver alone is killed again and again")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--folder", type=Path, help="where to work; else a temporary folder that goes afterwards")
@@ -32,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with contextlib.ExitStack() as stack:
         folder = given.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="crash-")))
         if given.kills:
-            with killing(folder / "line", SHARED, shuffled(given.kills, given.seed), seed=given.seed) as campaign:
+            with killing(folder / "line", SHARED, shuffled(given.kills, given.seed), seed=given.seed, within_s=given.within_s) as campaign:
                 for name, value in campaign.figures.items():
                     print(f"{name:<30}{value}")
                 broken += complaints(campaign.figures)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import random
 import signal
@@ -36,15 +37,17 @@ from worker.store.spool import Spool
 VICTIMS: Mapping[str, tuple[int, str]] = {
     "receive": (4, "receiving"),
     "run": (4, "analysing"),
-    "decoder": (2, "analysing"),
-    "deliver": (4, "delivering"),
+    "decoder": (3, "analysing"),
+    "deliver": (5, "delivering"),
     "supervisor": (2, "receiving"),
-    "all": (4, ""),
+    "all": (2, ""),
 }
 PHASES = ("receiving", "analysing", "delivering")
+#: Among the victims: wait until all roles are ready. Without it the next kill may fall into a start.
+READY = "ready"
 #: So long the moment is waited for that a kill is meant for.
-AIM_S = 3.0
-#: Of the starts after a kill so many are waited for.
+AIM_S = 5.0
+#: Of the starts after a kill of all or of the supervisor so many are waited for.
 WAITS = 0.7
 #: Radiographs on their way to a report, at most.
 BACKLOG = 24
@@ -68,6 +71,8 @@ class Line:
     rng: random.Random
     kills: list[Kill] = field(default_factory=list)
     refused_starts: int = 0
+    #: So many lines of readiness the log has when all roles are ready.
+    ready: int = 0
     store: Store = field(init=False)
 
     def __post_init__(self) -> None:
@@ -108,23 +113,25 @@ class Line:
         wanted = VICTIMS[victim][1] or self.rng.choice(PHASES)
         deadline = time.monotonic() + AIM_S
         while wanted not in (during := self.under_way()) and time.monotonic() < deadline:
-            time.sleep(0.003)
+            time.sleep(0.01)
         time.sleep(self.rng.uniform(0, 0.03))
         alive = [] if victim == "all" else self.pids(victim)
         if victim != "all" and not alive:
             return False
-        self.kills.append(Kill(victim, time.time(), during))
+        self.kills.append(Kill(victim, time.time(), (*during, *(["starting"] if self.is_starting() else []))))
         if victim == "all":
             self.installation.kill()
         else:
             os.kill(self.rng.choice(alive), signal.SIGKILL)
         if victim in ("supervisor", "all"):
             assert self.installation.process is None or self.installation.process.wait(10)
-            ready = len(self.installation.events("role.started")) + self.installation.roles
+            self.ready = len(self.installation.events("role.started")) + self.installation.roles
             self.installation.launch()
-            if self.rng.random() < WAITS:  # else the next kill falls into its start
-                self.until(lambda: len(self.installation.events("role.started")) >= ready, "all roles ready again")
         return True
+
+    def is_starting(self) -> bool:
+        """Whether roles have yet to be ready, after all or the supervisor was killed."""
+        return len(self.installation.events("role.started")) < self.ready
 
     def revive(self) -> None:
         """Launch the daemon again if it has ended: children of the one before may hold its port for their last seconds."""
@@ -139,7 +146,7 @@ class Line:
             self.revive()
             return bool(is_so())
 
-        wait_until(attempt, timeout_s=120, what=what)
+        wait_until(attempt, timeout_s=600, what=what)
 
     def note_recoveries(self) -> None:
         """Find in the log when each role was ready again."""
@@ -156,12 +163,13 @@ class Line:
 def shuffled(kills: int, seed: int) -> list[str]:
     """Return so many victims, each kind in its share, whatever is drawn."""
     rng = random.Random(seed)
-    victims: list[str] = []
-    while len(victims) < kills:
+    drawn: list[str] = []
+    while len(drawn) < kills:
         deck = [name for name, (share, _) in VICTIMS.items() for _ in range(share)]
         rng.shuffle(deck)
-        victims += deck
-    return victims[:kills]
+        drawn += deck
+    pairs = [(one, READY) if one in ("supervisor", "all") and rng.random() < WAITS else (one,) for one in drawn[:kills]]
+    return [one for pair in pairs for one in pair]
 
 
 @dataclass
@@ -175,9 +183,12 @@ class Campaign:
 
 @contextlib.contextmanager
 def killing(
-    folder: Path, shared: Path, victims: Sequence[str], *, seed: int, pause_s: tuple[float, float] = (1.0, 3.5)
+    folder: Path, shared: Path, victims: Sequence[str], *, seed: int, within_s: float = math.inf, pause_s: tuple[float, float] = (1.0, 3.5)
 ) -> Iterator[Campaign]:
-    """Kill `victims` in turn under load, let the line finish, stop it, sweep the spool, and count; prints the figures as a JSON line."""
+    """Kill `victims` in turn under load, for `within_s` at most; let the line finish, stop it, sweep the spool, and count.
+
+    The figures are printed as a JSON line.
+    """
     rng = random.Random(seed)
     (folder / "orthanc").mkdir(parents=True)
     installation = Installation(folder / "worker", bundles=("cxr-severity",), ask_sender=False, quiet_s=0.5)
@@ -202,6 +213,11 @@ def killing(
                     sender.start()
                 began = time.monotonic()
                 for victim in victims:
+                    if time.monotonic() - began > within_s:
+                        break
+                    if victim == READY:
+                        whole.until(lambda: not whole.is_starting(), "all roles ready again")
+                        continue
                     time.sleep(rng.uniform(*pause_s))
                     while not whole.kill_one(victim):
                         time.sleep(0.2)  # it was killed before and is not back yet
@@ -245,6 +261,10 @@ def _kills(whole: Line, seconds: float) -> dict[str, Any]:
         "kills": len(whole.kills),
         "by_process": dict(Counter(kill.victim for kill in whole.kills)),
         "by_phase": dict(Counter(phase for kill in whole.kills for phase in kill.during or ("idle",))),
+        "by_both": {
+            name: dict(Counter(phase for kill in whole.kills if kill.victim == name for phase in kill.during or ("idle",)))
+            for name in VICTIMS
+        },
         "in_their_phase": sum(VICTIMS[kill.victim][1] in (*kill.during, "") for kill in whole.kills),
         "seconds": round(seconds),
         "recovery_s": {
@@ -255,6 +275,7 @@ def _kills(whole: Line, seconds: float) -> dict[str, Any]:
         "refused_starts": whole.refused_starts,
         "rescued": len(whole.installation.events("job.rescued")),
         "fenced": len(whole.installation.events("job.fenced")),
+        "crashed": len(whole.installation.events("crashed")),
     }
 
 
@@ -334,6 +355,7 @@ def complaints(figures: Mapping[str, Any]) -> list[str]:
         "studies have not exactly one report": figures["reported_once"] == wanted and figures["duplicates"] == 0,
         "reports of studies that nobody sent": figures["reports_nobody_asked_for"] == 0,
         "the ledger does not add up, or not to what was sent": figures["ledger_adds_up"],
+        "processes ended with an error of their own": figures["crashed"] == 0,
         "studies failed": figures["ledger"]["failed"] == 0,
     }
     return [words for words, is_kept in rules.items() if not is_kept]

@@ -83,6 +83,7 @@ class Sender:
                 self.stop.wait(0.1)
             self.longest_s = max(self.longest_s, time.monotonic() - began)
             self.acknowledged[item.instance] = item.study
+            self.stop.wait(0.02)
         self.has_finished = True
 
     def _send(self, item: Item) -> bool:
@@ -140,7 +141,7 @@ class Laboratory:
                 self.again += 1
                 self.stop.wait(0.1)
             self.acknowledged.add(f"C{number}")
-            self.stop.wait(0.02)
+            self.stop.wait(0.2)
 
 
 def _result(number: int) -> bytes:
