@@ -2,8 +2,8 @@
 
 usage: python -m tests.crash.campaign [--kills 200] [--within-s S] [--receive-s 240] [--seed 1] [--folder DIR]
 
-``make crash KILLS=200`` runs it, for three quarters of an hour on two cores. It prints figures as JSON lines and tables, and exits 1 where a promise was broken:
-anything acknowledged is missing, a report is missing or there twice, or a study is in no account of the ledger.
+``make crash KILLS=200`` runs it, for three quarters of an hour on two cores. It prints figures as JSON lines and tables, and exits 1
+where a promise was broken: anything acknowledged is missing, a report is missing or there twice, or a study is in no account of the ledger.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ class Sender:
                 with suppress(OSError):  # what was promised stays promised
                     scu.release()
                 return is_taken
-        except (OSError, AssertionError, ValueError, IndexError, struct.error):  # it was killed in the middle of a word
+        except (OSError, AssertionError, ValueError, LookupError, struct.error):  # it was killed in the middle of a word
             return False
 
 
