@@ -5,7 +5,8 @@ MINUTES ?= 3
 PROCESSES ?= 2
 INSTANCES ?= 10000
 FILES ?= 100000
-.PHONY: demo test verify check fix bench gate fuzz abuse soak restart verified lock sbom audit-deps clean
+KILLS ?= 200
+.PHONY: demo test verify check fix bench gate fuzz abuse soak restart crash verified lock sbom audit-deps clean
 
 .venv/.installed: pyproject.toml .constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Synoptic needs Python 3.11 or newer; say: make PYTHON=python3.11 ...")'
@@ -55,6 +56,9 @@ soak: .venv/.installed  ## INSTANCES=10000 through a real installation at line r
 
 restart: .venv/.installed  ## a start with FILES=100000 in the spool: ready within 30 s, the sweep behind it; the result is quoted in deploy/README.md
 	SPOOL_FILES=$(FILES) $(BIN)/python -m pytest -s tests/integration/test_restart.py
+
+crash: .venv/.installed  ## random kill -9 of each process of the line under load, then of the receiver alone beside Orthanc's
+	$(BIN)/python -m tests.crash.campaign --kills $(KILLS)
 
 # The tools of the supply chain have an environment of their own, so that they are no part of what they list.
 .venv/tools/.installed: .venv/.installed

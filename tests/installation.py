@@ -86,17 +86,25 @@ class Installation:
             "utf-8",
         )
 
-    def start(self) -> None:
-        """Start the daemon in a process group of its own; returns when all roles are ready."""
+    def launch(self) -> None:
+        """Start the daemon in a process group of its own."""
         if not self.config.exists():
             self.write_config()
-        ready = len(self.events("role.started"))
         environ = {name: value for name, value in os.environ.items() if not name.startswith("SYNOPTIC_")}
         with self.log.open("ab") as log:
             command = [sys.executable, "-m", "worker", "all", "--config", str(self.config)]
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environ, start_new_session=True)
-        wanted = 2 + self.processes + (self.run_processes if self.bundles else 0)
-        wait_until(lambda: len(self.events("role.started")) >= ready + wanted or self._died(), timeout_s=90, what="roles ready")
+
+    @property
+    def roles(self) -> int:
+        """How many processes say that they are ready."""
+        return 2 + self.processes + (self.run_processes if self.bundles else 0)
+
+    def start(self) -> None:
+        """Launch the daemon; returns when all roles are ready."""
+        ready = len(self.events("role.started"))
+        self.launch()
+        wait_until(lambda: len(self.events("role.started")) >= ready + self.roles or self._died(), timeout_s=90, what="roles ready")
         if self._died():
             raise AssertionError(f"The daemon ended: {self.log.read_text('utf-8')[-2000:]}")
 
@@ -123,7 +131,7 @@ class Installation:
         """The log's lines, of one event or all."""
         if not self.log.exists():
             return []
-        lines = (line for line in self.log.read_text("utf-8", "replace").splitlines() if line.startswith("{"))
+        lines = (line for line in self.log.read_text("utf-8", "replace").splitlines() if line.startswith("{") and f'"{name}' in line)
         found = [json.loads(line) for line in lines if line.endswith("}")]
         return [one for one in found if not name or one.get("event") == name]
 

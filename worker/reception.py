@@ -122,7 +122,8 @@ def receive(config: Config, store: Store, listener: socket.socket, stop: threadi
     )
     scp.start()
     started("receive", port=scp.address[1])
-    stop.wait()
+    while not stop.wait(1.0):  # a signal that another thread takes does not wake this one, and its handler runs here
+        continue
     scp.stop(RECEIVE_GRACE_S)
 
 

@@ -1,63 +1,32 @@
-"""`kill -9` of everything, five times on the way: nothing acknowledged is lost, nothing is delivered twice."""
+"""`kill -9` of each process of the line under load, then of all at once: nothing acknowledged is lost, nothing is delivered twice."""
 
 from __future__ import annotations
 
-import json
-import random
-import threading
-import time
+import contextlib
+import sqlite3
 from pathlib import Path
 
 import pytest
 
 from tests import accept
-from tests.installation import Installation
-from tests.peers import orthanc
+from tests.crash.line import PHASES, READY, complaints, killing
 
 pytestmark = [pytest.mark.peer, pytest.mark.slow, pytest.mark.timeout(900)]
 
-KILLS = 5
+#: Each process of its own, everything at once in the midst of work, and twice in a start; `make crash` draws 200.
+VICTIMS = ("receive", "deliver", "decoder", "all", READY, "run", "supervisor", "all")
 
 
 @pytest.mark.requirement("S1")
 @pytest.mark.requirement("L5")
 @pytest.mark.requirement("Q1")
-def test_five_kills_lose_nothing_and_deliver_nothing_twice(tmp_path: Path, shared: Path) -> None:
-    """The sender resends what was not acknowledged, as a PACS does; what was acknowledged must be there."""
-    installation = Installation(tmp_path / "worker", bundles=("cxr-severity",), ask_sender=False, quiet_s=1.0)
-    (tmp_path / "orthanc").mkdir()
-    files = accept.cohort(shared)
-    pauses = random.Random(2026)
-    with orthanc(tmp_path / "orthanc", callers={"WORKER": installation.port}) as pacs:
-        installation.orthanc = pacs
-        accept.upload(pacs, files)
-        installation.start()
-        try:
-            accept.send_records(installation, shared, files)
-            sender = threading.Thread(target=accept.forward, args=(pacs, installation, files))
-            sender.start()
-            at = []
-            for _ in range(KILLS):
-                time.sleep(pauses.uniform(1.0, 4.0))  # the moment of a power cut is nobody's event
-                at.append(len(accept.reports(pacs)))
-                installation.kill()
-                installation.start()
-            sender.join()
-            accept.wait_for_reports(pacs, len(files), timeout_s=300)
-            installation.wait_idle()
-            found = accept.reports(pacs)
-            print(json.dumps({"kills": KILLS, "reports_at_each_kill": at, "studies": len(files), "studies_with_report": len(found)}))
-            assert set(found) == set(files)
-            assert {len(uids) for uids in found.values()} == {1}
-            assert any(0 < count < len(files) for count in at), "no kill fell into the work"
-            assert accept.gate(shared, accept.fetch(pacs, tmp_path / "reports"), files, java=0) == []
-            store = installation.store
-            with store.read() as conn:
-                root = installation.folder / "data" / "spool" / "instances"
-                spooled = {str(path.relative_to(root)) for path in root.rglob("*.dcm")}
-                rows = {path for (path,) in conn.exec_driver_sql("SELECT path FROM instance")}
-            store.close()
-            assert rows <= spooled
-        finally:
-            if installation.process is not None:
-                installation.stop()
+def test_kills_of_every_process_lose_nothing_and_deliver_nothing_twice(tmp_path: Path, shared: Path) -> None:
+    """The senders resend what was not acknowledged, as modalities do; what was acknowledged must be there, and each report once."""
+    with killing(tmp_path, shared, VICTIMS, seed=2026) as campaign:
+        assert complaints(campaign.figures) == []
+        assert campaign.figures["by_phase"].keys() & set(PHASES), "no kill fell into the work"
+        data = campaign.installation.folder / "data"
+        with contextlib.closing(sqlite3.connect(data / "synoptic.db")) as conn:
+            asked = "SELECT study_instance_uid, path FROM instance JOIN series ON series.id = series_id JOIN study ON study.id = study_id"
+            sources = {uid: data / "spool" / "instances" / path for uid, path in conn.execute(asked)}
+        assert accept.gate(shared, accept.fetch(campaign.pacs, tmp_path / "reports"), sources, java=0) == []

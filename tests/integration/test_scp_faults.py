@@ -7,7 +7,8 @@ import os
 import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -258,6 +259,27 @@ def test_receivers_on_one_socket_share_the_associations(receiver: Receiver, tmp_
             assert min(receiver.scp.associations, second.associations) >= 2
     finally:
         second.stop(0.0)
+
+
+def test_a_stop_in_the_moment_in_which_a_connection_begins_is_orderly(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that has not begun cannot be waited for: the receiver ended with an error then."""
+    begins, may_begin, start = threading.Event(), threading.Event(), threading.Thread.start
+
+    def late(thread: threading.Thread) -> None:
+        if thread.name == "scp-association":
+            begins.set()
+            assert may_begin.wait(30)
+        start(thread)
+
+    with ThreadPoolExecutor() as pool:
+        monkeypatch.setattr(threading.Thread, "start", late)
+        with receiver.scu() as scu:
+            assert begins.wait(30)
+            stopped = pool.submit(receiver.scp.stop, 0.5)
+            wait([stopped], timeout=0.3)
+            may_begin.set()
+            stopped.result(30)
+            assert scu.read_pdu()[0] in (0, ABORT)
 
 
 def test_a_receiver_process_is_small_and_ends_on_a_signal(tmp_path: Path) -> None:

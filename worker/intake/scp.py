@@ -213,13 +213,11 @@ class StorageScp:
             sock.close()
             events.emit("association.rejected", address=address, reason="too many connections", is_alert=True)
             return
-        with load.lock:
-            load.connections[thread] = sock
         try:
-            thread.start()
+            with load.lock:  # `stop` waits for each that it finds here, and one that has not begun cannot be waited for
+                thread.start()
+                load.connections[thread] = sock
         except RuntimeError:  # the system gives no more threads: this peer comes again, the acceptor must live
-            with load.lock:
-                del load.connections[thread]
             self._connected.leave(place)
             sock.close()
             events.emit("association.rejected", address=address, reason="no thread could be started")
