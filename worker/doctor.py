@@ -5,6 +5,7 @@ Its output is made to be pasted into a bug report: no patient data, no secrets.
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import platform
@@ -75,6 +76,7 @@ def checks(config: Config, config_file: Path | None) -> Iterator[Check]:
     yield _tried("database", lambda: _database(config))
     yield _tried("spool", lambda: _spool(config))
     yield from _bundles(config)
+    yield from _reached(config)
     yield from _peers(config)
     yield from _certificates(config)
     if config.fhir.url:
@@ -138,6 +140,27 @@ def _bundles(config: Config) -> Iterator[Check]:
             )
 
         yield _tried("bundle", load)
+
+
+def _reached(config: Config) -> Iterator[Check]:
+    """Whether those who may call from another machine can: the defaults listen on this one alone."""
+    doors = [("receive", config.receive.host, [address for one in config.senders for address in one.addresses])]
+    doors += [("records", config.records.host, list(config.records.addresses))] if config.records.enabled else []
+    for section, listens, callers in doors:
+        away = [one for one in callers if not _is_loopback(one)]
+        if away and _is_loopback(listens):
+            yield (
+                f"[{section}] host",
+                f"{listens} is reached from this machine alone, and {away[0]} may call: set it to this host's address, or to 0.0.0.0.",
+                False,
+            )
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return address == "localhost" or ipaddress.ip_network(address, strict=False).is_loopback
+    except ValueError:
+        return False
 
 
 def _peers(config: Config) -> Iterator[Check]:

@@ -109,3 +109,18 @@ def test_a_server_that_drips_is_given_up_in_time(tmp_path: Path, monkeypatch: py
         found, is_well = _found(tmp_path, server.base)
     assert (is_well, "too slow" in found) == (False, True), found
     assert time.monotonic() - started < 5
+
+
+def test_a_port_that_hears_this_machine_alone_is_told_where_others_may_call(tmp_path: Path) -> None:
+    """The default host is loopback: whoever adds a PACS of the network must change it, or nobody is heard and nothing is logged."""
+    far, near = Sender(ae_title="PACS", addresses=("10.1.0.0/16",)), Sender(ae_title="LOCAL", addresses=("127.0.0.1", "::1"))
+    config = replace(Config(), site=Site(data=tmp_path), senders=(near,))
+    assert list(doctor._reached(config)) == []
+    ((what, found, is_well),) = doctor._reached(replace(config, senders=(near, far)))
+    assert (what, is_well) == ("[receive] host", False)
+    assert "10.1.0.0/16 may call" in found
+    assert "0.0.0.0" in found
+    config = replace(config, senders=(far,), receive=replace(config.receive, host="0.0.0.0"))
+    assert list(doctor._reached(config)) == []
+    config = replace(config, records=replace(config.records, addresses=("10.1.2.3",)))
+    assert [what for what, _, _ in doctor._reached(config)] == ["[records] host"]
