@@ -146,6 +146,11 @@ def open_store(config: Config, *, migrate: bool = False) -> Store:
             f"{database} is not there but the spool holds studies: restore it from its backup (deploy/README.md); "
             "or the database is another, and [site] database, or SYNOPTIC_SITE__DATABASE, is not said here."
         )
+    if is_new:
+        try:
+            config.site.data.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as exc:
+            raise ConfigError(f"[site] data: the folder {config.site.data} cannot be made: {exc.strerror}.") from exc
     if is_new or migrate:
         store.migrate()
     store.check()

@@ -124,3 +124,19 @@ def test_a_port_that_hears_this_machine_alone_is_told_where_others_may_call(tmp_
     assert list(doctor._reached(config)) == []
     config = replace(config, records=replace(config.records, addresses=("10.1.2.3",)))
     assert [what for what, _, _ in doctor._reached(config)] == ["[records] host"]
+
+
+def test_a_certificate_that_is_absent_is_named(tmp_path: Path) -> None:
+    ca = str(tmp_path / "ca.pem")
+    config = replace(Config(), destinations=(Destination(name="pacs", ae_title="PACS", host="localhost", port=1, tls=True, tls_ca=ca),))
+    ((_, found, is_well),) = doctor._certificates(config)
+    assert (found, is_well) == (f"[destinations pacs] the authority's file {ca} cannot be used: No such file or directory.", False)
+
+
+def test_a_place_for_the_vendors_bundle_that_is_none_is_told_before_the_checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "checks", lambda *_: pytest.fail("the checks, which take minutes, have begun"))
+    (tmp_path / "there.zip").touch()
+    for path, error in ((tmp_path / "none" / "out.zip", FileNotFoundError), (tmp_path / "there.zip", FileExistsError)):
+        with pytest.raises(error) as told:
+            support.write(path, Config(), None, log_file=None, lines=1)
+        assert told.value.filename == str(path)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from datetime import UTC, datetime, timedelta, timezone
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -109,3 +110,10 @@ def test_a_port_that_cannot_be_listened_on_names_its_key(number: int, kind: type
     with pytest.raises(kind) as told, daemon._bound("records", "127.0.0.1", 104):
         raise OSError(number, os.strerror(number))
     assert words in str(told.value)
+
+
+def test_a_data_folder_that_cannot_be_made_names_its_key(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for data in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ConfigError, match=rf"\[site\] data: the folder {data} cannot be made"):
+            daemon.open_store(Config(site=Site(data=data)))
