@@ -227,7 +227,9 @@ def _bound(section: str, host: str, port: int) -> Iterator[None]:
         yield
     except OSError as exc:
         if exc.errno == errno.EADDRINUSE:
-            raise OSError(exc.errno, exc.strerror, f"{host}:{port}, [{section}] port. Is synoptic running already?") from exc
+            raise OSError(
+                exc.errno, os.strerror(errno.EADDRINUSE), f"{host}:{port}, [{section}] port. Is synoptic running already?"
+            ) from exc
         if exc.errno == errno.EACCES:
             raise ConfigError(f"[{section}] port: {port} is for root alone on this host; take one from 1024 up.") from exc
         if exc.errno == errno.EADDRNOTAVAIL or isinstance(exc, socket.gaierror):

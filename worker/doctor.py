@@ -25,7 +25,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from worker import __version__, daemon, guards, host, peers, tls
-from worker.config import Config, ConfigError
+from worker.config import ENVIRONMENT_PREFIX, Config, ConfigError
 from worker.errors import PeerRefused, PeerUnavailable, WorkerError
 from worker.imaging.codecs import unloadable
 from worker.imaging.decoding import codec_versions
@@ -58,9 +58,11 @@ def report(out: Console, config: Config, config_file: Path | None) -> bool:
     """Run all checks and print them; returns whether all are well."""
     table = Table("check", "found", "")
     well = True
-    for what, found, is_well in checks(config, config_file):
-        table.add_row(what, escape(found), "[green]ok[/green]" if is_well else "[red]look here[/red]")
-        well &= is_well
+    with out.status("checking …") as status:  # on a terminal alone: loading and starting take a minute
+        for what, found, is_well in checks(config, config_file):
+            table.add_row(escape(what), escape(found), "[green]ok[/green]" if is_well else "[red]look here[/red]")
+            status.update(f"checked {escape(what)} …")
+            well &= is_well
     out.print(table)
     return well
 
@@ -69,7 +71,9 @@ def checks(config: Config, config_file: Path | None) -> Iterator[Check]:
     """Every check, in the order in which a failure explains the next."""
     yield "synoptic", f"{__version__} on Python {platform.python_version()}, {platform.platform()}", True
     yield "libraries", ", ".join(f"{name} {version(name)}" for name in LIBRARIES), True
-    yield "configuration", str(config_file or "none: the defaults"), True
+    is_said = config_file is not None or any(name.startswith(ENVIRONMENT_PREFIX) for name in os.environ)
+    none = "no file, the environment alone" if is_said else "none: start from deploy/synoptic.toml, or say --config FILE"
+    yield "configuration", str(config_file or none), is_said
     risks = [*host.changeable(config, config_file), *host.exposed(config, config_file)]
     yield "protection", " ".join(risks) or "no core dumps; a user of its own; nothing here that other users may change", not risks
     yield _tried("codecs", _codecs)
@@ -241,7 +245,7 @@ def _roles(config_file: Path | None) -> Iterator[Check]:
     """The roles of this configuration that are running on this host now, with their memory."""
     for process in psutil.process_iter(["cmdline", "memory_info", "create_time"]):
         line = process.info["cmdline"] or []
-        if "worker" in line and "role" in line and (config_file is None or str(config_file) in line):
+        if "worker" in line and "role" in line and (str(config_file) in line if config_file else "--config" not in line):
             minutes = (time.time() - process.info["create_time"]) / 60
             yield (
                 f"running: {line[line.index('role') + 1]}",

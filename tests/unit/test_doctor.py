@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import socket
 import time
 import zipfile
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from tests.fhir_server import FhirServer, Reply
 from worker import doctor, support
@@ -140,3 +143,15 @@ def test_a_place_for_the_vendors_bundle_that_is_none_is_told_before_the_checks(t
         with pytest.raises(error) as told:
             support.write(path, Config(), None, log_file=None, lines=1)
         assert told.value.filename == str(path)
+
+
+def test_a_doctor_without_a_configuration_says_so_and_a_keys_name_is_no_markup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (name for name in os.environ if name.startswith("SYNOPTIC_")):
+        monkeypatch.delenv(name)
+    config = replace(Config(), site=Site(data=tmp_path), senders=(Sender(ae_title="PACS", addresses=("10.1.2.3",)),))
+    out = Console(file=io.StringIO(), width=200)
+    assert not doctor.report(out, config, None)
+    told = out.file.getvalue()  # type: ignore[attr-defined]
+    assert "none: start from deploy/synoptic.toml" in told
+    assert "[receive] host" in told
+    assert "running:" not in told, "a role of another configuration is not ours"
