@@ -76,7 +76,7 @@ class Bundle:
         try:
             raw = (folder / "bundle.toml").read_bytes()
         except OSError as exc:
-            raise InvalidBundleError(f"bundle.toml of bundle {folder.name} cannot be read: {exc.strerror}.") from exc
+            raise InvalidBundleError(f"{folder / 'bundle.toml'} cannot be read: {exc.strerror}.") from exc
         bundle = cls._of(raw, folder)
         if verify:
             bundle._verify()

@@ -69,7 +69,8 @@ def main() -> NoReturn:
     except WorkerError as exc:
         _fail(str(exc), EXIT_FAILED)
     except OSError as exc:
-        _fail(f"{exc.strerror or exc}: {exc.filename or ''}".rstrip(": "), EXIT_UNAVAILABLE)
+        advice = ". Say it as the daemon's user: runuser -u synoptic -- synoptic …" if isinstance(exc, PermissionError) else ""
+        _fail(f"{exc.strerror or exc}: {exc.filename or ''}".rstrip(": ") + advice, EXIT_UNAVAILABLE)
     sys.exit(0)
 
 

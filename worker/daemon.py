@@ -14,6 +14,7 @@ within the grace time, then all exit 0. All state is rows and files: a `kill -9`
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import signal
 import socket
@@ -21,7 +22,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -144,6 +146,11 @@ def open_store(config: Config, *, migrate: bool = False) -> Store:
             f"{database} is not there but the spool holds studies: restore it from its backup (deploy/README.md); "
             "or the database is another, and [site] database, or SYNOPTIC_SITE__DATABASE, is not said here."
         )
+    if is_new:
+        try:
+            config.site.data.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as exc:
+            raise ConfigError(f"[site] data: the folder {config.site.data} cannot be made: {exc.strerror}.") from exc
     if is_new or migrate:
         store.migrate()
     store.check()
@@ -194,11 +201,8 @@ def _front(config: Config, config_file: Path | None, store: Store, supervisor: S
     from worker.intake.scp import listen
 
     spool = Spool(config.spool, low_water_bytes=config.receive.low_water_mb * 2**20)
-    try:
+    with _bound("receive", config.receive.host, config.receive.port):
         listener = listen((config.receive.host, config.receive.port))
-    except OSError as exc:
-        where = f"{config.receive.host}:{config.receive.port}, [receive] port. Is synoptic running already?"
-        raise OSError(exc.errno, exc.strerror, where) from exc
     listener.set_inheritable(True)
     closers: list[Callable[[], object]] = [listener.close]
     supervisor.children += [
@@ -207,12 +211,30 @@ def _front(config: Config, config_file: Path | None, store: Store, supervisor: S
     ]
     if config.records.enabled:
         server = record_feeds.records_listener(config, store)
-        server.start()
+        with _bound("records", config.records.host, config.records.port):
+            server.start()
         closers.append(server.stop)
     scheduler = sweeps.scheduler(config, store, spool)
     scheduler.start()
     closers.append(scheduler.stop)
     return closers
+
+
+@contextmanager
+def _bound(section: str, host: str, port: int) -> Iterator[None]:
+    """Say which key is at fault, and what would be right, where an address cannot be listened on."""
+    try:
+        yield
+    except OSError as exc:
+        if exc.errno == errno.EADDRINUSE:
+            raise OSError(
+                exc.errno, os.strerror(errno.EADDRINUSE), f"{host}:{port}, [{section}] port. Is synoptic running already?"
+            ) from exc
+        if exc.errno == errno.EACCES:
+            raise ConfigError(f"[{section}] port: {port} is for root alone on this host; take one from 1024 up.") from exc
+        if exc.errno == errno.EADDRNOTAVAIL or isinstance(exc, socket.gaierror):
+            raise ConfigError(f"[{section}] host: {host} is no address of this host; 0.0.0.0 is all of them.") from exc
+        raise
 
 
 def role(name: str, config: Config, *, descriptor: int | None, parent: int, is_check: bool) -> None:

@@ -5,6 +5,7 @@ Its output is made to be pasted into a bug report: no patient data, no secrets.
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import platform
@@ -24,7 +25,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from worker import __version__, daemon, guards, host, peers, tls
-from worker.config import Config, ConfigError
+from worker.config import ENVIRONMENT_PREFIX, Config, ConfigError
 from worker.errors import PeerRefused, PeerUnavailable, WorkerError
 from worker.imaging.codecs import unloadable
 from worker.imaging.decoding import codec_versions
@@ -57,9 +58,11 @@ def report(out: Console, config: Config, config_file: Path | None) -> bool:
     """Run all checks and print them; returns whether all are well."""
     table = Table("check", "found", "")
     well = True
-    for what, found, is_well in checks(config, config_file):
-        table.add_row(what, escape(found), "[green]ok[/green]" if is_well else "[red]look here[/red]")
-        well &= is_well
+    with out.status("checking …") as status:  # on a terminal alone: loading and starting take a minute
+        for what, found, is_well in checks(config, config_file):
+            table.add_row(escape(what), escape(found), "[green]ok[/green]" if is_well else "[red]look here[/red]")
+            status.update(f"checked {escape(what)} …")
+            well &= is_well
     out.print(table)
     return well
 
@@ -68,13 +71,16 @@ def checks(config: Config, config_file: Path | None) -> Iterator[Check]:
     """Every check, in the order in which a failure explains the next."""
     yield "synoptic", f"{__version__} on Python {platform.python_version()}, {platform.platform()}", True
     yield "libraries", ", ".join(f"{name} {version(name)}" for name in LIBRARIES), True
-    yield "configuration", str(config_file or "none: the defaults"), True
+    is_said = config_file is not None or any(name.startswith(ENVIRONMENT_PREFIX) for name in os.environ)
+    none = "no file, the environment alone" if is_said else "none: start from deploy/synoptic.toml, or say --config FILE"
+    yield "configuration", str(config_file or none), is_said
     risks = [*host.changeable(config, config_file), *host.exposed(config, config_file)]
     yield "protection", " ".join(risks) or "no core dumps; a user of its own; nothing here that other users may change", not risks
     yield _tried("codecs", _codecs)
     yield _tried("database", lambda: _database(config))
     yield _tried("spool", lambda: _spool(config))
     yield from _bundles(config)
+    yield from _reached(config)
     yield from _peers(config)
     yield from _certificates(config)
     if config.fhir.url:
@@ -138,6 +144,27 @@ def _bundles(config: Config) -> Iterator[Check]:
             )
 
         yield _tried("bundle", load)
+
+
+def _reached(config: Config) -> Iterator[Check]:
+    """Whether those who may call from another machine can: the defaults listen on this one alone."""
+    doors = [("receive", config.receive.host, [address for one in config.senders for address in one.addresses])]
+    doors += [("records", config.records.host, list(config.records.addresses))] if config.records.enabled else []
+    for section, listens, callers in doors:
+        away = [one for one in callers if not _is_loopback(one)]
+        if away and _is_loopback(listens):
+            yield (
+                f"[{section}] host",
+                f"{listens} is reached from this machine alone, and {away[0]} may call: set it to this host's address, or to 0.0.0.0.",
+                False,
+            )
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return address == "localhost" or ipaddress.ip_network(address, strict=False).is_loopback
+    except ValueError:
+        return False
 
 
 def _peers(config: Config) -> Iterator[Check]:
@@ -218,7 +245,7 @@ def _roles(config_file: Path | None) -> Iterator[Check]:
     """The roles of this configuration that are running on this host now, with their memory."""
     for process in psutil.process_iter(["cmdline", "memory_info", "create_time"]):
         line = process.info["cmdline"] or []
-        if "worker" in line and "role" in line and (config_file is None or str(config_file) in line):
+        if "worker" in line and "role" in line and (str(config_file) in line if config_file else "--config" not in line):
             minutes = (time.time() - process.info["create_time"]) / 60
             yield (
                 f"running: {line[line.index('role') + 1]}",

@@ -13,6 +13,7 @@ Times are seconds before the bundle was made. What is not known to be harmless i
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -62,6 +63,10 @@ def write(path: Path, config: Config, config_file: Path | None, *, log_file: Pat
     OSError
         There is such a file already, it cannot be written, or the log cannot be read.
     """
+    folder = path.absolute().parent
+    refusals = {errno.EEXIST: path.exists(), errno.ENOENT: not folder.is_dir(), errno.EACCES: not os.access(folder, os.W_OK)}
+    for number in (number for number, is_so in refusals.items() if is_so):  # now, for the checks may take minutes
+        raise OSError(number, os.strerror(number), str(path))
     mask = _Mask(config, config_file)
     now = clock()
     # Whatever may fail is asked before the file is made.

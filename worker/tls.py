@@ -11,6 +11,7 @@ Not here: the handshakes (intake/, deliver/association.py), the FHIR client's co
 
 from __future__ import annotations
 
+import os
 import ssl
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -100,7 +101,9 @@ class Credentials:
         except OSError as exc:  # ssl.SSLError is one
             # OpenSSL's word for both is "PEM lib".
             reason = "one is no PEM, or the key has a password" if "PEM lib" in str(exc) else cause_of(exc)
-            files = "tls_certificate, tls_key or the authority's file"
+            named = {"tls_certificate": self._certificate, "tls_key": self._key, "the authority's file": self._authority}
+            unread = [f"{key} {name}" for key, name in named.items() if name and not os.access(name, os.R_OK)]
+            files = " and ".join(unread) or "tls_certificate, tls_key or the authority's file"
             raise ConfigError(f"[{self._where}] {files} cannot be used: {reason}.") from exc
         return context
 

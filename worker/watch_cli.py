@@ -141,7 +141,7 @@ def _status(store: Store, spool: Spool, trail: Path, *, as_json: bool) -> None:
         return
     table = Table(show_header=False, box=None)
     for name, value in facts.items():
-        text = ", ".join(f"{count} {key}" for key, count in value.items()) or "none" if isinstance(value, dict) else str(value)
+        text = ", ".join(f"{count} {key}" for key, count in value.items()) or "none" if isinstance(value, dict) else str(value) or "none"
         table.add_row(name.replace("_", " "), text)
     out.print(table)
     if facts["jobs"].get("infer discarded") or facts["jobs"].get("deliver discarded"):

@@ -38,3 +38,14 @@ def test_a_demo_whose_reports_are_wrong_says_so_and_fails(tmp_path: Path, monkey
     assert followed[0].faults == ["no report arrived"]
     assert "the report is of another study or patient" in followed[1].faults
     assert any("missing" in fault for fault in followed[1].faults)
+
+
+def test_a_demo_whose_daemon_does_not_come_up_names_the_role_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from worker.demo import show
+    from worker.errors import PeerUnavailable
+
+    monkeypatch.setattr(show, "READY_S", 0.2)
+    log = tmp_path / "daemon.log"
+    log.write_text('{"event": "role.started", "role": "receive"}\n')
+    with pytest.raises(PeerUnavailable, match=r"not ready within 0\.2 s, for want of deliver, run; "):
+        show._wait_ready(log, roles={"receive", "run", "deliver"})

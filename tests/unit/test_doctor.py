@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import socket
 import time
 import zipfile
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from tests.fhir_server import FhirServer, Reply
 from worker import doctor, support
@@ -109,3 +112,46 @@ def test_a_server_that_drips_is_given_up_in_time(tmp_path: Path, monkeypatch: py
         found, is_well = _found(tmp_path, server.base)
     assert (is_well, "too slow" in found) == (False, True), found
     assert time.monotonic() - started < 5
+
+
+def test_a_port_that_hears_this_machine_alone_is_told_where_others_may_call(tmp_path: Path) -> None:
+    """The default host is loopback: whoever adds a PACS of the network must change it, or nobody is heard and nothing is logged."""
+    far, near = Sender(ae_title="PACS", addresses=("10.1.0.0/16",)), Sender(ae_title="LOCAL", addresses=("127.0.0.1", "::1"))
+    config = replace(Config(), site=Site(data=tmp_path), senders=(near,))
+    assert list(doctor._reached(config)) == []
+    ((what, found, is_well),) = doctor._reached(replace(config, senders=(near, far)))
+    assert (what, is_well) == ("[receive] host", False)
+    assert "10.1.0.0/16 may call" in found
+    assert "0.0.0.0" in found
+    config = replace(config, senders=(far,), receive=replace(config.receive, host="0.0.0.0"))
+    assert list(doctor._reached(config)) == []
+    config = replace(config, records=replace(config.records, addresses=("10.1.2.3",)))
+    assert [what for what, _, _ in doctor._reached(config)] == ["[records] host"]
+
+
+def test_a_certificate_that_is_absent_is_named(tmp_path: Path) -> None:
+    ca = str(tmp_path / "ca.pem")
+    config = replace(Config(), destinations=(Destination(name="pacs", ae_title="PACS", host="localhost", port=1, tls=True, tls_ca=ca),))
+    ((_, found, is_well),) = doctor._certificates(config)
+    assert (found, is_well) == (f"[destinations pacs] the authority's file {ca} cannot be used: No such file or directory.", False)
+
+
+def test_a_place_for_the_vendors_bundle_that_is_none_is_told_before_the_checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "checks", lambda *_: pytest.fail("the checks, which take minutes, have begun"))
+    (tmp_path / "there.zip").touch()
+    for path, error in ((tmp_path / "none" / "out.zip", FileNotFoundError), (tmp_path / "there.zip", FileExistsError)):
+        with pytest.raises(error) as told:
+            support.write(path, Config(), None, log_file=None, lines=1)
+        assert told.value.filename == str(path)
+
+
+def test_a_doctor_without_a_configuration_says_so_and_a_keys_name_is_no_markup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (name for name in os.environ if name.startswith("SYNOPTIC_")):
+        monkeypatch.delenv(name)
+    config = replace(Config(), site=Site(data=tmp_path), senders=(Sender(ae_title="PACS", addresses=("10.1.2.3",)),))
+    out = Console(file=io.StringIO(), width=200)
+    assert not doctor.report(out, config, None)
+    told = out.file.getvalue()  # type: ignore[attr-defined]
+    assert "none: start from deploy/synoptic.toml" in told
+    assert "[receive] host" in told
+    assert "running:" not in told, "a role of another configuration is not ours"

@@ -280,3 +280,9 @@ def test_a_number_that_no_bundle_may_hold_is_not_written(tmp_path: Path, value: 
     with pytest.raises(InvalidBundleError):
         settle(folder, {"ill": {"temperature": value}})
     assert (folder / "bundle.toml").read_text("utf-8") == small_bundle.TOML
+
+
+def test_a_folder_that_is_no_bundle_is_named_whole(tmp_path: Path) -> None:
+    """A relative path is relative to the configuration's file: only the whole one shows where was looked."""
+    with pytest.raises(InvalidBundleError, match=f"{tmp_path}/absent/bundle.toml cannot be read: No such file or directory"):
+        Bundle.read(tmp_path / "absent")

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta, timezone
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.conftest import Captured
 from worker import daemon, roles
-from worker.config import Config, Site
+from worker.config import Config, ConfigError, Site
 from worker.domain import Header, Patient, PatientKey
 from worker.intake.header import InstanceRefused, read_header
 from worker.reception import study_time
@@ -94,3 +96,24 @@ def test_a_role_for_which_there_is_no_process_now_waits_and_the_others_go_on(cap
         supervisor._look_after(supervisor.children[0])
     (told,) = captured.named("role.restarted")
     assert (told["role"], told["code"], told["pause_s"], len(tries)) == ("run", errno.ENOMEM, 1.0, 1)
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "words"),
+    [
+        (errno.EADDRINUSE, OSError, "127.0.0.1:104, [records] port. Is synoptic running already?"),
+        (errno.EACCES, ConfigError, "[records] port: 104 is for root alone"),
+        (errno.EADDRNOTAVAIL, ConfigError, "[records] host: 127.0.0.1 is no address of this host"),
+    ],
+)
+def test_a_port_that_cannot_be_listened_on_names_its_key(number: int, kind: type[Exception], words: str) -> None:
+    with pytest.raises(kind) as told, daemon._bound("records", "127.0.0.1", 104):
+        raise OSError(number, os.strerror(number))
+    assert words in str(told.value)
+
+
+def test_a_data_folder_that_cannot_be_made_names_its_key(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for data in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ConfigError, match=rf"\[site\] data: the folder {data} cannot be made"):
+            daemon.open_store(Config(site=Site(data=data)))
