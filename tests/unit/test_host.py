@@ -96,7 +96,7 @@ def test_root_and_keys_and_secrets_that_all_may_read_are_told_and_do_not_stop_re
 def test_a_process_of_ours_leaves_no_core_and_no_memory_for_its_neighbors() -> None:
     """Each child of the supervisor begins in the same `main`: an exec makes a process dumpable again (prctl(2))."""
     seen = "import ctypes, resource; print(resource.getrlimit(resource.RLIMIT_CORE), ctypes.CDLL(None).prctl(3))"
-    script = f"from worker import cli\ncli.app = lambda: exec({seen!r})\ncli.main()"
+    script = f"from worker import cli\ncli.typer.main.get_command = lambda _: lambda: exec({seen!r})\ncli.main()"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout == "(0, 0) 0\n", done.stderr
 
