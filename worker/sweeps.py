@@ -84,8 +84,8 @@ class Clock:
         return has_jumped
 
 
-def scheduler(config: Config, store: Store, spool: Spool) -> Periodic:
-    """Everything periodic, each run idempotent, never two of a kind at once; not started yet."""
+def scheduler(config: Config, store: Store, spool: Spool, watched: Clock) -> Periodic:
+    """Everything periodic, each run idempotent, never two of a kind at once; not started yet. It looks at `watched`."""
     from worker.intake import assembly
     from worker.periodic import Periodic
 
@@ -112,8 +112,6 @@ def scheduler(config: Config, store: Store, spool: Spool) -> Periodic:
             rescued = queue.rescue(conn, now=clock())
         for job in rescued:
             events.emit("job.rescued", job=job)
-
-    watched = Clock()
 
     def watch() -> None:
         if watched.look(store, lease_s=max(config.run.lease_s, config.deliver.lease_s)):
