@@ -168,9 +168,10 @@ def supervise(config: Config, config_file: Path | None, *, wanted: Sequence[str]
     tls.check(config, wanted=wanted)
     roles.read_bundles(config)  # a bad bundle is a sentence now, not a child that dies again and again
     store = open_store(config)
-    closers = _audited(config)
+    watched = sweeps.Clock()
+    closers = _audited(config, watched)
     if "receive" in wanted:
-        closers += _front(config, config_file, store, supervisor)
+        closers += _front(config, config_file, store, supervisor, watched)
     if "run" in wanted and not config.run.bundles and wanted == ("run",):
         raise ConfigError("[run] bundles is empty: there is nothing to run.")
     if "run" in wanted and config.run.bundles:
@@ -187,17 +188,24 @@ def supervise(config: Config, config_file: Path | None, *, wanted: Sequence[str]
         store.close()
 
 
-def _audited(config: Config) -> list[Callable[[], object]]:
+def _audited(config: Config, watched: sweeps.Clock) -> list[Callable[[], object]]:
     roles.record_audit(config)
     if not config.audit.enabled:
         return []
-    limit_bytes, keep_days = config.audit.limit_mb * 2**20, config.audit.keep_days
-    forwarder = forwarding.Forwarder(config.trail, connect=repository_of(config), limit_bytes=limit_bytes, keep_days=keep_days)
+    forwarder = forwarding.Forwarder(
+        config.trail,
+        connect=repository_of(config),
+        limit_bytes=config.audit.limit_mb * 2**20,
+        keep_days=config.audit.keep_days,
+        is_trusted=lambda: watched.is_trusted,
+    )
     forwarder.start()
     return [forwarder.stop, audit.end]  # in reverse: what is only counted so far is sent, too
 
 
-def _front(config: Config, config_file: Path | None, store: Store, supervisor: Supervisor) -> list[Callable[[], object]]:
+def _front(
+    config: Config, config_file: Path | None, store: Store, supervisor: Supervisor, watched: sweeps.Clock
+) -> list[Callable[[], object]]:
     from worker.intake.scp import listen
 
     spool = Spool(config.spool, low_water_bytes=config.receive.low_water_mb * 2**20)
@@ -214,7 +222,7 @@ def _front(config: Config, config_file: Path | None, store: Store, supervisor: S
         with _bound("records", config.records.host, config.records.port):
             server.start()
         closers.append(server.stop)
-    scheduler = sweeps.scheduler(config, store, spool)
+    scheduler = sweeps.scheduler(config, store, spool, watched)
     scheduler.start()
     closers.append(scheduler.stop)
     return closers

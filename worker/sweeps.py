@@ -84,8 +84,8 @@ class Clock:
         return has_jumped
 
 
-def scheduler(config: Config, store: Store, spool: Spool) -> Periodic:
-    """Everything periodic, each run idempotent, never two of a kind at once; not started yet."""
+def scheduler(config: Config, store: Store, spool: Spool, watched: Clock) -> Periodic:
+    """Everything periodic, each run idempotent, never two of a kind at once; not started yet. It looks at `watched`."""
     from worker.intake import assembly
     from worker.periodic import Periodic
 
@@ -113,8 +113,6 @@ def scheduler(config: Config, store: Store, spool: Spool) -> Periodic:
         for job in rescued:
             events.emit("job.rescued", job=job)
 
-    watched = Clock()
-
     def watch() -> None:
         if watched.look(store, lease_s=max(config.run.lease_s, config.deliver.lease_s)):
             made.begin_anew()
@@ -126,7 +124,7 @@ def scheduler(config: Config, store: Store, spool: Spool) -> Periodic:
         made.add(_spared(sweep), every_s=seconds)
     made.add(_spared(rescue), every_s=max(1.0, config.run.lease_s / 6))
     # At once but in the background: with 100 000 files, or peers that are away, it must not delay the first association.
-    made.add(_spared(lambda: sweep_spool(store, spool), name="clean"), every_s=SPOOL_SWEEP_S, is_first_at_once=True)
+    made.add(_spared(lambda: _clean(store, spool, watched), name="clean"), every_s=SPOOL_SWEEP_S, is_first_at_once=True)
     made.add(_spared(lambda: _retain(config, store, spool, watched), name="remove"), every_s=RETAIN_S)
     if config.receive.verify_mb_per_h > 0:
         made.add(_spared(verifier(store, spool, mb_per_h=config.receive.verify_mb_per_h)), every_s=VERIFY_S)
@@ -246,6 +244,12 @@ def _expected(config: Config, one: Pending) -> int | None:
     except WorkerError as exc:
         events.emit("sweep.failed", sweep="ask_sender", reason=str(exc))
         return None
+
+
+def _clean(store: Store, spool: Spool, watched: Clock) -> None:
+    # Put ahead, the clock makes a file old whose row is being written this moment: in quarantine, it would be acknowledged and missing.
+    if watched.is_trusted:
+        sweep_spool(store, spool)
 
 
 def sweep_spool(store: Store, spool: Spool) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import time
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
 from tests.conformance.test_retention import Site as Images
 from tests.conformance.test_store import NOW, WANTS, add, complete_study, header, lease
@@ -18,7 +21,7 @@ from worker.errors import PeerUnavailable
 from worker.intake import assembly
 from worker.reception import study_time
 from worker.record_feeds import clock
-from worker.store import queue, studies
+from worker.store import queue, schema, studies
 from worker.store.database import Store
 from worker.store.spool import Spool
 
@@ -130,6 +133,38 @@ def test_nothing_is_removed_for_its_age_for_a_day_after_a_jump(store: Store, tmp
     machine.pass_by(1)
     watched.look(store, lease_s=LEASE_S)
     assert watched.is_trusted
+
+
+@pytest.mark.requirement("S8")
+def test_a_file_whose_row_is_being_written_while_the_clock_jumps_stays_where_it_is(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A year ahead it looks like an orphan of last year, and every sweep begins anew in that moment."""
+    site = Images(store, Spool(tmp_path / "spool", low_water_bytes=0))
+    site.receive(1)
+    with store.begin() as conn:  # the row is not committed yet
+        conn.execute(sa.delete(schema.instance))
+    machine = Machine(at=datetime.now(UTC))
+    watched, files = machine.watched(), site.files()
+    machine.pass_by(1, jump=YEAR)
+    monkeypatch.setattr(sweeps, "clock", lambda: machine.at)
+    for _ in range(2):
+        sweeps._clean(store, site.spool, watched)
+        assert site.files() == files > 0
+        watched.look(store, lease_s=LEASE_S)
+
+
+@pytest.mark.requirement("S8")
+def test_what_a_clock_a_year_ahead_has_dated_is_old_once_it_is_right_again(store: Store, tmp_path: Path) -> None:
+    """Else retention would say that it removed images which stay for a year."""
+    site = Images(store, Spool(tmp_path / "spool", low_water_bytes=0))
+    site.receive(1)
+    paths = list((tmp_path / "spool" / "instances").glob("*/*.dcm"))
+    for path in paths:
+        os.utime(path, (time.time() + YEAR.total_seconds(),) * 2)
+    removed, _ = site.spool.remove([f"{path.parent.name}/{path.name}" for path in paths], written_before=datetime.now(UTC) - DAY)
+    assert removed == len(paths) > 0
+    assert site.files() == 0
 
 
 @pytest.mark.requirement("S8")

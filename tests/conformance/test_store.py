@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -143,6 +144,35 @@ def test_a_kill_within_a_migration_leaves_the_old_schema_and_the_next_try_is_the
     store.migrate()
     store.check()
     store.close()
+
+
+def test_a_study_all_of_whose_images_are_known_under_another_says_that_none_was_kept(store: Store) -> None:
+    add(store, header(1))
+    thief = replace(header(1, study="2.25.9"), sop_instance_uid="2.25.1.1")
+    assert add(store, thief, sha256="b") is Received.CONFLICT
+    assembly.sweep(store, wants=WANTS, limit_s=100, now=NOW + timedelta(seconds=10))
+    with store.read() as conn:
+        (number, _), *_ = studies.find(conn, "2.25.9")
+        (said,) = [one for one in history.of_study(conn, number) if one.name == "study.excluded"]
+    assert "No image of it was kept" in str(said.facts["reason"])
+
+
+@pytest.mark.requirement("D8")
+def test_two_migrations_at_once_make_one(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """A rollout on two hosts: the second waits for the first and finds it done."""
+    for url in (f"sqlite:///{tmp_path / 'synoptic.db'}", request.getfixturevalue("postgres_url")):
+        stores = [Store(url), Store(url)]
+        with ThreadPoolExecutor(2) as pool:
+            for done in [pool.submit(_within_its_own_process, url) for _ in stores]:
+                assert done.result() == ""
+        for store in stores:
+            store.check()
+            store.close()
+
+
+def _within_its_own_process(url: str) -> str:
+    line = "import sys; from worker.store.database import Store; Store(sys.argv[1]).migrate()"
+    return subprocess.run([sys.executable, "-c", line, url], capture_output=True, text=True, timeout=60, check=False).stderr
 
 
 @pytest.mark.requirement("D8")

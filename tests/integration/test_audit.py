@@ -325,6 +325,24 @@ def test_days_larger_than_what_is_sent_at_once_arrive_whole_and_what_is_no_messa
 
 
 @pytest.mark.requirement("X11")
+def test_a_day_that_was_removed_and_began_again_is_sent_from_its_beginning(folder: Path, tmp_path: Path) -> None:
+    """Somebody made room by hand; what was sent of the file before says nothing of this one."""
+    sink, config = repository(tmp_path)
+    forwarder = forwarding.Forwarder(folder, connect=repository_of(config), limit_bytes=2**30)
+    forwarder.start()
+    for _ in range(20):
+        audit.accessed(SUBJECT, user="b", outcome=audit.SUCCESS)
+    wait_until(
+        lambda: len(sink.received) == 20 and forwarding.state(folder)["waiting_bytes"] == 0, timeout_s=30, what="the first of the day"
+    )
+    next(folder.glob("*.log")).unlink()
+    audit.accessed(SUBJECT, user="after", outcome=audit.SUCCESS)
+    wait_until(lambda: len(sink.received) == 21, timeout_s=30, what="the first of the new file")
+    forwarder.stop()
+    sink.kill()
+
+
+@pytest.mark.requirement("X11")
 def test_nothing_is_sent_to_a_repository_that_cannot_be_trusted(folder: Path, tmp_path: Path, captured: Captured) -> None:
     sink, config = repository(tmp_path)
     other = Authority(tmp_path / "other", "stranger").issue("repository")

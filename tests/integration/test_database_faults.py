@@ -250,6 +250,27 @@ def test_an_analysis_whose_verdict_was_cut_off_makes_one_report_and_one_delivery
     store.close()
 
 
+@pytest.mark.requirement("D1")
+def test_a_postgresql_that_became_read_only_is_a700_and_ae_and_its_connections_are_given_up(postgres_url: str, tmp_path: Path) -> None:
+    """A primary that was made a standby answers, and refuses; pooled, its connections would outlive the failover."""
+    admin = sa.create_engine(postgres_url, isolation_level="AUTOCOMMIT")
+    others = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    with admin.connect() as conn, receiving(tmp_path, migrated(postgres_url)) as site, site.scu() as scu, hl7(site.store) as send:
+        ds, name = slice_of(), sa.make_url(postgres_url).database
+        conn.exec_driver_sql(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+        conn.exec_driver_sql(others)  # who connects now finds it so
+        assert scu.store(ds) == OUT_OF_RESOURCES
+        assert send() == "AE"
+        assert site.heard.next("instance.refused")["status"] == "0xA700"
+        conn.exec_driver_sql(f"ALTER DATABASE {name} RESET default_transaction_read_only")
+        assert scu.store(ds) == SUCCESS
+        assert send() == "AA"
+        assert site.uids() == [ds.SOPInstanceUID]
+        assert values(site.store) == [5.0]
+        assert is_sound(site)
+    admin.dispose()
+
+
 # --- locked
 
 

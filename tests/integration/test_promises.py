@@ -475,7 +475,7 @@ def test_orthanc_stores_asks_and_is_told(sqlite: Store, tmp_path: Path) -> None:
             receive=Receive(low_water_mb=0),
             senders=(Sender(ae_title="*", commitment_port=pacs.dicom_port),),
         )
-        periodic = sweeps.scheduler(config, sqlite, Spool(config.spool, low_water_bytes=0))
+        periodic = sweeps.scheduler(config, sqlite, Spool(config.spool, low_water_bytes=0), sweeps.Clock())
         receiver = threading.Thread(target=reception.receive, args=(config, sqlite, listener, stop))
         receiver.start()
         periodic.start()

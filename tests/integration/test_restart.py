@@ -98,7 +98,7 @@ def test_no_other_sweep_waits_for_that_of_the_spool(tmp_path: Path) -> None:
     store = Store(f"sqlite:///{tmp_path / 'synoptic.db'}")
     store.migrate()
     spool = Endless(tmp_path / "spool")
-    periodic = sweeps.scheduler(Config(site=Site(data=tmp_path), assembly=Assembly(sweep_s=0.1)), store, spool)
+    periodic = sweeps.scheduler(Config(site=Site(data=tmp_path), assembly=Assembly(sweep_s=0.1)), store, spool, sweeps.Clock())
     periodic.start()
     try:
         assert spool.began.wait(60)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -171,3 +172,26 @@ def test_days_go_when_they_are_old_or_too_many_and_never_today(tmp_path: Path, c
     looked_after(tmp_path, limit_bytes=100)
     assert [path.name for path in tmp_path.glob("*.log")] == [names[-1]]
     assert captured.named("audit.dropped")
+
+
+@pytest.mark.requirement("X11")
+def test_while_the_clock_is_doubted_no_day_goes_for_its_age(tmp_path: Path) -> None:
+    """Put ahead by a year, it would make the whole trail old."""
+    names = [day(tmp_path, ago, messages=100) for ago in (400, 0)]
+    forwarder = forwarding.Forwarder(tmp_path, connect=None, limit_bytes=2**20, keep_days=30, is_trusted=lambda: False)
+    forwarder.tick()
+    assert sorted(path.name for path in tmp_path.glob("*.log")) == names
+
+
+@pytest.mark.requirement("X11")
+@pytest.mark.parametrize("is_moved", [True, False], ids=["moved", "removed"])
+def test_a_trail_whose_folder_is_taken_away_begins_anew_in_its_place(folder: Path, captured: Captured, *, is_moved: bool) -> None:
+    audit.record("U", [WHOSE], outcome="0")
+    if is_moved:
+        folder.rename(folder.with_name("elsewhere"))
+    else:
+        shutil.rmtree(folder)
+    audit.record("U", [WHOSE], outcome="0")
+    assert len(lines(folder)) == 1
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert not captured.named("audit.failed")

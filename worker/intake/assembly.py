@@ -87,7 +87,9 @@ def _complete(store: Store, one: Pending, *, wants: Sequence[Wants], cause: str,
         for want in takers:
             queue.enqueue_infer(conn, one.id, bundle=want.bundle, input_version=version, priority=priority, now=now)
         reason = f"No bundle takes modality {'/'.join(sorted({modality for modality, _ in one.classes})) or 'none'}."
-        if not any(holds_image(sop_class_uid) and not is_capture(sop_class_uid) for _, sop_class_uid in one.classes):
+        if not one.classes:  # each came under the UID of an image that another study has
+            reason = "No image of it was kept: each has the SOP Instance UID of an image of another study, and is in quarantine."
+        elif not any(holds_image(sop_class_uid) and not is_capture(sop_class_uid) for _, sop_class_uid in one.classes):
             reason += " It holds reports, raw data or captures alone."
         if not takers:
             history.note(conn, one.id, name="study.excluded", now=now, reason=reason)

@@ -90,10 +90,21 @@ class Forwarder:
         Opens the connection, TLS and all; raises PeerUnreachable. None: the files are all there is.
     keep_days
         Files of before go; 0: none. Those not sent yet stay.
+    is_trusted
+        Whether the clock is: while it is not, nothing goes for its age.
     """
 
-    def __init__(self, folder: Path, *, connect: Callable[[], socket.socket] | None, limit_bytes: int, keep_days: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        connect: Callable[[], socket.socket] | None,
+        limit_bytes: int,
+        keep_days: int = 0,
+        is_trusted: Callable[[], bool] = lambda: True,
+    ) -> None:
         self._folder, self._connect, self._limit_bytes, self._keep_days = folder, connect, limit_bytes, keep_days
+        self._is_trusted = is_trusted
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="audit", daemon=True)
         self._lock = -1
@@ -141,6 +152,7 @@ class Forwarder:
                 with (self._folder / name).open("rb") as file:
                     os.fdatasync(file.fileno())  # of whatever process's writes
                 self._synced[name] = size
+        self._forget(sizes)
         if self._connect is not None:
             self._forward(sizes)
         self._trim(sizes)
@@ -154,6 +166,14 @@ class Forwarder:
             return False
         self._lock = lock
         return True
+
+    def _forget(self, sizes: dict[str, int]) -> None:
+        """A file that was removed or cut short, and began again under its name, is sent from its beginning."""
+        stale = {name for name, offset in self._kept["offsets"].items() if offset > sizes.get(name, -1)}
+        stale |= {name for name, offset in self._sent.items() if offset > sizes.get(name, -1)}
+        if stale:
+            self._sent = {name: offset for name, offset in self._sent.items() if name not in stale}
+            self._keep(offsets={name: offset for name, offset in self._kept["offsets"].items() if name not in stale})
 
     # --- to the repository
 
@@ -230,7 +250,7 @@ class Forwarder:
 
     def _trim(self, sizes: dict[str, int]) -> None:
         total, *rest = sum(sizes.values()), *list(sizes)[:-1]
-        oldest = f"{datetime.now(UTC) - timedelta(days=self._keep_days):%Y-%m-%d}.log" if self._keep_days else ""
+        oldest = f"{datetime.now(UTC) - timedelta(days=self._keep_days):%Y-%m-%d}.log" if self._keep_days and self._is_trusted() else ""
         for name in rest:
             unsent = sizes[name] - self._kept["offsets"].get(name, 0) if self._connect else 0
             if total <= self._limit_bytes and (name >= oldest or unsent):

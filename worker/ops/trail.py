@@ -15,6 +15,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
@@ -64,8 +65,9 @@ class Trail:
 
     def _append(self, line: bytes) -> None:
         path = self.folder / f"{datetime.now(UTC):%Y-%m-%d}.log"
-        if path != self._path or not os.fstat(self._file).st_nlink:
+        if path != self._path or not self._is_at(path):
             self.close()
+            self.folder.mkdir(mode=0o700, exist_ok=True)  # taken away under us, with the files: this is a new trail
             self._file, self._path = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600), path
         size = os.fstat(self._file).st_size
         if size + len(line) > self._limit_bytes:
@@ -75,6 +77,12 @@ class Trail:
             line = b"\n" + line
         if os.write(self._file, line) != len(line):
             raise OSError(0, "the disk took half a line")
+
+    def _is_at(self, path: Path) -> bool:
+        """Whether the open file is still the one of that name: it, or its folder, may have been removed or moved away."""
+        with suppress(FileNotFoundError, NotADirectoryError):
+            return os.path.samestat(path.stat(), os.fstat(self._file))
+        return False
 
     def close(self) -> None:
         """Close the day's file; the next line opens it again."""

@@ -38,7 +38,12 @@ _KEEPALIVE: Final = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalive
 
 
 #: Not the other kinds of DatabaseError, a broken constraint, a wrong statement: those are ours. Of none of its kinds is a damaged SQLite.
-_UNAVAILABLE: Final = (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError, sa.exc.DatabaseError)
+#: A PostgreSQL that became read-only, or found a page of its own damaged, says InternalError.
+_UNAVAILABLE: Final = (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.InternalError, sa.exc.TimeoutError, sa.exc.DatabaseError)
+#: PostgreSQL's read_only_sql_transaction: https://www.postgresql.org/docs/current/errcodes-appendix.html
+_READ_ONLY: Final = "25006"
+#: PostgreSQL: of all who take an advisory lock of this number, one migrates at a time.
+_MIGRATION: Final = 0x53594E4F
 
 
 class DatabaseUnavailable(Retry):
@@ -55,7 +60,6 @@ class Store:
             # A pooled connection outlives its file's deletion; checking in is cheap.
             self.engine = sa.create_engine(self.url, hide_parameters=True, **POOL)
             sa.event.listen(self.engine, "connect", _prepare_sqlite)
-            sa.event.listen(self.engine, "handle_error", _forget_read_only)
         else:
             options = f"-c statement_timeout={STATEMENT_TIMEOUT_MS} -c lock_timeout={round(1000 * BUSY_S)}"
             self.engine = sa.create_engine(
@@ -65,6 +69,7 @@ class Store:
                 connect_args={"options": options, "connect_timeout": 5, **_KEEPALIVE},
                 **POOL,
             )
+        sa.event.listen(self.engine, "handle_error", _forget_read_only)
         # Threads of one process queue here: SQLite's own busy handler sleeps, and is not fair.
         self._writer = threading.Lock()
 
@@ -164,7 +169,9 @@ class Store:
         config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
         with self.begin() as conn:
             if not self.is_sqlite:
-                conn.exec_driver_sql("SET LOCAL statement_timeout = 0")  # an index of ten million facts takes minutes
+                # An index of ten million facts takes minutes, and who comes second waits for it: its CREATE TABLE would collide.
+                conn.exec_driver_sql("SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = 0")
+                conn.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION)))
             config.attributes["connection"] = conn
             command.upgrade(config, "head")
 
@@ -235,7 +242,8 @@ def _prepare_sqlite(connection: Any, _record: object) -> None:
 
 def _forget_read_only(failed: sa.engine.ExceptionContext) -> None:
     # SQLite opens for reading alone, without a word, what it cannot open for writing; kept, it would fail on a disk that is well.
-    if "readonly" in str(failed.original_exception):
+    # A PostgreSQL that was made a standby keeps its connections: kept, they would never meet the new primary behind the same name.
+    if "readonly" in str(failed.original_exception) or getattr(failed.original_exception, "sqlstate", "") == _READ_ONLY:
         failed.is_disconnect = True
 
 

@@ -25,6 +25,7 @@ import os
 import secrets
 import stat
 import struct
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -43,6 +44,8 @@ _FLUSH_BYTES: Final = 128 * 1024
 #: The same while other files of this process are open: then the disk has work anyway, and each
 #: small write costs CPU (4 associations on 2 busy cores: 145 instances/s with 128 KiB, 171 without).
 _SHARED_FLUSH_BYTES: Final = 4 * 1024 * 1024
+#: No file is dated so far after now by a clock that is right.
+_AHEAD_S: Final = 3600.0
 _SYNC_FILE_RANGE_WRITE: Final = 2  # <linux/fs.h>
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -277,7 +280,7 @@ class Spool:
         except FileNotFoundError:
             return None
         found = taken.stat()
-        if found.st_mtime >= limit:
+        if _is_fresh(found.st_mtime, limit):
             taken.rename(path)
             return None
         if is_kept:
@@ -290,7 +293,7 @@ class Spool:
     def _put_back(self, taken: Path, limit: float) -> None:
         """A kill came while a file was being looked at: it may be one that was sent again, and acknowledged."""
         try:
-            if taken.stat().st_ctime >= limit:
+            if _is_fresh(taken.stat().st_ctime, limit):
                 return
             os.link(taken, self._instances / taken.stem[:2] / f"{taken.stem}.dcm")
         except FileExistsError:
@@ -319,7 +322,7 @@ def _remove_abandoned(part: Path, limit: float) -> int | None:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         found = os.fstat(fd)
         # The lock is taken a moment after the file is made: leave the young ones alone.
-        if found.st_mtime >= limit:
+        if _is_fresh(found.st_mtime, limit):
             return None
         part.unlink(missing_ok=True)
     except BlockingIOError:
@@ -329,9 +332,14 @@ def _remove_abandoned(part: Path, limit: float) -> int | None:
     return found.st_size
 
 
+def _is_fresh(written_at: float, limit: float) -> bool:
+    # What is dated well after now was written by a clock that was put back since: waited for, it would stay for as long as that was ahead.
+    return limit <= written_at <= max(limit, time.time()) + _AHEAD_S
+
+
 def _is_old(entry: os.DirEntry[str], limit: float) -> bool:
     try:
-        return entry.stat().st_mtime < limit
+        return not _is_fresh(entry.stat().st_mtime, limit)
     except OSError:  # gone meanwhile, or the disk does not say: nothing to be moved
         return False
 
