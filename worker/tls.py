@@ -67,7 +67,10 @@ class Credentials:
                 try:
                     self._context = self._made()
                 except ConfigError as exc:
-                    events.emit("certificate.unusable", section=self._where, reason=str(exc))
+                    reason = str(exc)
+                    for name in filter(None, (self._certificate, self._key, self._authority)):
+                        reason = reason.replace(f" {name}", "")  # the log names keys, not the host's folders
+                    events.emit("certificate.unusable", section=self._where, reason=reason)
                 else:
                     events.emit("certificate.reloaded", section=self._where)
             return self._context

@@ -174,11 +174,12 @@ def _tracebacks(walked: Walked) -> None:
         walked.store(40)
         _say(installation.mllp_port, _messages()[2].replace(b"|3|P|", b"|33|P|"))
         conn.execute("DROP TRIGGER planted_instance")
-        before = len(installation.events("job.retried"))
+        started = len(installation.events("role.started"))
         walked.store(41)
-        installation.wait_for_event("job.retried", timeout_s=90, count=before + 1)
+        installation.wait_for_event("crashed", timeout_s=90)
         conn.execute("DROP TRIGGER planted_message")
         conn.execute("DROP TRIGGER planted_document")
+        installation.wait_for_event("role.started", timeout_s=90, count=started + 1)
     conn.close()
 
 
@@ -263,6 +264,7 @@ def test_every_door_was_walked_through(walked: Walked) -> None:
         "job.retried",
         "job.discarded",
         "role.restarted",
+        "crashed",
     }
     assert said >= wanted
     assert any("Patient" in line for line in walked.asked)
