@@ -8,14 +8,19 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC
 from pathlib import Path
 from typing import Final
 
 from tests.scu import Heard, Scu, hearing
+from worker import record_feeds
+from worker.config import Config, Records
 from worker.domain import Header, Received
+from worker.intake import mllp
 from worker.intake.dataphase import Reports
 from worker.intake.negotiation import Peer, Policy
 from worker.intake.scp import Limits, StorageScp, listen
+from worker.store.database import Store
 from worker.store.spool import Spool, Stored
 
 QUICK: Final = Limits(associations=20, request_s=1.0, pdu_s=1.0, idle_s=5.0)
@@ -114,3 +119,22 @@ def receiving(
         finally:
             store.gate.set()
             scp.stop(0.0)
+
+
+@contextmanager
+def hl7_listener(store: Store) -> Iterator[tuple[str, int]]:
+    """Our HL7 listener on a real store; gives its address."""
+    config = Config(records=Records())
+    server = mllp.MllpServer(
+        ("127.0.0.1", 0),
+        apply=lambda one, raw: record_feeds.apply_message(config, store, one, raw),
+        reject=lambda reason, raw: record_feeds.keep_refused(store, reason, raw),
+        zone=UTC,
+        issuers={},
+        allowed_addresses=("127.0.0.0/8",),
+    )
+    server.start()
+    try:
+        yield ("127.0.0.1", server.port)
+    finally:
+        server.stop()

@@ -36,8 +36,34 @@ class Item:
     data: bytes
 
 
+class Repeating:
+    """Sends in a thread until told to finish; what was not acknowledged is sent again."""
+
+    stop: threading.Event
+    has_finished: bool
+
+    def __post_init__(self) -> None:
+        self._thread = threading.Thread(target=self._run, name=type(self).__name__, daemon=True)
+
+    def start(self) -> None:
+        """Begin to send."""
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Send what is under way until it is acknowledged, and no more."""
+        self.stop.set()
+        self._thread.join(300)
+        if self._thread.is_alive():
+            raise AssertionError(f"The last message of {self._thread.name} was not taken within 300 s.")
+        if not self.has_finished:  # an exception ended it, and the load with it
+            raise AssertionError(f"{self._thread.name} stopped before it was told to.")
+
+    def _run(self) -> None:
+        raise NotImplementedError
+
+
 @dataclass
-class Sender:
+class Sender(Repeating):
     """One modality: sends what `items` gives, one association after another, until `stop`; `may_send` holds it back.
 
     ``acknowledged`` holds SOP Instance UID → Study Instance UID of what was answered 0x0000, ``again`` counts what was sent once more,
@@ -54,22 +80,6 @@ class Sender:
     longest_s: float = 0.0
     has_finished: bool = False
     stop: threading.Event = field(default_factory=threading.Event)
-
-    def __post_init__(self) -> None:
-        self._thread = threading.Thread(target=self._run, name=f"sender-{self.calling}", daemon=True)
-
-    def start(self) -> None:
-        """Begin to send."""
-        self._thread.start()
-
-    def finish(self) -> None:
-        """Send what is under way until it is acknowledged, and no more."""
-        self.stop.set()
-        self._thread.join(300)
-        if self._thread.is_alive():
-            raise AssertionError("The last image was not taken within 300 s.")
-        if not self.has_finished:  # an exception ended it, and the load with it
-            raise AssertionError(f"The sender {self.calling} stopped after {len(self.acknowledged)} images.")
 
     def _run(self) -> None:
         for item in self.items:
@@ -106,28 +116,15 @@ class Sender:
 
 
 @dataclass
-class Laboratory:
+class Laboratory(Repeating):
     """Results over MLLP, one after another, each of a patient who has no images; each is sent again until it is answered AA."""
 
     address: tuple[str, int]
     #: Control IDs.
     acknowledged: set[str] = field(default_factory=set)
     again: int = 0
+    has_finished: bool = False
     stop: threading.Event = field(default_factory=threading.Event)
-
-    def __post_init__(self) -> None:
-        self._thread = threading.Thread(target=self._run, name="laboratory", daemon=True)
-
-    def start(self) -> None:
-        """Begin to send."""
-        self._thread.start()
-
-    def finish(self) -> None:
-        """Send what is under way until it is acknowledged, and no more."""
-        self.stop.set()
-        self._thread.join(300)
-        if self._thread.is_alive():
-            raise AssertionError("The last HL7 message was not taken within 300 s.")
 
     def _run(self) -> None:
         for number in count():
@@ -142,6 +139,7 @@ class Laboratory:
                 self.stop.wait(0.1)
             self.acknowledged.add(f"C{number}")
             self.stop.wait(0.2)
+        self.has_finished = True
 
 
 def _result(number: int) -> bytes:

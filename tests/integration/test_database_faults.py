@@ -23,8 +23,9 @@ from tests.conformance import test_line_record as lines
 from tests.conftest import Captured
 from tests.installation import BUNDLES
 from tests.proxy import Cut, Proxy
+from tests.receivers import hl7_listener
 from tests.scu import CT, EXPLICIT, VERIFICATION, Heard, Scu, encoded, hearing, slice_of
-from worker import consistency, importing, pipeline, reception, record_feeds, sweeps
+from worker import consistency, importing, pipeline, reception, sweeps
 from worker.config import Config, Receive, Records, Sender, Site
 from worker.domain import PatientKey
 from worker.intake import assembly, mllp
@@ -168,20 +169,8 @@ def test_an_image_whose_commit_was_cut_off_is_sent_again_and_there_once(proxy: P
 @contextmanager
 def hl7(store: Store) -> Iterator[Callable[[], str]]:
     """Our HL7 listener; call what it gives to send a result, and for the answer."""
-    config = Config(records=Records())
-    server = mllp.MllpServer(
-        ("127.0.0.1", 0),
-        apply=lambda one, raw: record_feeds.apply_message(config, store, one, raw),
-        reject=lambda reason, raw: record_feeds.keep_refused(store, reason, raw),
-        zone=UTC,
-        issuers={},
-        allowed_addresses=("127.0.0.0/8",),
-    )
-    server.start()
-    try:
-        yield lambda: mllp.send(("127.0.0.1", server.port), [RESULT], timeout_s=60)[0]
-    finally:
-        server.stop()
+    with hl7_listener(store) as address:
+        yield lambda: mllp.send(address, [RESULT], timeout_s=60)[0]
 
 
 def values(store: Store) -> list[float | None]:

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from worker import record_feeds
-from worker.config import Config, Records
+from tests.receivers import hl7_listener
 from worker.domain import PatientKey
 from worker.intake import mllp
 from worker.store import database, records
@@ -49,22 +48,10 @@ def test_a_result_that_finds_the_database_locked_is_not_acknowledged_and_kept_on
 ) -> None:
     assert database.BUSY_S <= SENDERS_S - 10
     monkeypatch.setattr(database, "BUSY_S", 0.3)
-    config = Config(records=Records())
-    server = mllp.MllpServer(
-        ("127.0.0.1", 0),
-        apply=lambda one, raw: record_feeds.apply_message(config, store, one, raw),
-        reject=lambda reason, raw: record_feeds.keep_refused(store, reason, raw),
-        zone=UTC,
-        issuers={},
-        allowed_addresses=("127.0.0.0/8",),
-    )
-    server.start()
-    try:
-        assert mllp.send(("127.0.0.1", server.port), [RESULT]) == ["AE"]
+    with hl7_listener(store) as address:
+        assert mllp.send(address, [RESULT]) == ["AE"]
         other.execute("ROLLBACK")
-        assert mllp.send(("127.0.0.1", server.port), [RESULT, RESULT]) == ["AA", "AA"]
-    finally:
-        server.stop()
+        assert mllp.send(address, [RESULT, RESULT]) == ["AA", "AA"]
     with store.read() as conn:
         found = records.view(conn, PatientKey("SITE", "L1"), as_of=datetime(2026, 1, 2, tzinfo=UTC))
     assert found is not None
