@@ -39,7 +39,13 @@ def settle(line: Line, case: Case) -> Case:
     started = time.perf_counter()
     facts: dict[str, object] = {}
     try:
-        name = _settle(line, case, facts)
+        try:
+            name = _settle(line, case, facts)
+        except WorkerError:
+            raise
+        except Exception as exc:  # noqa: BLE001  what the database refuses of one study is that job's verdict, not the end of the process
+            case, facts = replace(case, error=exc), {}
+            name = _settle(line, case, facts)
     except queue.LeaseLost:
         name = "job.fenced"
     seconds = {**case.seconds, "settle": time.perf_counter() - started}

@@ -406,6 +406,25 @@ def test_a_bundle_that_is_exchanged_while_studies_wait_is_named_by_those_it_answ
         assert f"code-sha256:{code_digest()}" in lines
 
 
+@pytest.mark.requirement("Q6")
+def test_a_report_that_the_database_refuses_costs_its_own_job_a_try_and_no_other_study(site: PhantomLine, shipped: Model) -> None:
+    """Nor the process: the error is that job's verdict, by its type alone."""
+    refused, other = site.receive(50, 51)
+    with site.store.begin() as conn:
+        conn.exec_driver_sql("CREATE TRIGGER no BEFORE INSERT ON document WHEN NEW.study_id = 1 BEGIN SELECT RAISE(ABORT, 'JANE'); END")
+    site.analyse(shipped)
+    assert set(site.reports()) == {other}
+    (first, second) = site.jobs()
+    assert (first[:2], second[:2]) == (("available", 1), ("completed", 1))
+    assert "IntegrityError" in first[2]
+    assert "JANE" not in first[2]
+    with site.store.begin() as conn:
+        conn.exec_driver_sql("DROP TRIGGER no")
+    site.now += timedelta(hours=1)
+    site.analyse(shipped)
+    assert set(site.reports()) == {refused, other}
+
+
 # --- M11: the golden set
 
 #: Of the shipped bundle and phantoms 40 to 47: what the line answered on 2026-11-29, in the bundle's order of findings.
