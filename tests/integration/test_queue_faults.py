@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import io
+import json
 import os
+import signal
+import sqlite3
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta, timezone
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 
@@ -184,7 +188,9 @@ def test_the_same_input_analyzed_again_makes_the_same_object_but_for_its_declare
 @pytest.mark.requirement("Q11")
 @pytest.mark.peer
 @pytest.mark.timeout(300)
+@pytest.mark.requirement("Q2")
 def test_a_second_daemon_refuses_and_a_second_worker_shares(tmp_path: Path) -> None:
+    """And where it sleeps longer than its lease, its verdict is turned away."""
     studies = 6
     with Installation(tmp_path / "worker", bundles=(NAME,), quiet_s=0.5, processes=1, extra="") as first:
         said = len(first.events())
@@ -216,13 +222,74 @@ def test_a_second_daemon_refuses_and_a_second_worker_shares(tmp_path: Path) -> N
 
             wait_until(lambda: reports() == studies, timeout_s=120, what=f"{studies} reports")
             first.wait_idle()
+            with store.read() as conn:
+                counts = queue.counts(conn)
+                attempts = set(conn.scalars(sa.select(schema.job.c.attempt)))
+            assert (counts, attempts, reports()) == ({("infer", "completed"): studies}, {1}, studies)
+            done = [one.read_text("utf-8").count('"event": "job.completed"') for one in (first.log, log)]
+            print({"done by the first and the second worker": done})
+            assert sum(done) == studies
+            fenced = _sleeps_with_a_job(first, log, tmp_path)
+            with store.read() as conn:
+                assert queue.counts(conn).keys() == {("infer", "completed")}
+                assert conn.scalars(sa.select(schema.job.c.attempt).where(schema.job.c.id == fenced)).all() == [2]
+                total = conn.scalars(sa.select(sa.func.count()).select_from(schema.job)).one()
+            assert reports() == total
             other.terminate()
             assert other.wait(60) == 0
-        with store.read() as conn:
-            counts = queue.counts(conn)
-            attempts = set(conn.scalars(sa.select(schema.job.c.attempt)))
         store.close()
-        assert (counts, attempts, reports()) == ({("infer", "completed"): studies}, {1}, studies)
-        done = [first.log.read_text("utf-8").count('"event": "job.completed"'), log.read_text("utf-8").count('"event": "job.completed"')]
-        print({"done by the first and the second worker": done})
-        assert sum(done) == studies
+
+
+def _sleeps_with_a_job(first: Installation, log: Path, folder: Path) -> int:
+    """The other worker is stopped with a job in hand and wakes when the first has done it; returns the job."""
+    (run,) = [one["pid"] for one in first.events("role.started") if one["role"] == "run"]
+    (other,) = [one["pid"] for line in log.read_text("utf-8").splitlines() if (one := json.loads(line)).get("role") == "run"]
+    store = first.store
+    leased = sa.select(schema.job.c.id).where(schema.job.c.state == "leased", schema.job.c.lease_owner.endswith(f"/{other}"))
+
+    def held() -> int | None:
+        with store.read() as conn:
+            return conn.scalar(leased)
+
+    def is_done(before: int) -> bool:
+        return log.read_text("utf-8").count('"event": "job.completed"') > before
+
+    def is_taken(before: int) -> bool:
+        return held() is not None or is_done(before)
+
+    os.kill(run, signal.SIGSTOP)  # so that it is the other who takes the job
+    try:
+        for number in range(100, 150):  # a job takes some 50 ms: it may be done before it is seen
+            ds = factories.make_radiograph(body_part="KNEE", seed=number)
+            ds.StudyInstanceUID, ds.SOPInstanceUID = generate_uid(), generate_uid()
+            path = folder / f"{number}.dcm"
+            factories.write(ds, path)
+            before = log.read_text("utf-8").count('"event": "job.completed"')
+            assert set(forward([path], peer=Peer("worker", "WORKER", "127.0.0.1", first.port, "MODALITY")).statuses) == {0}
+            wait_until(partial(is_taken, before), timeout_s=60, what="the job taken", step_s=0.002)
+            os.kill(other, signal.SIGSTOP)
+            if (job := held()) is not None and _is_free(store):
+                break
+            os.kill(other, signal.SIGCONT)
+            wait_until(partial(is_done, before), timeout_s=60, what="the job done")
+        assert job is not None, "the other worker was never stopped with a job in hand"
+        os.kill(run, signal.SIGCONT)
+        first.wait_for_event("job.rescued", timeout_s=60)
+        first.wait_idle()
+    finally:
+        store.close()
+        for pid in (run, other):
+            os.kill(pid, signal.SIGCONT)
+    wait_until(lambda: '"event": "job.fenced"' in log.read_text("utf-8"), timeout_s=60, what="the late verdict turned away")
+    return job
+
+
+def _is_free(store: Store) -> bool:
+    """Whether nobody was stopped in a transaction: on SQLite that stops all who write."""
+    with closing(sqlite3.connect(store.url.database or "", timeout=0.2, isolation_level=None)) as conn:
+        try:
+            conn.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError:
+            return False
+        conn.execute("ROLLBACK")
+        return True

@@ -17,11 +17,13 @@ import pytest
 from pynetdicom.pdu import A_ASSOCIATE_AC, A_ASSOCIATE_RJ
 
 from tests.integration.conftest import Start
-from tests.receivers import QUICK, Receiver
+from tests.receivers import QUICK, Receiver, hl7_listener, receiving
 from tests.scu import ABORT, CT, EXPLICIT, MR, VERIFICATION, Scu, encoded, pdu, slice_of
 from worker.domain import Received
 from worker.errors import Reject, Retry
+from worker.intake import mllp
 from worker.intake.scp import StorageScp
+from worker.store.database import Store
 from worker.store.spool import Incoming, Spool
 
 # --- peers that vanish or repeat ----------------------------------------------------------------------
@@ -121,6 +123,33 @@ def test_uids_that_are_none_never_reach_the_file_system(receiver: Receiver, uid:
         assert scu.store(slice_of(), sop_instance=uid) == 0x0117
         assert scu.store(slice_of()) == 0x0000
     assert len(receiver.files()) == 1
+
+
+@pytest.mark.requirement("X7")
+def test_paths_in_titles_ids_and_descriptions_name_no_file(tmp_path: Path) -> None:
+    title, path = "../../outside", "../../../outside"
+    texts = ("PatientID", "PatientName", "AccessionNumber", "StudyID", "StudyDescription", "SeriesDescription", "StationName")
+    with receiving(tmp_path / "a" / "b" / "spool", calling={title: ["127.0.0.1"]}) as receiver, receiver.scu() as scu:
+        scu.associate(calling=title)
+        for part in (path, "/etc/outside", "C:/outside"):
+            assert scu.store(slice_of(rows=8, **dict.fromkeys(texts, part))) == 0x0000
+        assert len(receiver.files()) == 3
+        assert [one for one in tmp_path.rglob("*") if "outside" in one.name or (one.is_file() and one not in receiver.files())] == []
+
+
+@pytest.mark.requirement("X7")
+def test_paths_in_a_result_name_no_file(tmp_path: Path) -> None:
+    store = Store(f"sqlite:///{tmp_path / 'a' / 'synoptic.db'}")
+    (tmp_path / "a").mkdir()
+    store.migrate()
+    message = (
+        "MSH|^~\\&|../../outside|LAB|X|Y|20260101||ORU^R01^ORU_R01|../outside|P|2.5.1\rPID|1||../../outside^^^SITE^MR||../outside^A|||F\r"
+        "OBR|1||5|../outside^L^L|||20260101\rOBX|1|NM|1988-5^CRP^LN||5|mg/L|||||F|||20260101\r"
+    )
+    with hl7_listener(store) as address:
+        assert mllp.send(address, [message.encode()]) == ["AA"]
+    store.close()
+    assert {one.name for one in tmp_path.rglob("*")} <= {"a", "synoptic.db", "synoptic.db-wal", "synoptic.db-shm"}
 
 
 @pytest.mark.requirement("R11")
