@@ -220,7 +220,7 @@ def _tell_audit(settings: Any, store: Store, *, since: datetime | None, study: i
     with store.read() as conn:
         found = studies.find(conn, str(study)) if study else []
     uid = next((one.study_instance_uid for number, one in found if number == study), "-" if study else "")
-    for words in forwarding.told(settings.trail, since=f"{since:%Y-%m-%dT%H:%M}" if since else "", study_instance_uid=uid):
+    for words in audit.told(settings.trail, since=f"{since:%Y-%m-%dT%H:%M}" if since else "", study_instance_uid=uid):
         out.print(escape(words), soft_wrap=True)
 
 

@@ -28,7 +28,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Final
-from xml.etree.ElementTree import Element, SubElement, tostring
+from xml.etree.ElementTree import Element, SubElement, fromstring, tostring
 
 from worker import events
 from worker.domain import Patient
@@ -297,3 +297,28 @@ def _is_ip(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+# --- for people
+
+
+def told(folder: Path, *, since: str = "", study_instance_uid: str = "") -> Iterator[str]:
+    """The messages of the trail in words, oldest first: since a time written as ``2026-11-29T03:00``, of one study."""
+    for path in sorted(folder.glob("*.log")):
+        if path.stem < since[:10]:
+            continue
+        with path.open(encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                said = line.partition("\ufeff")[2]
+                if study_instance_uid in said and line.split(" ", 2)[1] >= since and said.endswith("</AuditMessage>\n"):
+                    yield _words(fromstring(said))  # noqa: S314  our own lines, and no entity can be declared in one
+
+
+def _words(root: Element) -> str:
+    event = root[0]
+    code, description = event.find("EventID"), event.findtext("EventOutcomeDescription", "")
+    parties = [f"{one.get('AlternativeUserID', '')[9:] or one.get('UserID')}" for one in root.findall("ActiveParticipant")]
+    subjects = [one.get("ParticipantObjectID", "") for one in root.findall("ParticipantObjectIdentification")]
+    outcome = {"0": "", "4": "again", "8": "failed", "12": "gone"}[event.get("EventOutcomeIndicator", "0")]
+    name = f"{'' if code is None else code.get('originalText')} {event.get('EventActionCode')}"
+    return "  ".join(filter(None, (event.get("EventDateTime"), name, " > ".join(parties), *subjects, outcome, description)))

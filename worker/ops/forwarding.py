@@ -21,12 +21,11 @@ import struct
 import termios
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
-from xml.etree.ElementTree import Element, fromstring
 
 from worker import events
 from worker.errors import PeerUnreachable, cause_of
@@ -54,28 +53,6 @@ def _read(path: Path) -> dict[str, Any]:
     with suppress(OSError, ValueError):  # none yet, or not ours: everything is sent again
         found |= json.loads(path.read_text("utf-8"))
     return found
-
-
-def told(folder: Path, *, since: str = "", study_instance_uid: str = "") -> Iterator[str]:
-    """The messages of the trail in words, oldest first: since a time written as ``2026-11-29T03:00``, of one study."""
-    for path in sorted(folder.glob("*.log")):
-        if path.stem < since[:10]:
-            continue
-        with path.open(encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                said = line.partition("\ufeff")[2]
-                if study_instance_uid in said and line.split(" ", 2)[1] >= since and said.endswith("</AuditMessage>\n"):
-                    yield _words(fromstring(said))  # noqa: S314  our own lines, and no entity can be declared in one
-
-
-def _words(root: Element) -> str:
-    event = root[0]
-    code, description = event.find("EventID"), event.findtext("EventOutcomeDescription", "")
-    parties = [f"{one.get('AlternativeUserID', '')[9:] or one.get('UserID')}" for one in root.findall("ActiveParticipant")]
-    subjects = [one.get("ParticipantObjectID", "") for one in root.findall("ParticipantObjectIdentification")]
-    outcome = {"0": "", "4": "again", "8": "failed", "12": "gone"}[event.get("EventOutcomeIndicator", "0")]
-    name = f"{'' if code is None else code.get('originalText')} {event.get('EventActionCode')}"
-    return "  ".join(filter(None, (event.get("EventDateTime"), name, " > ".join(parties), *subjects, outcome, description)))
 
 
 class Forwarder:
