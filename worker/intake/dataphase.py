@@ -16,11 +16,9 @@ Not here: who may associate (negotiation.py), sockets (wire.py), the table of st
 from __future__ import annotations
 
 import struct
-import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import PurePath
 from typing import Final
 
 from worker import events
@@ -32,6 +30,7 @@ from worker.intake.header import InstanceRefused, is_uid, read_header
 from worker.intake.negotiation import STORAGE_COMMITMENT, VERIFICATION, Accepted, Context, Peer, pdu
 from worker.intake.wire import ProtocolError, Wire
 from worker.ops import audit
+from worker.ops.log import places
 from worker.store.spool import Incoming, Spool, Stored
 
 #: Records a durable file. Raises worker.errors.Retry if it cannot now; then the sender is asked to come again.
@@ -283,9 +282,7 @@ class DataPhase:
             facts["error"] = type(error).__name__
         if error is not None and refusal.status == OUR_BUG:
             # Where, but not the words of an exception nobody foresaw: they may quote the data set.
-            facts["places"] = [
-                f"{PurePath(frame.filename).name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)[-6:]
-            ]
+            facts["places"] = places(error)
         facts |= {"calling_ae": self._peer.calling_ae, "status": f"0x{refusal.status:04X}", "reason": refusal.comment}
         events.emit("instance.refused", **facts)
         outcome = audit.AGAIN if refusal.status == OUT_OF_RESOURCES else audit.FAILED
