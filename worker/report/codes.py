@@ -57,6 +57,7 @@ SERIES: Final = Code("ai-results", OWN, "Results of an algorithm")
 THRESHOLD: Final = Code("threshold", OWN, "Operating threshold of the probability")
 VERDICT: Final = Code("verdict", OWN, "Verdict at the operating threshold")
 COMPARATOR: Final = Code("comparator", OWN, "The true value, compared with this number, is")
+REPLACES: Final = Code("replaces", OWN, "Replaced report")
 INTENDED_USE: Final = Code("intended-use", OWN, "Intended use")
 QUALITY: Final = Code("quality", OWN, "Statement of model quality")
 ATYPICAL: Final = Code("atypical", OWN, "Atypical input")
@@ -64,6 +65,11 @@ RECORD_FOUND: Final = Code("record-found", OWN, "Patient record found at the tim
 RECORD_MISSING: Final = Code("record-missing", OWN, "Not available to the network")
 GROUP_ROLE: Final = Code("group-role", OWN, "What this group holds")
 RECORD_INPUT: Final = Code("record-input", OWN, "Values of the patient record, given to the network")
+
+# PS3.16 CID 7010; what IHE RAD TF-3 4.66 (RAD-66) has a rejection note called.
+OF_INTEREST: Final = Code("113000", "DCM", "Of Interest")
+REJECTED: Final = Code("113001", "DCM", "Rejected for Quality Reasons")
+KEY_DESCRIPTION: Final = Code("113012", "DCM", "Key Object Description")
 
 _SHAPLEY: Final = {
     "image": Code("shapley-image", OWN, "Share of the image in the log-odds"),

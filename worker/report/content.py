@@ -92,10 +92,11 @@ def tree(
     findings: Sequence[Finding],
     zone: tzinfo,
     failure: str,
+    replaces: str = "",
 ) -> sr.ContainerContentItem:
-    """Build the root container. Times are written in `zone`, with their offset."""
+    """Build the root container. Times are written in `zone`, with their offset; `replaces` says which report it stands for, and why."""
     groups = [_finding_group(finding, study=study, algorithm=algorithm) for finding in findings]
-    said = [*_outcome(findings, failure=failure), *_statements(algorithm)]
+    said = [*_outcome(findings, failure=failure), *([_text(codes.REPLACES, replaces)] if replaces else []), *_statements(algorithm)]
     if any(finding.is_atypical for finding in findings):
         said.append(_text(codes.ATYPICAL, ATYPICAL_STATEMENT))
     if inputs is not None and not failure:
@@ -157,15 +158,17 @@ def _image_library(source: Evidence) -> list[sr.ContainerContentItem]:
     return [_container(standard.DCM.ImageLibrary, [_container(standard.DCM.ImageLibraryGroup, images)])]
 
 
+def tracking_uid(study: Study, algorithm: Algorithm, finding: Finding) -> str:
+    """Derive what names `finding` in every document: it outlives a new version of the bundle, for it is still the same question."""
+    return derive_uid("tracking", study.study_instance_uid, algorithm.name, finding.code.scheme, finding.code.value)
+
+
 def _finding_group(finding: Finding, *, study: Study, algorithm: Algorithm) -> sr.MeasurementsAndQualitativeEvaluations:
-    """Say one finding. Its tracking UID outlives a new version of the bundle: it is still the same question."""
+    """Say one finding."""
     code = finding.code
     shares = [_measurement(codes.shapley(part), round(share, 4), codes.NO_UNITS) for part, share in finding.shapley.items()]
     return sr.MeasurementsAndQualitativeEvaluations(
-        tracking_identifier=sr.TrackingIdentifier(
-            uid=derive_uid("tracking", study.study_instance_uid, algorithm.name, code.scheme, code.value),
-            identifier=finding.name,
-        ),
+        tracking_identifier=sr.TrackingIdentifier(uid=tracking_uid(study, algorithm, finding), identifier=finding.name),
         finding_type=concept(code),
         algorithm_id=_identification(algorithm),
         measurements=[

@@ -59,15 +59,15 @@ def _summaries(item: Dataset) -> Iterator[str]:
 
 def _item(item: Dataset, *, depth: int) -> Iterator[str]:
     """Write `item` and, below it, what it contains."""
-    value = _value(item)
-    observed = item.get("ObservationDateTime")
-    yield (
-        _INDENT * depth
-        + _code(item.get("ConceptNameCodeSequence"))
-        + (f": {value}" if value else "")
-        + (f" (observed {observed})" if observed else "")
-    )
+    yield _INDENT * depth + line(item)
     yield from _children(item, depth=depth + 1)
+
+
+def line(item: Dataset) -> str:
+    """Write `item` without what it contains: "Probability [122157 DCM]: 73.21 %"."""
+    value, observed = _value(item), item.get("ObservationDateTime")
+    name = _code(item.get("ConceptNameCodeSequence"))
+    return name + (f": {value}" if value else "") + (f" (observed {observed})" if observed else "")
 
 
 def _children(item: Dataset, *, depth: int) -> Iterator[str]:
