@@ -30,7 +30,7 @@ from pydicom.filewriter import correct_ambiguous_vr
 
 from worker.domain import Document, Finding, Region, Verdict
 from worker.report import codes
-from worker.report.content import percent, tracking_uid
+from worker.report.content import tracking_uid, verdict_in_words
 from worker.report.result import Result
 from worker.report.sr import origin
 
@@ -172,7 +172,7 @@ def _document(result: Result, shown: Sequence[_Frame], *, number: int) -> Docume
         finding.name: pr.GraphicLayer(
             f"FINDING_{order}",
             order=order,
-            description=codes.short(_words(result, finding)),
+            description=codes.short(verdict_in_words(result.algorithm, finding)),
             display_color=CIELabColor.from_rgb(*_COLORS[finding.verdict]),
         )
         for order, finding in enumerate(result.findings, start=1)
@@ -209,7 +209,7 @@ def _drawn(result: Result, one: _Frame, finding: Finding, drawn: Sequence[Outlin
     box = _box(np.concatenate(drawn), one.header, line=line)
     return {
         "graphic_objects": [pr.GraphicObject("POLYLINE", part, "PIXEL", **tracked) for corners in drawn for part in _short_enough(corners)],
-        "text_objects": [pr.TextObject(_words(result, finding), "PIXEL", bounding_box=box, text_justification="LEFT", **tracked)],
+        "text_objects": [pr.TextObject(verdict_in_words(result.algorithm, finding), "PIXEL", bounding_box=box, text_justification="LEFT", **tracked)],
     }
 
 
@@ -254,12 +254,6 @@ def _short_enough(corners: Outline) -> Iterator[Outline]:
     """A line that one element cannot hold goes on in another, from where it stopped."""
     for start in range(0, len(corners) - 1, _MOST_CORNERS - 1):
         yield corners[start : start + _MOST_CORNERS]
-
-
-def _words(result: Result, finding: Finding) -> str:
-    """"Pneumonia: positive, 73.21 % (research)"."""
-    use = "research" if result.algorithm.research_use else "not verified"
-    return codes.one_line(f"{finding.code.meaning or finding.name}: {finding.verdict}, {percent(finding.probability):g} % ({use})")
 
 
 def _box(corners: Outline, header: Dataset, *, line: int) -> tuple[float, float, float, float]:

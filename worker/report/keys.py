@@ -21,7 +21,6 @@ from pydicom.uid import UID
 from worker.domain import DICOM_KINDS, Code, Document, Finding, Region
 from worker.report import codes, content, replacing
 from worker.report.codes import concept
-from worker.report.content import derive_uid
 from worker.report.evidence import references
 from worker.report.result import Result
 from worker.report.sr import origin
@@ -37,12 +36,10 @@ def build(result: Result) -> tuple[Document, ...]:
     chosen: dict[str, list[int]] = {}
     for _, region in keys:
         uid, number = _key(region)
-        numbers = chosen.setdefault(uid, [])
-        if number not in numbers:
-            numbers.append(number)
+        chosen.setdefault(uid, []).extend([number] if number else [])
     by_uid = {ds.SOPInstanceUID: ds for ds in result.source.instances}
     words = " ".join(_words(result, finding, region) for finding, region in keys)
-    items = [_reference(by_uid[uid], numbers) for uid, numbers in chosen.items()]
+    items = [_reference(by_uid[uid], sorted({*numbers})) for uid, numbers in chosen.items()]
     return (_document(result, "keys", codes.OF_INTEREST, words, items, [by_uid[uid] for uid in chosen]),)
 
 
@@ -50,14 +47,17 @@ def reject(result: Result) -> tuple[Document, ...]:
     """Mark the report that this one replaces, and what was made with it, as not to be used any more."""
     if result.previous is None:
         return ()
-    outdated = [_identity(result.previous), *_companions(result.previous)]
+    # A note that marks an older report stays.
+    outdated = [result.previous, *replacing.companions(result.previous, *(kind for kind in DICOM_KINDS if kind != "rejection"))]
     items = [_reference(ds, ()) for ds in outdated]
     words = f"Outdated: {replacing.sentence(result)}"
     return (_document(result, "rejection", codes.REJECTED, words, items, outdated),)
 
 
 def _key(region: Region) -> tuple[str, int]:
-    return region.sop_instance_uids[region.key_plane], region.frame_numbers[region.key_plane]
+    """Instance and frame of the plane that has most of `region`; 0 where the instance has no other frame."""
+    uid = region.sop_instance_uids[region.key_plane]
+    return uid, region.frame_numbers[region.key_plane] if region.sop_instance_uids.count(uid) > 1 else 0
 
 
 def _words(result: Result, finding: Finding, region: Region) -> str:
@@ -65,32 +65,8 @@ def _words(result: Result, finding: Finding, region: Region) -> str:
     uid, number = _key(region)
     ds = pydicom.dcmread(result.source.paths[uid], stop_before_pixels=True, specific_tags=["InstanceNumber", "SeriesNumber"])
     where = f"image {ds.get('InstanceNumber') or 'without a number'} of series {ds.get('SeriesNumber') or 'without a number'}"
-    if len(set(region.sop_instance_uids)) < len(region.sop_instance_uids):
-        where = f"frame {number} of {where}"
+    where = f"frame {number} of {where}" if number else where
     return f"{content.verdict_in_words(result.algorithm, finding)}: {'most of it in ' if region.shape[0] > 1 else ''}{where}."
-
-
-def _companions(previous: Dataset) -> list[Dataset]:
-    """What the replaced report refers to and is of our own: in a series of one of our kinds, but for notes that reject others."""
-    digest = str(previous.DeviceSerialNumber)
-    ours = {derive_uid("series", kind, str(previous.StudyInstanceUID), digest) for kind in DICOM_KINDS if kind != "rejection"}
-    found = []
-    for study in previous.CurrentRequestedProcedureEvidenceSequence:
-        for series in study.ReferencedSeriesSequence:
-            if series.SeriesInstanceUID in ours:
-                for one in series.ReferencedSOPSequence:
-                    ds = Dataset()
-                    ds.SOPClassUID, ds.SOPInstanceUID = one.ReferencedSOPClassUID, one.ReferencedSOPInstanceUID
-                    ds.StudyInstanceUID, ds.SeriesInstanceUID = study.StudyInstanceUID, series.SeriesInstanceUID
-                    found.append(ds)
-    return found
-
-
-def _identity(ds: Dataset) -> Dataset:
-    identity = Dataset()
-    for keyword in ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID"):
-        setattr(identity, keyword, ds[keyword].value)
-    return identity
 
 
 def _reference(ds: Dataset, frames: Sequence[int]) -> sr.ContentItem:
@@ -99,7 +75,7 @@ def _reference(ds: Dataset, frames: Sequence[int]) -> sr.ContentItem:
     item_of = sr.ImageContentItem if is_image else sr.CompositeContentItem
     item: sr.ContentItem = item_of(concept(codes.SOURCE), ds.SOPClassUID, ds.SOPInstanceUID, relationship_type=_CONTAINS)
     del item.ConceptNameCodeSequence
-    if list(frames) not in ([], [1]):
+    if frames:
         item.ReferencedSOPSequence[0].ReferencedFrameNumber = list(frames)
     return item
 

@@ -11,7 +11,9 @@ from typing import Final
 from pydicom.dataset import Dataset
 
 from worker.domain import Code
-from worker.report import codes, content
+from worker.report import codes
+from worker.report.content import derive_uid
+from worker.report.evidence import referred
 from worker.report.result import Result
 from worker.report.tree import line
 
@@ -33,17 +35,15 @@ def written(ds: Dataset) -> str:
     return f"{day[:4]}-{day[4:6]}-{day[6:8]} {time[:2]}:{time[2:4]} {ds.get('TimezoneOffsetFromUTC', '')}".strip()
 
 
+def companions(previous: Dataset, *kinds: str) -> list[Dataset]:
+    """Refer to what was made with the report `previous` and is one of `kinds`: their series tell them from the images."""
+    digest = str(previous.DeviceSerialNumber)
+    ours = {derive_uid("series", kind, str(previous.StudyInstanceUID), digest) for kind in kinds}
+    return [one for one in referred(previous) if one.SeriesInstanceUID in ours]
+
+
 def _reasons(result: Result, previous: Dataset) -> Iterator[str]:
-    root = content.tree(
-        result.study,
-        algorithm=result.algorithm,
-        uids=result.uids,
-        source=result.source,
-        inputs=result.inputs,
-        findings=result.findings,
-        zone=result.zone,
-        failure=result.failure,
-    )
+    root = result.tree()
     before, now = _images(previous), _images(root)
     if came := len(now - before):
         yield f"{came} image{'s' * (came > 1)} came"

@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Final
 
 import pydicom
+from highdicom.sr import ContainerContentItem
 from pydicom import config
 from pydicom.dataset import Dataset
 from pydicom.valuerep import DA, DT, TM
 
 from worker.domain import Document, Finding, Inputs, Study
+from worker.report import content
 from worker.report.content import Algorithm, ReportUids, derive_uid
 from worker.report.evidence import Evidence, read
 
@@ -69,7 +71,7 @@ class Result:
     """One analysis, checked: findings, or a reason why there are none.
 
     ``analysed_at`` is in the one zone that all dates of its documents are in; ``zone`` is the site's, that of the times in a text.
-    ``previous`` refers to the root report that this one replaces (SOP class, instance, study and series UID); None if it is the first.
+    ``previous`` is the root report that this one replaces; None if it is the first.
     """
 
     study: Study
@@ -90,6 +92,20 @@ class Result:
     def series_uid(self, kind: str) -> str:
         """Derive the Series Instance UID of this bundle's documents of `kind` on the study, of whatever version."""
         return derive_uid("series", kind, self.study.study_instance_uid, self.algorithm.bundle_sha256)
+
+    def tree(self, replaces: str = "") -> ContainerContentItem:
+        """Write the content tree of the root report; `replaces` says which report it stands for, and why."""
+        return content.tree(
+            self.study,
+            algorithm=self.algorithm,
+            uids=self.uids,
+            source=self.source,
+            inputs=self.inputs,
+            findings=self.findings,
+            zone=self.zone,
+            failure=self.failure,
+            replaces=replaces,
+        )
 
     def finish(self, ds: Dataset) -> None:
         """Give `ds` the patient, study and order of the images, and one clock in place of the several that highdicom reads."""
@@ -200,10 +216,10 @@ def _document_zone(source: Evidence, *, study: Study, analysed_at: datetime, zon
 
 
 def _previous(predecessor: Document | None, *, own_uid: str) -> Dataset | None:
-    """Read what Predecessor Documents Sequence needs; a report that is made again does not precede itself."""
+    """Read the report that this one replaces; a report that is made again does not precede itself."""
     if predecessor is None or predecessor.sop_instance_uid == own_uid:
         return None
-    return pydicom.dcmread(BytesIO(predecessor.data), specific_tags=list(REFERENCE))
+    return pydicom.dcmread(BytesIO(predecessor.data))
 
 
 def stamp(at: datetime) -> DT:

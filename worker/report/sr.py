@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime
 from io import BytesIO
+from typing import Any, Final
 
 import highdicom as hd
 from highdicom import sr
@@ -18,10 +19,15 @@ from pydicom.sr.codedict import codes as standard
 from pydicom.uid import ExplicitVRLittleEndian
 
 from worker.domain import Document
-from worker.report import codes, content, gate
+from worker.report import codes, content, gate, replacing
 from worker.report.content import MANUFACTURER, Algorithm
 from worker.report.evidence import references
 from worker.report.result import REFERENCE, SERIES_NUMBERS, Result, stamp
+
+#: PS3.3 §C.7.3.1: Series Description is an LO; what it is used for takes 29 of its 64 characters.
+_NAME_LENGTH: Final = 35
+#: So many versions of a study have an Instance Number of their own.
+_MOST_VERSIONS: Final = 1000
 
 
 def build(result: Result, companions: Sequence[Document] = ()) -> Document:
@@ -43,53 +49,37 @@ def build(result: Result, companions: Sequence[Document] = ()) -> Document:
     ----------
     PS3.16 TID 1500, 1501, 300, 1600; PS3.3 §A.35.13; IHE RAD AI Results (AIR).
     """
-    study, algorithm, source, uids = result.study, result.algorithm, result.source, result.uids
-    root = content.tree(
-        study,
-        algorithm=algorithm,
-        uids=uids,
-        source=source,
-        inputs=result.inputs,
-        findings=result.findings,
-        zone=result.zone,
-        failure=result.failure,
-    )
-    use = "research, not for diagnosis" if algorithm.research_use else "not verified"
-    ds = sr.Comprehensive3DSR(
-        evidence=[source.stand_in],
-        content=_bare(root),
-        series_instance_uid=uids.series_instance_uid,
-        series_number=SERIES_NUMBERS["sr"],
-        sop_instance_uid=uids.sop_instance_uid,
-        instance_number=max(1, study.version),
-        series_description=f"{codes.short(f'AI {algorithm.name} {algorithm.version}', 35)}: {use}",
-        manufacturer=MANUFACTURER,
-        manufacturer_model_name=codes.short(algorithm.name),
-        software_versions=versions(algorithm),
-        device_serial_number=codes.short(algorithm.bundle_sha256),
-        content_qualification="RESEARCH" if algorithm.research_use else "PRODUCT",
-        content_date=result.analysed_at.date(),
-        content_time=result.analysed_at.time(),
-        coding_schemes=codes.identification(content.codes_of(algorithm, result.findings, result.inputs)),
-        is_complete=True,
-        is_final=False,
-        is_verified=False,
-        performed_procedure_codes=[codes.concept(algorithm.procedure)],
-        requested_procedures=source.requests or None,
-        contributing_equipment=[_equipment(algorithm, device_uid=uids.device_uid, at=result.analysed_at)],
-        specific_character_set="ISO_IR 192",
-        transfer_syntax_uid=ExplicitVRLittleEndian,
-    )
-    ds.ContentSequence = root.ContentSequence
+    root = result.tree(replaces=replacing.sentence(result))
+    ds = written(result, sr.Comprehensive3DSR, root, "sr", uid=result.uids.sop_instance_uid)
+    ds.SeriesInstanceUID = result.uids.series_instance_uid
     # Whatever was made for the requested procedure, and all that the tree names (PS3.3 §C.17.2).
-    ds.CurrentRequestedProcedureEvidenceSequence = references([*source.instances, *_objects(companions)])
+    ds.CurrentRequestedProcedureEvidenceSequence = references([*result.source.instances, *_objects(companions)])
     if result.previous is not None:
         ds.PredecessorDocumentsSequence = references([result.previous])
     result.finish(ds)
     ds.SeriesDescriptionCodeSequence = [codes.concept(codes.SERIES)]
     document = result.document(ds, "sr")
-    gate.check(document.data, study=study)
+    gate.check(document.data, study=result.study)
     return document
+
+
+def written(result: Result, document: type[sr.Comprehensive3DSR | sr.EnhancedSR], root: sr.ContainerContentItem, kind: str, *, uid: str) -> Dataset:
+    """Make an unverified, complete, preliminary report of `root`; evidence, predecessor and patient are the caller's."""
+    ds = document(
+        evidence=[result.source.stand_in],
+        content=_bare(root),
+        content_date=result.analysed_at.date(),
+        content_time=result.analysed_at.time(),
+        coding_schemes=codes.identification(content.codes_of(result.algorithm, result.findings, result.inputs)),
+        is_complete=True,
+        is_final=False,
+        is_verified=False,
+        performed_procedure_codes=[codes.concept(result.algorithm.procedure)],
+        requested_procedures=result.source.requests or None,
+        **origin(result, kind, uid=uid),
+    )
+    ds.ContentSequence = root.ContentSequence
+    return ds
 
 
 def _bare(root: sr.ContainerContentItem) -> sr.ContainerContentItem:
@@ -98,7 +88,9 @@ def _bare(root: sr.ContainerContentItem) -> sr.ContainerContentItem:
     That is half the time for a radiograph and a third for 200 slices. What it would look for, images that are no
     evidence, cannot be there: both come from the same list.
     """
-    bare = sr.ContainerContentItem(root.name, template_id="1500")
+    bare = sr.ContainerContentItem(root.name)
+    if "ContentTemplateSequence" in root:
+        bare.ContentTemplateSequence = root.ContentTemplateSequence
     bare.ContentSequence = sr.ContentSequence()
     return bare
 
@@ -106,6 +98,32 @@ def _bare(root: sr.ContainerContentItem) -> sr.ContainerContentItem:
 def _objects(companions: Sequence[Document]) -> list[Dataset]:
     """What evidence sequences need to know of each; what is no DICOM object cannot be named there."""
     return [dcmread(BytesIO(one.data), specific_tags=list(REFERENCE)) for one in companions if one.sop_class_uid]
+
+
+def origin(result: Result, kind: str, what: str = "", *, uid: str, number: int = 1) -> dict[str, Any]:
+    """Where an object of ours comes from, as highdicom's classes ask for it: series, number, equipment, encoding.
+
+    `what` follows the algorithm's name in Series Description; `number` counts the objects of one kind and result.
+    """
+    algorithm = result.algorithm
+    use = "research, not for diagnosis" if algorithm.research_use else "not verified"
+    name = " ".join(filter(None, ("AI", algorithm.name, algorithm.version)))
+    what = f" {what}" if what else ""
+    return {
+        "series_instance_uid": result.series_uid(kind),
+        "series_number": SERIES_NUMBERS[kind],
+        "sop_instance_uid": uid,
+        "instance_number": max(1, result.study.version) + _MOST_VERSIONS * (number - 1),
+        "series_description": f"{codes.short(name, _NAME_LENGTH - len(what))}{what}: {use}",
+        "manufacturer": MANUFACTURER,
+        "manufacturer_model_name": codes.short(algorithm.name),
+        "software_versions": versions(algorithm),
+        "device_serial_number": codes.short(algorithm.bundle_sha256),
+        "content_qualification": "RESEARCH" if algorithm.research_use else "PRODUCT",
+        "contributing_equipment": [_equipment(algorithm, device_uid=result.uids.device_uid, at=result.analysed_at)],
+        "specific_character_set": "ISO_IR 192",
+        "transfer_syntax_uid": ExplicitVRLittleEndian,
+    }
 
 
 def versions(algorithm: Algorithm) -> list[str]:

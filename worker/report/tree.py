@@ -65,9 +65,14 @@ def _item(item: Dataset, *, depth: int) -> Iterator[str]:
 
 def line(item: Dataset) -> str:
     """Write `item` without what it contains: "Probability [122157 DCM]: 73.21 %"."""
-    value, observed = _value(item), item.get("ObservationDateTime")
-    name = _code(item.get("ConceptNameCodeSequence"))
-    return name + (f": {value}" if value else "") + (f" (observed {observed})" if observed else "")
+    value = told(item)
+    return _code(item.get("ConceptNameCodeSequence")) + (": " if value else "") + value
+
+
+def told(item: Dataset) -> str:
+    """Write the value of `item` alone, and its time where it has its own: "< 3 mg/L (observed 20240102063000+0100)"."""
+    observed = item.get("ObservationDateTime")
+    return " ".join(filter(None, (_value(item), f"(observed {observed})" if observed else "")))
 
 
 def _children(item: Dataset, *, depth: int) -> Iterator[str]:
