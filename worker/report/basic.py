@@ -40,7 +40,7 @@ def build(result: Result) -> tuple[Document, ...]:
     root = sr.ContainerContentItem(tree.name)
     root.ContentSequence = sr.ContentSequence(_in_words(tree, images=len(result.source.instances)))
     previous = [] if result.previous is None else [*replacing.companions(result.previous, "basic"), result.previous]
-    ds = written(result, sr.EnhancedSR, root, "basic", uid=result.uid("basic"))
+    ds = written(result, sr.EnhancedSR, root, "basic", "as text", uid=result.uid("basic"))
     ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = BasicTextSRStorage  # of the same modules, PS3.3 Table A.1-4
     ds.CurrentRequestedProcedureEvidenceSequence = references(result.source.instances)
     if previous:

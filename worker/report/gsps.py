@@ -41,6 +41,7 @@ _MODALITY_LUT: Final = ("RescaleIntercept", "RescaleSlope", "RescaleType", "Moda
 _VOI_LUT: Final = ("WindowCenter", "WindowWidth", "WindowCenterWidthExplanation", "VOILUTFunction", "VOILUTSequence")
 _SPACING: Final = ("PixelSpacing", "ImagerPixelSpacing")
 _PLACE: Final = ("ImagePositionPatient", "ImageOrientationPatient", *_SPACING)
+_PART: Final = ("BodyPartExamined", "Laterality")
 _IMAGE: Final = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "SamplesPerPixel",
                  "PhotometricInterpretation", "NumberOfFrames", "Rows", "Columns", "PixelRepresentation")  # fmt: skip
 _GROUPS: Final = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
@@ -123,7 +124,7 @@ def _frames(result: Result) -> list[_Frame]:
                 k = plane + region.origin[0]
                 uid, number = region.sop_instance_uids[k], region.frame_numbers[k]
                 if uid not in read:
-                    keywords = [*_IMAGE, *_PLACE, *_MODALITY_LUT, *_VOI_LUT, *_GROUPS]
+                    keywords = [*_IMAGE, *_PART, *_PLACE, *_MODALITY_LUT, *_VOI_LUT, *_GROUPS]
                     read[uid] = pydicom.dcmread(result.source.paths[uid], stop_before_pixels=True, specific_tags=keywords)
                     correct_ambiguous_vr(read[uid], is_little_endian=True)  # once they have left the image, nothing says it
                 if (key := (region.image, uid, number)) not in frames:
@@ -214,9 +215,9 @@ def _drawn(result: Result, one: _Frame, finding: Finding, drawn: Sequence[Outlin
 
 
 def _keep_look(ds: Dataset, shown: Sequence[_Frame]) -> None:
-    """Repeat how the images are shown: rescale, windows (of each frame its own), and pixels that are no squares."""
+    """Repeat how the images are shown: rescale, windows (of each frame its own), pixels that are no squares; and of which part they are."""
     first = shown[0].header
-    ds.update({first[keyword].tag: first[keyword] for keyword in _MODALITY_LUT if keyword in first})
+    ds.update({first[keyword].tag: first[keyword] for keyword in (*_PART, *_MODALITY_LUT) if keyword in first})
     if "RescaleIntercept" in ds and not ds.get("RescaleType"):
         ds.RescaleType = "US"  # PS3.3 §C.11.1: required here, unlike in the image; unspecified
     windows: dict[str, list[_Frame]] = {}

@@ -25,6 +25,7 @@ from worker.report.evidence import references
 from worker.report.result import Result
 from worker.report.sr import origin
 
+_TITLES: Final = {"keys": "key images", "rejection": "outdated"}
 _CONTAINS: Final = sr.RelationshipTypeValues.CONTAINS
 
 
@@ -50,7 +51,7 @@ def reject(result: Result) -> tuple[Document, ...]:
     # A note that marks an older report stays.
     outdated = [result.previous, *replacing.companions(result.previous, *(kind for kind in DICOM_KINDS if kind != "rejection"))]
     items = [_reference(ds, ()) for ds in outdated]
-    words = f"Outdated: {replacing.sentence(result)}"
+    words = f"Outdated: a new report r{replacing.sentence(result)[1:]}"
     return (_document(result, "rejection", codes.REJECTED, words, items, outdated),)
 
 
@@ -95,7 +96,7 @@ def _document(
         evidence=[result.source.stand_in],
         content=ko.KeyObjectSelection.from_sequence([root]),
         requested_procedures=result.source.requests or None,
-        **origin(result, kind, {"keys": "key images", "rejection": "rejected"}[kind], uid=result.uid(kind)),
+        **origin(result, kind, _TITLES[kind], uid=result.uid(kind)),
     )
     ds.ContentSequence = [*root.ContentSequence, *items]
     ds.CurrentRequestedProcedureEvidenceSequence = references(chosen)

@@ -37,8 +37,7 @@ def written(ds: Dataset) -> str:
 
 def companions(previous: Dataset, *kinds: str) -> list[Dataset]:
     """Refer to what was made with the report `previous` and is one of `kinds`: their series tell them from the images."""
-    digest = str(previous.DeviceSerialNumber)
-    ours = {derive_uid("series", kind, str(previous.StudyInstanceUID), digest) for kind in kinds}
+    ours = {derive_uid("series", kind, str(previous.SeriesInstanceUID)) for kind in kinds}
     return [one for one in referred(previous) if one.SeriesInstanceUID in ours]
 
 

@@ -53,15 +53,15 @@ def report_uids(
 ) -> ReportUids:
     """Derive the UIDs of the report that this bundle makes of this input of this study, after that predecessor.
 
-    All reports of one bundle on one study share a series. A failure has its own instance UID: what failed once
-    may succeed when it is tried again, and is another document then. So is an input that was there before another one
-    (a merge that was undone): it is filed after that other, which would else remain the last word.
+    A report that replaces another has a series of its own: viewers list series, and tell by them which is current. A failure has its own
+    instance UID: what failed once may succeed when it is tried again, and is another document then. So is an input that was there before
+    another one (a merge that was undone): it is filed after that other, which would else remain the last word.
     """
     kind = "failure" if is_failure else "report"
     after = (predecessor_uid,) if predecessor_uid else ()
     return ReportUids(
         sop_instance_uid=derive_uid(kind, study_instance_uid, bundle_sha256, input_sha256, *after),
-        series_instance_uid=derive_uid("series", study_instance_uid, bundle_sha256),
+        series_instance_uid=derive_uid("series", study_instance_uid, bundle_sha256, *after),
         device_uid=derive_uid("device", bundle_sha256),
     )
 
@@ -90,8 +90,8 @@ class Result:
         return derive_uid(kind, self.uids.sop_instance_uid, *more)
 
     def series_uid(self, kind: str) -> str:
-        """Derive the Series Instance UID of this bundle's documents of `kind` on the study, of whatever version."""
-        return derive_uid("series", kind, self.study.study_instance_uid, self.algorithm.bundle_sha256)
+        """Derive the Series Instance UID of this result's documents of `kind`."""
+        return derive_uid("series", kind, self.uids.series_instance_uid)
 
     def tree(self, replaces: str = "") -> ContainerContentItem:
         """Write the content tree of the root report; `replaces` says which report it stands for, and why."""

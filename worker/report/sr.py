@@ -63,7 +63,9 @@ def build(result: Result, companions: Sequence[Document] = ()) -> Document:
     return document
 
 
-def written(result: Result, document: type[sr.Comprehensive3DSR | sr.EnhancedSR], root: sr.ContainerContentItem, kind: str, *, uid: str) -> Dataset:
+def written(
+    result: Result, document: type[sr.Comprehensive3DSR | sr.EnhancedSR], root: sr.ContainerContentItem, kind: str, what: str = "", *, uid: str
+) -> Dataset:
     """Make an unverified, complete, preliminary report of `root`; evidence, predecessor and patient are the caller's."""
     ds = document(
         evidence=[result.source.stand_in],
@@ -76,7 +78,7 @@ def written(result: Result, document: type[sr.Comprehensive3DSR | sr.EnhancedSR]
         is_verified=False,
         performed_procedure_codes=[codes.concept(result.algorithm.procedure)],
         requested_procedures=result.source.requests or None,
-        **origin(result, kind, uid=uid),
+        **origin(result, kind, what, uid=uid),
     )
     ds.ContentSequence = root.ContentSequence
     return ds
@@ -103,12 +105,13 @@ def _objects(companions: Sequence[Document]) -> list[Dataset]:
 def origin(result: Result, kind: str, what: str = "", *, uid: str, number: int = 1) -> dict[str, Any]:
     """Where an object of ours comes from, as highdicom's classes ask for it: series, number, equipment, encoding.
 
-    `what` follows the algorithm's name in Series Description; `number` counts the objects of one kind and result.
+    `what` follows the algorithm's name in Series Description, and the study's version where an older report is replaced; `number`
+    counts the objects of one kind and result.
     """
     algorithm = result.algorithm
     use = "research, not for diagnosis" if algorithm.research_use else "not verified"
-    name = " ".join(filter(None, ("AI", algorithm.name, algorithm.version)))
-    what = f" {what}" if what else ""
+    name = f"AI {algorithm.name} {algorithm.version}"
+    what = "".join(f" {word}" for word in (what, f"#{result.study.version}" if result.previous else "") if word)
     return {
         "series_instance_uid": result.series_uid(kind),
         "series_number": SERIES_NUMBERS[kind],
