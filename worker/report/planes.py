@@ -19,9 +19,8 @@ from pydicom.dataset import Dataset
 
 from worker.domain import Finding, Region
 from worker.report import codes
-from worker.report.content import MANUFACTURER
+from worker.report.content import MANUFACTURER, versions
 from worker.report.result import SERIES_NUMBERS, Result
-from worker.report.sr import versions
 
 _FRAME: Final = ["Rows", "Columns", "NumberOfFrames", "FrameOfReferenceUID", "PositionReferenceIndicator"]
 _SPACING: Final = ["PixelSpacing", "ImagerPixelSpacing"]

@@ -10,7 +10,7 @@ from typing import Final
 
 import numpy as np
 from highdicom import AlgorithmIdentificationSequence
-from highdicom.seg import SegmentDescription, Segmentation
+from highdicom.seg import Segmentation, SegmentDescription
 from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes as standard
 
@@ -34,7 +34,7 @@ def build(result: Result) -> tuple[Document, ...]:
     return tuple(_document(result, name, found, number) for number, (name, found) in enumerate(images.items(), start=1))
 
 
-def segment_of(result: Result, finding: Finding, region: Region) -> tuple[str, int]:
+def segment_of(result: Result, region: Region) -> tuple[str, int]:
     """SOP Instance UID of the segmentation that holds `region`, if it was written, and the number of its segment."""
     numbers = [one is region for _, one in located(result)[region.image]]
     return result.uid(_KIND, region.image), numbers.index(True) + 1

@@ -19,8 +19,9 @@ from pydicom.uid import ExplicitVRLittleEndian
 
 from worker.domain import Document
 from worker.report import codes, content, gate
-from worker.report.content import MANUFACTURER, Algorithm
+from worker.report.content import MANUFACTURER, Algorithm, versions
 from worker.report.evidence import references
+from worker.report.places import placed
 from worker.report.result import REFERENCE, SERIES_NUMBERS, Result, stamp
 
 
@@ -53,6 +54,7 @@ def build(result: Result, companions: Sequence[Document] = ()) -> Document:
         findings=result.findings,
         zone=result.zone,
         failure=result.failure,
+        placed=[placed(result, finding, {one.sop_instance_uid for one in companions}) for finding in result.findings],
     )
     use = "research, not for diagnosis" if algorithm.research_use else "not verified"
     ds = sr.Comprehensive3DSR(
@@ -106,11 +108,6 @@ def _bare(root: sr.ContainerContentItem) -> sr.ContainerContentItem:
 def _objects(companions: Sequence[Document]) -> list[Dataset]:
     """What evidence sequences need to know of each; what is no DICOM object cannot be named there."""
     return [dcmread(BytesIO(one.data), specific_tags=list(REFERENCE)) for one in companions if one.sop_class_uid]
-
-
-def versions(algorithm: Algorithm) -> list[str]:
-    """Software Versions of what we author."""
-    return [codes.short(algorithm.version), codes.short(f"code {algorithm.code_version}")]
 
 
 def _equipment(algorithm: Algorithm, *, device_uid: str, at: datetime) -> hd.ContributingEquipment:
