@@ -114,13 +114,16 @@ def tree(
     placed: Sequence[Placed],
 ) -> sr.ContainerContentItem:
     """Build the root container. Times are written in `zone`, with their offset; `placed` is what is known of where each finding is."""
-    groups = [_finding_group(one, where, study=study, algorithm=algorithm) for one, where in zip(findings, placed, strict=True)]
+    made = [(_finding_group(one, where, study=study, algorithm=algorithm), where) for one, where in zip(findings, placed, strict=True)]
+    groups = [group for group, where in made if not where.items]
     said = [*_outcome(findings, failure=failure), *_statements(algorithm)]
     if any(finding.is_atypical for finding in findings):
         said.append(_text(codes.ATYPICAL, ATYPICAL_STATEMENT))
     if inputs is not None and not failure:
         groups += _value_groups(_given(inputs), study=study, algorithm=algorithm, zone=zone)
         said += _record(inputs, zone=zone)
+    # Groups with coordinates come last: OHIF 3.13 draws from the end, and stops at the first group without.
+    groups += [group for group, where in made if where.items]
     root = sr.ContainerContentItem(standard.cid7021.ImagingMeasurementReport, template_id="1500")
     root.ContentSequence = sr.ContentSequence()
     root.ContentSequence.extend(sr.LanguageOfContentItemAndDescendants(concept(codes.ENGLISH)))

@@ -114,7 +114,7 @@ def _coordinates(result: Result, region: Region, said: Dataset) -> Iterator[sr.C
         yield sr.Scoord3DContentItem(concept(name), kind, data, said.FrameOfReferenceUID, relationship_type=_CONTAINS)
 
 
-def _measured(result: Result, finding: Finding, region: Region, said: Dataset, written: Collection[str]) -> Iterator[sr.Measurement]:
+def _measured(result: Result, region: Region, said: Dataset, written: Collection[str]) -> Iterator[sr.Measurement]:
     volume = region.volume_mm3
     area = _pixel_mm2(region, said) * int(region.mask[region.key_plane - region.origin[0]].sum())
     if area:

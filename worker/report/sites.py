@@ -10,11 +10,15 @@ from pydicom.sr.codedict import codes as standard
 
 from worker.domain import ImageFacts
 from worker.report.result import Result
+from worker.selection import PARTS
 
-# PS3.16 CID 4, by its code and by its name; Body Part Examined is that name in capitals (PS3.16 Annex L), but for the chest.
-_REGIONS: Final = dict(standard.cid4.concepts)
-_BY_CODE: Final = {code.value: code for code in _REGIONS.values()}
-_BY_NAME: Final = {name.upper(): code for name, code in _REGIONS.items()} | {"CHEST": standard.SCT.Thorax}
+# PS3.16 CID 4 by its codes, by its names, and by all that the rules that choose a series know for one part of the body.
+_BY_CODE: Final = {code.value: code for code in standard.cid4.concepts.values()}
+_BY_WORD: Final = {
+    **{name.upper(): code for name, code in standard.cid4.concepts.items()},
+    **{word: _BY_CODE[known] for words in PARTS if (known := next((w for w in words if w in _BY_CODE), "")) for word in words},
+    **_BY_CODE,
+}
 # PS3.16 CID 244.
 _SIDES: Final = {"L": standard.SCT.Left, "R": standard.SCT.Right, "B": standard.SCT.Bilateral}
 
@@ -34,8 +38,7 @@ def of_image(result: Result, image: str) -> Site | None:
         return None
     facts = [one.facts for one in series.instances if one.facts != ImageFacts()]
     said = [one.region for one in facts] + [one.body_part for one in facts] + [series.body_part]
-    names = (one.strip().upper().replace(" ", "") for one in said)
-    region = next((code for one in names if (code := _BY_CODE.get(one) or _BY_NAME.get(one))), None)
+    region = next((code for one in said if (code := _BY_WORD.get(one.strip().upper()))), None)
     if region is None:
         return None
     sides = {one.laterality for one in facts}
