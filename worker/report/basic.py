@@ -23,6 +23,7 @@ from worker.domain import Document
 from worker.report import codes, replacing
 from worker.report.codes import concept
 from worker.report.evidence import references
+from worker.report.places import placed
 from worker.report.result import Result
 from worker.report.sr import written
 from worker.report.tree import told
@@ -36,11 +37,11 @@ _KEPT: Final = frozenset({"CODE", "TEXT", "UIDREF", "DATETIME", "DATE", "TIME", 
 
 def build(result: Result) -> tuple[Document, ...]:
     """Write the report in words. Its predecessor is the old one in words where there was one, else the old root."""
-    tree = result.tree(replaces=replacing.sentence(result))
+    tree = result.tree([placed(result, finding, ()) for finding in result.findings], replaces=replacing.sentence(result))
     root = sr.ContainerContentItem(tree.name)
     root.ContentSequence = sr.ContentSequence(_in_words(tree, images=len(result.source.instances)))
     previous = [] if result.previous is None else [*replacing.companions(result.previous, "basic"), result.previous]
-    ds = written(result, sr.EnhancedSR, root, "basic", "as text", uid=result.uid("basic"))
+    ds = written(result, sr.EnhancedSR, root, "basic", what="as text")
     ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = BasicTextSRStorage  # of the same modules, PS3.3 Table A.1-4
     ds.CurrentRequestedProcedureEvidenceSequence = references(result.source.instances)
     if previous:
@@ -53,7 +54,7 @@ def _in_words(tree: Dataset, *, images: int) -> Iterator[sr.ContentItem]:
     """Put what a person wants first to the front, after what PS3.16 has there: language, observer, procedure."""
     context = [item for item in tree.ContentSequence if item.ValueType != "CONTAINER"]
     parts = {_name(item): item for item in tree.ContentSequence if item.ValueType == "CONTAINER"}
-    groups = list(parts[_MEASUREMENTS].ContentSequence) if _MEASUREMENTS in parts else []
+    groups = sorted(parts[_MEASUREMENTS].ContentSequence if _MEASUREMENTS in parts else (), key=_is_of_record)
     yield from context
     yield _container(concept(codes.QUALITATIVE_EVALUATIONS), parts[codes.QUALITATIVE_EVALUATIONS.value].ContentSequence)
     yield from (_container(_heading(group), _said(group)) for group in groups)
@@ -70,8 +71,12 @@ def _said(group: Dataset) -> Iterator[sr.ContentItem]:
             continue
         if item.ValueType in _KEPT:
             yield item
-        elif item.ValueType == "NUM":
+        else:
             yield sr.TextContentItem(item.name, told(item), sr.RelationshipTypeValues.CONTAINS)
+
+
+def _is_of_record(group: Dataset) -> bool:
+    return any(_name(item) == codes.GROUP_ROLE.value for item in group.ContentSequence)
 
 
 def _heading(group: Dataset) -> sr.CodedConcept:

@@ -38,6 +38,8 @@ YES: Final = Code("373066001", "SCT", "Yes")
 NO: Final = Code("373067005", "SCT", "No")
 PERCENT: Final = Code("%", "UCUM", "percent")
 NO_UNITS: Final = Code("1", "UCUM", "no units")
+SQUARE_MM: Final = Code("mm2", "UCUM", "square millimeter")
+CUBIC_MM: Final = Code("mm3", "UCUM", "cubic millimeter")
 
 # PS3.16 CID 250; 82334004 from CID 4220.
 VERDICTS: Final[dict[Verdict, Code]] = {
@@ -64,6 +66,12 @@ ATYPICAL: Final = Code("atypical", OWN, "Atypical input")
 RECORD_FOUND: Final = Code("record-found", OWN, "Patient record found at the time of analysis")
 RECORD_MISSING: Final = Code("record-missing", OWN, "Not available to the network")
 GROUP_ROLE: Final = Code("group-role", OWN, "What this group holds")
+# What an answer rests on (worker/regions.py): never Image Region, Volume or Area, which beside a finding would be read as the lesion's.
+SALIENCY: Final = Code("saliency", OWN, "Saliency, as a share of its peak")
+REGION: Final = Code("saliency-region", OWN, "Region the answer rests on (saliency), not an outlined lesion")
+REGION_VOLUME: Final = Code("saliency-volume", OWN, "Volume of the saliency region")
+REGION_AREA: Final = Code("saliency-area", OWN, "Area of the saliency region on the key image")
+REGION_CENTRE: Final = Code("saliency-centre", OWN, "Center of the saliency region")
 RECORD_INPUT: Final = Code("record-input", OWN, "Values of the patient record, given to the network")
 
 # PS3.16 CID 7010; what IHE RAD TF-3 4.66 (RAD-66) has a rejection note called.

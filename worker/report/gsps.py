@@ -25,14 +25,14 @@ from highdicom import pr
 from highdicom.color import CIELabColor
 from highdicom.content import PresentationLUTTransformation
 from numpy.typing import NDArray
+from pydicom import config
 from pydicom.dataset import Dataset
 from pydicom.filewriter import correct_ambiguous_vr
 
 from worker.domain import Document, Finding, Region, Verdict
 from worker.report import codes
 from worker.report.content import tracking_uid, verdict_in_words
-from worker.report.result import Result
-from worker.report.sr import origin
+from worker.report.result import Result, about
 
 #: A closed line of corners (N, 2), column and row, whose first is its last.
 Outline = NDArray[np.float64]
@@ -48,7 +48,11 @@ _GROUPS: Final = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSeq
 #: What is shown as it is stored, or turned round (PS3.3 §C.11.6).
 _SHAPES: Final = {"MONOCHROME1": "INVERSE", "MONOCHROME2": "IDENTITY"}
 #: Orange, yellow and blue of Okabe and Ito, which nobody confuses: https://jfly.uni-koeln.de/color/
-_COLORS: Final[Mapping[Verdict, tuple[int, int, int]]] = {"positive": (230, 159, 0), "uncertain": (240, 228, 66), "negative": (86, 180, 233)}
+_COLORS: Final[Mapping[Verdict, tuple[int, int, int]]] = {
+    "positive": (230, 159, 0),
+    "uncertain": (240, 228, 66),
+    "negative": (86, 180, 233),
+}
 #: PS3.5 §6.2: Graphic Data is FL, whose explicit length has 16 bits; so many corners fit.
 _MOST_CORNERS: Final = 8191
 #: Lines of text on an image from top to bottom.
@@ -115,22 +119,25 @@ def _followed(ways: dict[tuple[int, int], list[tuple[int, int]]], start: tuple[i
 
 
 def _frames(result: Result) -> list[_Frame]:
-    """Draw every region on its frames; those in color, or that have no size, are left out."""
+    """Draw every region on its frames; those in color are left out."""
     frames: dict[tuple[str, str, int], _Frame] = {}
     read: dict[str, Dataset] = {}
-    for finding in result.findings:
-        for region in finding.regions:
-            for plane in np.flatnonzero(region.mask.any(axis=(1, 2))).tolist():
-                k = plane + region.origin[0]
-                uid, number = region.sop_instance_uids[k], region.frame_numbers[k]
-                if uid not in read:
-                    keywords = [*_IMAGE, *_PART, *_PLACE, *_MODALITY_LUT, *_VOI_LUT, *_GROUPS]
-                    read[uid] = pydicom.dcmread(result.source.paths[uid], stop_before_pixels=True, specific_tags=keywords)
-                    correct_ambiguous_vr(read[uid], is_little_endian=True)  # once they have left the image, nothing says it
-                if (key := (region.image, uid, number)) not in frames:
-                    frames[key] = _Frame(region.image, _flat(read[uid], number), number)
-                frames[key].marks.append((finding, _on_frame(region, plane, frames[key].header)))
+    for finding, region in ((one, region) for one in result.findings for region in one.regions):
+        for plane in np.flatnonzero(region.mask.any(axis=(1, 2))).tolist():
+            uid, number = (named[plane + region.origin[0]] for named in (region.sop_instance_uids, region.frame_numbers))
+            if uid not in read:
+                read[uid] = _read(result, uid)
+            one = frames.setdefault((region.image, uid, number), _Frame(region.image, _flat(read[uid], number), number))
+            one.marks.append((finding, _on_frame(region, plane, one.header)))
     return [one for one in frames.values() if one.header.get("PhotometricInterpretation") in _SHAPES]
+
+
+def _read(result: Result, uid: str) -> Dataset:
+    wanted = [*_IMAGE, *_PART, *_PLACE, *_MODALITY_LUT, *_VOI_LUT, *_GROUPS]
+    with config.disable_value_validation():
+        ds = pydicom.dcmread(result.source.paths[uid], stop_before_pixels=True, specific_tags=list(wanted))
+        correct_ambiguous_vr(ds, is_little_endian=True)  # of a lookup table: away from its image nothing says it
+    return ds
 
 
 def _flat(ds: Dataset, number: int) -> Dataset:
@@ -151,7 +158,7 @@ def _on_frame(region: Region, plane: int, header: Dataset) -> list[Outline]:
     The planes of a tilted gantry were sheared to make the volume; there, and only there, they are put back by their place in the patient.
     """
     size = int(header.Rows), int(header.Columns)
-    found = [line + (region.origin[2], region.origin[1]) for line in outlines(region.mask[plane])]
+    found = [line + np.array(region.origin[:0:-1]) for line in outlines(region.mask[plane])]
     if region.affine is None or region.shape[1:] == size:
         return found
     position = np.array(header.ImagePositionPatient, float)
@@ -183,7 +190,7 @@ def _document(result: Result, shown: Sequence[_Frame], *, number: int) -> Docume
     ds = pr.GrayscaleSoftcopyPresentationState(
         referenced_images=list(images.values()),
         content_label="AI_REGIONS",
-        content_description=codes.short(f"Regions of {result.algorithm.name} {result.algorithm.version}"),
+        content_description="Regions that the answers rest on, not outlined lesions",
         graphic_layers=list(layers.values()),
         graphic_annotations=[
             pr.GraphicAnnotation([images[one.header.SOPInstanceUID]], layers[finding.name], **_drawn(result, one, finding, drawn, line))
@@ -192,7 +199,7 @@ def _document(result: Result, shown: Sequence[_Frame], *, number: int) -> Docume
         presentation_lut_transformation=PresentationLUTTransformation(
             presentation_lut_shape=_SHAPES[shown[0].header.PhotometricInterpretation]
         ),
-        **origin(result, "gsps", "regions", uid=result.uid("gsps", str(number)), number=number),
+        **about(result, "gsps", str(number), number=number, what="regions"),
     )
     # highdicom was given stand-ins of another class, and knows no frames.
     ds.ReferencedSeriesSequence[0].ReferencedImageSequence = _references(shown)
@@ -210,7 +217,9 @@ def _drawn(result: Result, one: _Frame, finding: Finding, drawn: Sequence[Outlin
     box = _box(np.concatenate(drawn), one.header, line=line)
     return {
         "graphic_objects": [pr.GraphicObject("POLYLINE", part, "PIXEL", **tracked) for corners in drawn for part in _short_enough(corners)],
-        "text_objects": [pr.TextObject(verdict_in_words(result.algorithm, finding), "PIXEL", bounding_box=box, text_justification="LEFT", **tracked)],
+        "text_objects": [
+            pr.TextObject(verdict_in_words(result.algorithm, finding), "PIXEL", bounding_box=box, text_justification="LEFT", **tracked)
+        ],
     }
 
 

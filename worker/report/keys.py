@@ -22,8 +22,7 @@ from worker.domain import DICOM_KINDS, Code, Document, Finding, Region
 from worker.report import codes, content, replacing
 from worker.report.codes import concept
 from worker.report.evidence import references
-from worker.report.result import Result
-from worker.report.sr import origin
+from worker.report.result import Result, about
 
 _TITLES: Final = {"keys": "key images", "rejection": "outdated"}
 _CONTAINS: Final = sr.RelationshipTypeValues.CONTAINS
@@ -81,9 +80,7 @@ def _reference(ds: Dataset, frames: Sequence[int]) -> sr.ContentItem:
     return item
 
 
-def _document(
-    result: Result, kind: str, title: Code, words: str, items: Sequence[sr.ContentItem], chosen: Sequence[Dataset]
-) -> Document:
+def _document(result: Result, kind: str, title: Code, words: str, items: Sequence[sr.ContentItem], chosen: Sequence[Dataset]) -> Document:
     root = sr.ContainerContentItem(concept(title), template_id="2010")
     root.ContentSequence = sr.ContentSequence(
         [
@@ -96,7 +93,7 @@ def _document(
         evidence=[result.source.stand_in],
         content=ko.KeyObjectSelection.from_sequence([root]),
         requested_procedures=result.source.requests or None,
-        **origin(result, kind, _TITLES[kind], uid=result.uid(kind)),
+        **about(result, kind, what=_TITLES[kind]),
     )
     ds.ContentSequence = [*root.ContentSequence, *items]
     ds.CurrentRequestedProcedureEvidenceSequence = references(chosen)

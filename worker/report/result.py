@@ -15,17 +15,20 @@ from datetime import datetime, timedelta, timezone, tzinfo
 from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+import highdicom as hd
 import pydicom
 from highdicom.sr import ContainerContentItem
 from pydicom import config
 from pydicom.dataset import Dataset
+from pydicom.sr.codedict import codes as standard
+from pydicom.uid import ExplicitVRLittleEndian
 from pydicom.valuerep import DA, DT, TM
 
 from worker.domain import Document, Finding, Inputs, Study
-from worker.report import content
-from worker.report.content import Algorithm, ReportUids, derive_uid
+from worker.report import codes, content
+from worker.report.content import MANUFACTURER, Algorithm, Placed, ReportUids, derive_uid, versions
 from worker.report.evidence import Evidence, read
 
 # A misspelt keyword would otherwise be dropped from a document without a word (STANDARDS.md §0.11).
@@ -46,6 +49,8 @@ SERIES_NUMBERS: Final = {
 #: All that another object needs to know of one to refer to it.
 REFERENCE: Final = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")
 _UNIX_EPOCH_YEAR: Final = 1970
+#: So many versions of a study have an Instance Number of their own.
+_MOST_VERSIONS: Final = 1000
 
 
 def report_uids(
@@ -86,15 +91,15 @@ class Result:
     uids: ReportUids
 
     def uid(self, kind: str, *more: str) -> str:
-        """Derive the SOP Instance UID of a document of `kind` beside the root report; `more` tells several apart."""
-        return derive_uid(kind, self.uids.sop_instance_uid, *more)
+        """Derive the SOP Instance UID of a document of `kind`; `more` tells several apart."""
+        return self.uids.sop_instance_uid if kind == "sr" else derive_uid(kind, self.uids.sop_instance_uid, *more)
 
     def series_uid(self, kind: str) -> str:
         """Derive the Series Instance UID of this result's documents of `kind`."""
-        return derive_uid("series", kind, self.uids.series_instance_uid)
+        return self.uids.series_instance_uid if kind == "sr" else derive_uid("series", kind, self.uids.series_instance_uid)
 
-    def tree(self, replaces: str = "") -> ContainerContentItem:
-        """Write the content tree of the root report; `replaces` says which report it stands for, and why."""
+    def tree(self, placed: Sequence[Placed] = (), *, replaces: str = "") -> ContainerContentItem:
+        """Build the content tree of the root report, without places where none are given."""
         return content.tree(
             self.study,
             algorithm=self.algorithm,
@@ -104,6 +109,7 @@ class Result:
             findings=self.findings,
             zone=self.zone,
             failure=self.failure,
+            placed=placed or [Placed()] * len(self.findings),
             replaces=replaces,
         )
 
@@ -202,6 +208,50 @@ def result_of(
         previous=previous,
         uids=uids,
     )
+
+
+def about(result: Result, kind: str, *more: str, number: int = 1, what: str = "") -> dict[str, Any]:
+    """What highdicom's classes ask alike of the document of `kind` that `more` tells from its sisters: UIDs, series, equipment, encoding.
+
+    `number` counts those from 1; `what` says in a word what the series shows. A series that replaces another says which it is by the
+    study's version.
+    """
+    algorithm, version = result.algorithm, max(1, result.study.version)
+    use = "research, not for diagnosis" if algorithm.research_use else "not verified"
+    what = "".join(f" {word}" for word in (what, f"#{version}" if result.previous else "") if word)
+    # PS3.5 §6.2: an LO has 64 characters.
+    name = codes.short(f"AI {algorithm.name} {algorithm.version}", 62 - len(use) - len(what))
+    return {
+        "series_instance_uid": result.series_uid(kind),
+        "series_number": SERIES_NUMBERS[kind],
+        "sop_instance_uid": result.uid(kind, *more),
+        "instance_number": version + _MOST_VERSIONS * (number - 1),
+        "series_description": f"{name}{what}: {use}",
+        "manufacturer": MANUFACTURER,
+        "manufacturer_model_name": codes.short(algorithm.name),
+        "software_versions": versions(algorithm),
+        "device_serial_number": codes.short(algorithm.bundle_sha256),
+        "content_qualification": "RESEARCH" if algorithm.research_use else "PRODUCT",
+        "coding_schemes": codes.identification(content.codes_of(algorithm, result.findings, result.inputs)),
+        "contributing_equipment": [_equipment(algorithm, device_uid=result.uids.device_uid, at=result.analysed_at)],
+        "specific_character_set": "ISO_IR 192",
+        "transfer_syntax_uid": ExplicitVRLittleEndian,
+    }
+
+
+def _equipment(algorithm: Algorithm, *, device_uid: str, at: datetime) -> hd.ContributingEquipment:
+    """Name the algorithm; its Device UID changes with every byte of the bundle (IHE AIR)."""
+    item = hd.ContributingEquipment(
+        manufacturer=MANUFACTURER,
+        purpose_of_reference=standard.DCM.ProcessingEquipment,
+        manufacturer_model_name=codes.short(algorithm.name),
+        software_versions=versions(algorithm),
+        device_serial_number=codes.short(algorithm.bundle_sha256),
+        contribution_datetime=stamp(at),
+        contribution_description=f"Processing algorithm, weights-sha256:{algorithm.weights_sha256}",
+    )
+    item.DeviceUID = device_uid
+    return item
 
 
 def _document_zone(source: Evidence, *, study: Study, analysed_at: datetime, zone: tzinfo) -> timezone:

@@ -7,27 +7,17 @@ Not here: what is said (content.py), its codes (codes.py), what the images say o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime
 from io import BytesIO
-from typing import Any, Final
 
-import highdicom as hd
 from highdicom import sr
 from pydicom import dcmread
 from pydicom.dataset import Dataset
-from pydicom.sr.codedict import codes as standard
-from pydicom.uid import ExplicitVRLittleEndian
 
 from worker.domain import Document
-from worker.report import codes, content, gate, replacing
-from worker.report.content import MANUFACTURER, Algorithm
+from worker.report import codes, gate, replacing
 from worker.report.evidence import references
-from worker.report.result import REFERENCE, SERIES_NUMBERS, Result, stamp
-
-#: PS3.3 §C.7.3.1: Series Description is an LO; what it is used for takes 29 of its 64 characters.
-_NAME_LENGTH: Final = 35
-#: So many versions of a study have an Instance Number of their own.
-_MOST_VERSIONS: Final = 1000
+from worker.report.places import placed
+from worker.report.result import REFERENCE, Result, about
 
 
 def build(result: Result, companions: Sequence[Document] = ()) -> Document:
@@ -49,9 +39,11 @@ def build(result: Result, companions: Sequence[Document] = ()) -> Document:
     ----------
     PS3.16 TID 1500, 1501, 300, 1600; PS3.3 §A.35.13; IHE RAD AI Results (AIR).
     """
-    root = result.tree(replaces=replacing.sentence(result))
-    ds = written(result, sr.Comprehensive3DSR, root, "sr", uid=result.uids.sop_instance_uid)
-    ds.SeriesInstanceUID = result.uids.series_instance_uid
+    root = result.tree(
+        [placed(result, finding, {one.sop_instance_uid for one in companions}) for finding in result.findings],
+        replaces=replacing.sentence(result),
+    )
+    ds = written(result, sr.Comprehensive3DSR, root, "sr")
     # Whatever was made for the requested procedure, and all that the tree names (PS3.3 §C.17.2).
     ds.CurrentRequestedProcedureEvidenceSequence = references([*result.source.instances, *_objects(companions)])
     if result.previous is not None:
@@ -64,7 +56,7 @@ def build(result: Result, companions: Sequence[Document] = ()) -> Document:
 
 
 def written(
-    result: Result, document: type[sr.Comprehensive3DSR | sr.EnhancedSR], root: sr.ContainerContentItem, kind: str, what: str = "", *, uid: str
+    result: Result, document: type[sr.Comprehensive3DSR | sr.EnhancedSR], root: sr.ContainerContentItem, kind: str, *, what: str = ""
 ) -> Dataset:
     """Make an unverified, complete, preliminary report of `root`; evidence, predecessor and patient are the caller's."""
     ds = document(
@@ -72,13 +64,12 @@ def written(
         content=_bare(root),
         content_date=result.analysed_at.date(),
         content_time=result.analysed_at.time(),
-        coding_schemes=codes.identification(content.codes_of(result.algorithm, result.findings, result.inputs)),
         is_complete=True,
         is_final=False,
         is_verified=False,
         performed_procedure_codes=[codes.concept(result.algorithm.procedure)],
         requested_procedures=result.source.requests or None,
-        **origin(result, kind, what, uid=uid),
+        **about(result, kind, what=what),
     )
     ds.ContentSequence = root.ContentSequence
     return ds
@@ -100,50 +91,3 @@ def _bare(root: sr.ContainerContentItem) -> sr.ContainerContentItem:
 def _objects(companions: Sequence[Document]) -> list[Dataset]:
     """What evidence sequences need to know of each; what is no DICOM object cannot be named there."""
     return [dcmread(BytesIO(one.data), specific_tags=list(REFERENCE)) for one in companions if one.sop_class_uid]
-
-
-def origin(result: Result, kind: str, what: str = "", *, uid: str, number: int = 1) -> dict[str, Any]:
-    """Where an object of ours comes from, as highdicom's classes ask for it: series, number, equipment, encoding.
-
-    `what` follows the algorithm's name in Series Description, and the study's version where an older report is replaced; `number`
-    counts the objects of one kind and result.
-    """
-    algorithm = result.algorithm
-    use = "research, not for diagnosis" if algorithm.research_use else "not verified"
-    name = f"AI {algorithm.name} {algorithm.version}"
-    what = "".join(f" {word}" for word in (what, f"#{result.study.version}" if result.previous else "") if word)
-    return {
-        "series_instance_uid": result.series_uid(kind),
-        "series_number": SERIES_NUMBERS[kind],
-        "sop_instance_uid": uid,
-        "instance_number": max(1, result.study.version) + _MOST_VERSIONS * (number - 1),
-        "series_description": f"{codes.short(name, _NAME_LENGTH - len(what))}{what}: {use}",
-        "manufacturer": MANUFACTURER,
-        "manufacturer_model_name": codes.short(algorithm.name),
-        "software_versions": versions(algorithm),
-        "device_serial_number": codes.short(algorithm.bundle_sha256),
-        "content_qualification": "RESEARCH" if algorithm.research_use else "PRODUCT",
-        "contributing_equipment": [_equipment(algorithm, device_uid=result.uids.device_uid, at=result.analysed_at)],
-        "specific_character_set": "ISO_IR 192",
-        "transfer_syntax_uid": ExplicitVRLittleEndian,
-    }
-
-
-def versions(algorithm: Algorithm) -> list[str]:
-    """Software Versions of what we author."""
-    return [codes.short(algorithm.version), codes.short(f"code {algorithm.code_version}")]
-
-
-def _equipment(algorithm: Algorithm, *, device_uid: str, at: datetime) -> hd.ContributingEquipment:
-    """Name the algorithm; its Device UID changes with every byte of the bundle (IHE AIR)."""
-    item = hd.ContributingEquipment(
-        manufacturer=MANUFACTURER,
-        purpose_of_reference=standard.DCM.ProcessingEquipment,
-        manufacturer_model_name=codes.short(algorithm.name),
-        software_versions=versions(algorithm),
-        device_serial_number=codes.short(algorithm.bundle_sha256),
-        contribution_datetime=stamp(at),
-        contribution_description=f"Processing algorithm, weights-sha256:{algorithm.weights_sha256}",
-    )
-    item.DeviceUID = device_uid
-    return item

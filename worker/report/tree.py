@@ -96,8 +96,12 @@ def _value(item: Dataset) -> str:
         return _number(item)
     if kind in _REFERENCES:
         return ", ".join(str(ref.get("ReferencedSOPInstanceUID", "")) for ref in item.get("ReferencedSOPSequence") or ())
+    if kind == "SCOORD3D" and item.get("GraphicType") == "POINT":
+        return f"{', '.join(f'{mm:.1f}' for mm in item.GraphicData)} mm (left, posterior, superior)"
     if kind.startswith(("SCOORD", "TCOORD")):
-        return str(item.get("GraphicType") or item.get("TemporalRangeType") or "")
+        shape = str(item.get("GraphicType") or item.get("TemporalRangeType") or "")
+        images = [value for child in item.get("ContentSequence") or () if (value := _value(child))]
+        return " on ".join((shape, *images))
     return ""
 
 
