@@ -231,7 +231,9 @@ def test_each_slice_keeps_its_own_window_and_pixels_keep_their_shape(tmp_path: P
     mask = np.zeros((4, 40, 48), bool)
     mask[0:3, 10:20, 10:20] = True
     (state,) = states(marked(series, region_of(mask, series, affine=factories.known_affine())))
-    windows = {tuple(one.WindowCenter): [r.ReferencedSOPInstanceUID for r in one.ReferencedImageSequence] for one in state.SoftcopyVOILUTSequence}
+    windows = {
+        tuple(one.WindowCenter): [r.ReferencedSOPInstanceUID for r in one.ReferencedImageSequence] for one in state.SoftcopyVOILUTSequence
+    }
     uids = [one.sop_instance_uid for one in series.instances]
     assert windows == {(40, -600): uids[:1], (50, -600): uids[1:3]}
     (area,) = state.DisplayedAreaSelectionSequence

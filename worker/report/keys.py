@@ -49,7 +49,7 @@ def reject(result: Result) -> tuple[Document, ...]:
         return ()
     # A note that marks an older report stays.
     outdated = [result.previous, *replacing.companions(result.previous, *(kind for kind in DICOM_KINDS if kind != "rejection"))]
-    items = [_reference(ds, ()) for ds in outdated]
+    items = sorted((_reference(ds, ()) for ds in outdated), key=lambda item: item.ValueType != "IMAGE")  # TID 2010 is in order
     words = f"Outdated: a new report r{replacing.sentence(result)[1:]}"
     return (_document(result, "rejection", codes.REJECTED, words, items, outdated),)
 
