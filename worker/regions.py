@@ -95,9 +95,9 @@ def region(saliency: Saliency, place: Place) -> Region | None:
 
 def _steps(saliency: Saliency, place: Place) -> list[tuple[float, float]]:
     """Along each axis of the arrays: how many voxels of the image one of the map spans, and the image's index of the map's first."""
-    to_image = saliency.affine if place.affine is None else np.linalg.inv(place.affine) @ saliency.affine
-    if to_image is None:
+    if saliency.affine is None:
         raise ValueError(f"The map of image {saliency.image!r} has no place in it.")
+    to_image = saliency.affine if place.affine is None else np.linalg.inv(place.affine) @ saliency.affine
     linear = to_image[:-1, :-1]
     if np.abs(linear - np.diag(np.diag(linear))).max() > _PARALLEL * np.abs(linear).max() or np.diag(linear).min() <= 0:
         raise ValueError(f"The map of image {saliency.image!r} is not parallel to it.")

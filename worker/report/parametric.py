@@ -66,5 +66,6 @@ def _document(result: Result, finding: Finding, region: Region, saliency: Salien
         **grid(saliency.affine),
         **about(result, _KIND, region.image, finding.name, number=number, what="saliency"),
     )
+    ds.Laterality = ""  # required where the body part may be paired (PS3.3 §C.7.3.1); highdicom has no argument for it
     own_dimensions(ds, result)
     return result.document(ds, _KIND)

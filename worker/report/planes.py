@@ -22,7 +22,7 @@ from worker.report import codes
 from worker.report.content import MANUFACTURER, versions
 from worker.report.result import SERIES_NUMBERS, Result
 
-_FRAME: Final = ["Rows", "Columns", "NumberOfFrames", "FrameOfReferenceUID", "PositionReferenceIndicator"]
+_FRAME: Final = ["Rows", "Columns", "NumberOfFrames", "FrameOfReferenceUID", "PositionReferenceIndicator", "PatientOrientation"]
 _SPACING: Final = ["PixelSpacing", "ImagerPixelSpacing"]
 _COMPRESSED: Final = ["LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod"]
 #: Where a frame stands that was not analysed, mm: it must match no plane.

@@ -7,6 +7,7 @@ Not here: what is said (content.py), its codes (codes.py), what the images say o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from io import BytesIO
 
@@ -25,13 +26,15 @@ from worker.report.places import placed
 from worker.report.result import REFERENCE, SERIES_NUMBERS, Result, stamp
 
 
-def build(result: Result, companions: Sequence[Document] = ()) -> Document:
+def build(result: Result, companions: Sequence[Document] = (), *, kind: str = "sr") -> Document:
     """Write the root report: the same result and companions give the same bytes.
 
     Parameters
     ----------
     companions
         The other documents of the result, which it refers to.
+    kind
+        What the document is, beside the root report that which viewers draw (`build_regions`).
 
     Raises
     ------
@@ -57,14 +60,15 @@ def build(result: Result, companions: Sequence[Document] = ()) -> Document:
         placed=[placed(result, finding, {one.sop_instance_uid for one in companions}) for finding in result.findings],
     )
     use = "research, not for diagnosis" if algorithm.research_use else "not verified"
+    what = "" if kind == "sr" else f"{kind}; "
     ds = sr.Comprehensive3DSR(
         evidence=[source.stand_in],
         content=_bare(root),
         series_instance_uid=uids.series_instance_uid,
-        series_number=SERIES_NUMBERS["sr"],
+        series_number=SERIES_NUMBERS[kind],
         sop_instance_uid=uids.sop_instance_uid,
         instance_number=max(1, study.version),
-        series_description=f"{codes.short(f'AI {algorithm.name} {algorithm.version}', 35)}: {use}",
+        series_description=f"{codes.short(f'AI {algorithm.name} {algorithm.version}', 35 - len(what))}: {what}{use}",
         manufacturer=MANUFACTURER,
         manufacturer_model_name=codes.short(algorithm.name),
         software_versions=versions(algorithm),
@@ -89,9 +93,23 @@ def build(result: Result, companions: Sequence[Document] = ()) -> Document:
         ds.PredecessorDocumentsSequence = references([result.previous])
     result.finish(ds)
     ds.SeriesDescriptionCodeSequence = [codes.concept(codes.SERIES)]
-    document = result.document(ds, "sr")
+    document = result.document(ds, kind)
     gate.check(document.data, study=study)
     return document
+
+
+def build_regions(result: Result) -> tuple[Document, ...]:
+    """Write the findings that have a region, alone, in a series of their own: what viewers draw.
+
+    OHIF (3.13.2) draws nothing of a report in which one measurement group has no coordinates, as a negative finding and the values of
+    the record have none.
+    """
+    found = tuple(one for one in result.findings if one.regions)
+    if not found:
+        return ()
+    uids = replace(result.uids, sop_instance_uid=result.uid("regions"), series_instance_uid=result.series_uid("regions"))
+    given = replace(result.inputs, values=(), histories=(), texts=()) if result.inputs else None
+    return (build(replace(result, findings=found, inputs=given, previous=None, uids=uids), kind="regions"),)
 
 
 def _bare(root: sr.ContainerContentItem) -> sr.ContainerContentItem:
