@@ -174,6 +174,7 @@ def test_findings_on_the_same_place_have_lines_of_text_of_their_own(tmp_path: Pa
         for text in annotation.TextObjectSequence
     ]
     assert len(boxes) == 2
+    assert boxes[0][1] == 4
     assert boxes[0][3] <= boxes[1][1]
     assert all(0 <= left < right <= 80 and 0 <= top < bottom <= 96 for left, top, right, bottom in boxes)
 

@@ -67,6 +67,8 @@ class _Frame:
     header: Dataset
     number: int
     marks: list[tuple[Finding, list[Outline]]] = field(default_factory=list)
+    #: Where lines of text stand on it already, rows.
+    lines: list[float] = field(default_factory=list)
 
     @property
     def look(self) -> str:
@@ -175,7 +177,7 @@ def _on_frame(region: Region, plane: int, header: Dataset) -> list[Outline]:
 
 def _document(result: Result, shown: Sequence[_Frame], *, number: int) -> Document:
     """Write the state of frames that look alike."""
-    marked = [(one, finding, drawn, line) for one in shown for line, (finding, drawn) in enumerate(one.marks)]
+    marked = [(one, finding, drawn) for one in shown for finding, drawn in one.marks]
     layers = {
         finding.name: pr.GraphicLayer(
             f"FINDING_{order}",
@@ -184,7 +186,7 @@ def _document(result: Result, shown: Sequence[_Frame], *, number: int) -> Docume
             display_color=CIELabColor.from_rgb(*_COLORS[finding.verdict]),
         )
         for order, finding in enumerate(result.findings, start=1)
-        if any(finding is other for _, other, _, _ in marked)
+        if any(finding is other for _, other, _ in marked)
     }
     images = {one.header.SOPInstanceUID: _stand_in(result, one.header) for one in shown}
     ds = pr.GrayscaleSoftcopyPresentationState(
@@ -193,8 +195,8 @@ def _document(result: Result, shown: Sequence[_Frame], *, number: int) -> Docume
         content_description="Regions that the answers rest on, not outlined lesions",
         graphic_layers=list(layers.values()),
         graphic_annotations=[
-            pr.GraphicAnnotation([images[one.header.SOPInstanceUID]], layers[finding.name], **_drawn(result, one, finding, drawn, line))
-            for one, finding, drawn, line in marked
+            pr.GraphicAnnotation([images[one.header.SOPInstanceUID]], layers[finding.name], **_drawn(result, one, finding, drawn))
+            for one, finding, drawn in marked
         ],
         presentation_lut_transformation=PresentationLUTTransformation(
             presentation_lut_shape=_SHAPES[shown[0].header.PhotometricInterpretation]
@@ -211,10 +213,10 @@ def _document(result: Result, shown: Sequence[_Frame], *, number: int) -> Docume
     return result.document(ds, "gsps")
 
 
-def _drawn(result: Result, one: _Frame, finding: Finding, drawn: Sequence[Outline], line: int) -> dict[str, Any]:
+def _drawn(result: Result, one: _Frame, finding: Finding, drawn: Sequence[Outline]) -> dict[str, Any]:
     """The lines and the words of one finding on one frame."""
     tracked = {"tracking_id": finding.name, "tracking_uid": tracking_uid(result.study, result.algorithm, finding)}
-    box = _box(np.concatenate(drawn), one.header, line=line)
+    box = _box(one, np.concatenate(drawn))
     return {
         "graphic_objects": [pr.GraphicObject("POLYLINE", part, "PIXEL", **tracked) for corners in drawn for part in _short_enough(corners)],
         "text_objects": [
@@ -266,16 +268,15 @@ def _short_enough(corners: Outline) -> Iterator[Outline]:
         yield corners[start : start + _MOST_CORNERS]
 
 
-def _box(corners: Outline, header: Dataset, *, line: int) -> tuple[float, float, float, float]:
-    """Where the text of the `line`-th finding on a frame stands: above its outline, or below where there is no room."""
-    rows, columns = float(header.Rows), float(header.Columns)
+def _box(one: _Frame, corners: Outline) -> tuple[float, float, float, float]:
+    """Where a text stands: as near above its outline, or else below, as no other text of the frame does."""
+    rows, columns = float(one.header.Rows), float(one.header.Columns)
     height = rows / _LINES
     (left, top), bottom = corners.min(axis=0), corners[:, 1].max()
-    upper = top - (line + 1) * height
-    if upper < 0:
-        upper = min(bottom + line * height, rows - height)
-    left = min(left, columns / 2)
-    return float(left), float(upper), columns, float(upper + height)
+    near = (*(top - height * n for n in (1, 2, 3)), *(bottom + height * n for n in (0, 1, 2)), *(height * n for n in range(_LINES)))
+    free = (row for row in near if 0 <= row <= rows - height and all(abs(row - taken) >= height for taken in one.lines))
+    one.lines.append(upper := float(next(free, 0.0)))
+    return float(min(left, columns / 3)), upper, columns, upper + height
 
 
 def _stand_in(result: Result, header: Dataset) -> Dataset:
