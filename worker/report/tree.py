@@ -69,10 +69,11 @@ def line(item: Dataset) -> str:
     return _code(item.get("ConceptNameCodeSequence")) + (": " if value else "") + value
 
 
-def told(item: Dataset) -> str:
+def told(item: Dataset, *, has_code: bool = True) -> str:
     """Write the value of `item` alone, and its time where it has its own: "< 3 mg/L (observed 20240102063000+0100)"."""
     observed = item.get("ObservationDateTime")
-    return " ".join(filter(None, (_value(item), f"(observed {observed})" if observed else "")))
+    value = _value(item) if has_code or item.ValueType != "CODE" else str(item.ConceptCodeSequence[0].CodeMeaning)
+    return " ".join(filter(None, (value, f"(observed {observed})" if observed else "")))
 
 
 def _children(item: Dataset, *, depth: int) -> Iterator[str]:
@@ -99,9 +100,7 @@ def _value(item: Dataset) -> str:
     if kind == "SCOORD3D" and item.get("GraphicType") == "POINT":
         return f"{', '.join(f'{mm:.1f}' for mm in item.GraphicData)} mm (left, posterior, superior)"
     if kind.startswith(("SCOORD", "TCOORD")):
-        shape = str(item.get("GraphicType") or item.get("TemporalRangeType") or "")
-        images = [value for child in item.get("ContentSequence") or () if (value := _value(child))]
-        return " on ".join((shape, *images))
+        return str(item.get("GraphicType") or item.get("TemporalRangeType") or "")
     return ""
 
 
