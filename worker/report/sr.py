@@ -7,7 +7,6 @@ Not here: what is said (content.py), its codes (codes.py), what the images say o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from datetime import datetime
 from io import BytesIO
 
@@ -22,19 +21,17 @@ from worker.domain import Document
 from worker.report import codes, content, gate
 from worker.report.content import MANUFACTURER, Algorithm, versions
 from worker.report.evidence import references
-from worker.report.places import placed
+from worker.report.places import placed, whole_image
 from worker.report.result import REFERENCE, SERIES_NUMBERS, Result, stamp
 
 
-def build(result: Result, companions: Sequence[Document] = (), *, kind: str = "sr") -> Document:
+def build(result: Result, companions: Sequence[Document] = ()) -> Document:
     """Write the root report: the same result and companions give the same bytes.
 
     Parameters
     ----------
     companions
         The other documents of the result, which it refers to.
-    kind
-        What the document is, beside the root report that which viewers draw (`build_regions`).
 
     Raises
     ------
@@ -58,17 +55,17 @@ def build(result: Result, companions: Sequence[Document] = (), *, kind: str = "s
         zone=result.zone,
         failure=result.failure,
         placed=[placed(result, finding, {one.sop_instance_uid for one in companions}) for finding in result.findings],
+        whole=whole_image(result),
     )
     use = "research, not for diagnosis" if algorithm.research_use else "not verified"
-    what = "" if kind == "sr" else f"{kind}; "
     ds = sr.Comprehensive3DSR(
         evidence=[source.stand_in],
         content=_bare(root),
         series_instance_uid=uids.series_instance_uid,
-        series_number=SERIES_NUMBERS[kind],
+        series_number=SERIES_NUMBERS["sr"],
         sop_instance_uid=uids.sop_instance_uid,
         instance_number=max(1, study.version),
-        series_description=f"{codes.short(f'AI {algorithm.name} {algorithm.version}', 35 - len(what))}: {what}{use}",
+        series_description=f"{codes.short(f'AI {algorithm.name} {algorithm.version}', 35)}: {use}",
         manufacturer=MANUFACTURER,
         manufacturer_model_name=codes.short(algorithm.name),
         software_versions=versions(algorithm),
@@ -93,23 +90,9 @@ def build(result: Result, companions: Sequence[Document] = (), *, kind: str = "s
         ds.PredecessorDocumentsSequence = references([result.previous])
     result.finish(ds)
     ds.SeriesDescriptionCodeSequence = [codes.concept(codes.SERIES)]
-    document = result.document(ds, kind)
+    document = result.document(ds, "sr")
     gate.check(document.data, study=study)
     return document
-
-
-def build_regions(result: Result) -> tuple[Document, ...]:
-    """Write the findings that have a region, alone, in a series of their own: what viewers draw.
-
-    OHIF (3.13.2) draws nothing of a report in which one measurement group has no coordinates, as a negative finding and the values of
-    the record have none.
-    """
-    found = tuple(one for one in result.findings if one.regions)
-    if not found:
-        return ()
-    uids = replace(result.uids, sop_instance_uid=result.uid("regions"), series_instance_uid=result.series_uid("regions"))
-    given = replace(result.inputs, values=(), histories=(), texts=()) if result.inputs else None
-    return (build(replace(result, findings=found, inputs=given, previous=None, uids=uids), kind="regions"),)
 
 
 def _bare(root: sr.ContainerContentItem) -> sr.ContainerContentItem:
