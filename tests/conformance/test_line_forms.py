@@ -34,7 +34,7 @@ from worker.store.database import Store
 
 __all__ = ["bundle"]  # a fixture
 
-KINDS = ("sr", "regions", "gsps", "keys", "basic", "rejection")
+KINDS = ("sr", "gsps", "keys", "basic", "rejection")
 
 
 @dataclass
@@ -148,7 +148,7 @@ def test_every_form_of_the_new_version_names_the_old_and_says_why_and_they_agree
     happens(site)
     new = site.analyze()
     assert set(new) == set(KINDS)
-    for kind in ("sr", "regions", "basic"):
+    for kind in ("sr", "basic"):
         (replaced,) = new[kind].PredecessorDocumentsSequence[0].ReferencedSeriesSequence[0].ReferencedSOPSequence
         assert replaced.ReferencedSOPInstanceUID == old[kind].SOPInstanceUID
         (item,) = named(new[kind], codes.REPLACES)

@@ -24,7 +24,6 @@ Builder = Callable[[Result], Sequence[Document]]
 BUILDERS: Final[Mapping[str, Builder]] = {
     "seg": seg.build,
     "map": parametric.build,
-    "regions": sr.build_regions,
     "gsps": gsps.build,
     "keys": keys.build,
     "basic": basic.build,

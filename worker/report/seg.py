@@ -16,7 +16,7 @@ from pydicom.sr.codedict import codes as standard
 
 from worker.domain import Document, Finding, Region
 from worker.report import codes, sites
-from worker.report.content import MANUFACTURER, derive_uid, tracking_uid
+from worker.report.content import MANUFACTURER, derive_uid, percent, tracking_uid
 from worker.report.planes import grid, located, position, stand_ins
 from worker.report.result import Result, about
 
@@ -87,7 +87,8 @@ def _segment(result: Result, finding: Finding, region: Region, number: int) -> S
     algorithm, site = result.algorithm, sites.of_image(result, region.image)
     return SegmentDescription(
         segment_number=number,
-        segment_label=codes.short(f"Saliency: {finding.code.meaning or finding.name}"),
+        # The one line that a viewer shows of a segment: which answer, how probable, and that this is no outline.
+        segment_label=f"{codes.short(finding.code.meaning or finding.name, 44)} {percent(finding.probability):g} %, saliency",
         segmented_property_category=standard.SCT.SpatialAndRelationalConcept,
         segmented_property_type=codes.concept(codes.REGION),
         algorithm_type="AUTOMATIC",
