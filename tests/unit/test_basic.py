@@ -17,7 +17,15 @@ from worker.report import basic, codes, forms, tree
 from worker.report.result import Result
 
 #: Of the tree, and what a number in words holds already: where it lies in the images, and its "<".
-UNTOLD = {"Image Library Group", "Imaging Measurements", "Measurement Group", "Modality", "Source", codes.COMPARATOR.meaning}
+UNTOLD = {
+    "Image Library Group",
+    "Imaging Measurements",
+    "Measurement Group",
+    "Modality",
+    "Source",
+    codes.COMPARATOR.meaning,
+    codes.WHOLE_IMAGE.meaning,
+}
 
 
 def in_words(result: Result) -> FileDataset:

@@ -6,7 +6,7 @@
 
 What the root says is said, because it is made of the root's own tree; each text says of itself what it is, for there are viewers that
 show no concept names, and "73.21 % 50 %" is no sentence. Not Enhanced SR: whoever shows its numbers well shows the
-root, and the oldest viewers show text (IHE RAD TF-1 §13, Simple Image and Numeric Report: its Basic Text SR option).
+root, and the oldest viewers show text (IHE Radiology, Simple Image and Numeric Report).
 
 References: PS3.3 §A.35.1, Table A.35.1-2.
 """
@@ -42,9 +42,9 @@ def build(result: Result) -> tuple[Document, ...]:
     """Write the report in words."""
     tree = result.tree([placed(result, finding, ()) for finding in result.findings], replaces=replacing.sentence(result))
     root = sr.ContainerContentItem(tree.name, is_content_continuous=False)
-    root.ContentSequence = sr.ContentSequence(_in_words(tree, result))
+    root.ContentSequence = sr.ContentSequence(list(_in_words(tree, result)))
     ds = written(result, sr.EnhancedSR, root, "basic", what="as text")
-    ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = BasicTextSRStorage  # of the same modules, PS3.3 Table A.1-4
+    ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = BasicTextSRStorage  # of the same modules: PS3.3 Tables A.35.1-1, A.35.2-1
     ds.CurrentRequestedProcedureEvidenceSequence = references(result.source.instances)
     result.finish(ds)
     return (result.document(ds, "basic"),)

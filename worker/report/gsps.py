@@ -126,7 +126,8 @@ def _frames(result: Result) -> list[_Frame]:
     read: dict[str, Dataset] = {}
     for finding, region in ((one, region) for one in result.findings for region in one.regions):
         for plane in np.flatnonzero(region.mask.any(axis=(1, 2))).tolist():
-            uid, number = (named[plane + region.origin[0]] for named in (region.sop_instance_uids, region.frame_numbers))
+            k = plane + region.origin[0]
+            uid, number = region.sop_instance_uids[k], region.frame_numbers[k]
             if uid not in read:
                 read[uid] = _read(result, uid)
             one = frames.setdefault((region.image, uid, number), _Frame(region.image, _flat(read[uid], number), number))
@@ -155,7 +156,7 @@ def _flat(ds: Dataset, number: int) -> Dataset:
 
 
 def _on_frame(region: Region, plane: int, header: Dataset) -> list[Outline]:
-    """The outlines of one plane of `region` in the pixels of its frame, of which 0 is the first one's outer edge (PS3.3 §C.10.5.1.2).
+    """The outlines of one plane of `region` in the pixels of its frame, of which 0 is the first one's outer edge (PS3.3 §C.10.5).
 
     The planes of a tilted gantry were sheared to make the volume; there, and only there, they are put back by their place in the patient.
     """
@@ -215,7 +216,7 @@ def _document(result: Result, shown: Sequence[_Frame], *, number: int) -> Docume
 
 def _drawn(result: Result, one: _Frame, finding: Finding, drawn: Sequence[Outline]) -> dict[str, Any]:
     """The lines and the words of one finding on one frame."""
-    tracked = {"tracking_id": finding.name, "tracking_uid": tracking_uid(result.study, result.algorithm, finding)}
+    tracked: dict[str, Any] = {"tracking_id": finding.name, "tracking_uid": tracking_uid(result.study, result.algorithm, finding)}
     box = _box(one, np.concatenate(drawn))
     return {
         "graphic_objects": [pr.GraphicObject("POLYLINE", part, "PIXEL", **tracked) for corners in drawn for part in _short_enough(corners)],

@@ -5,7 +5,7 @@ Management, RAD-66). Of the four titles "Rejected for Quality Reasons" fits a re
 outdated: an archive hides it, or shows it where a site wants to see such. "Patient Safety" takes away for good what must never be
 seen, "Incorrect Modality Worklist Entry" says another patient, "Data Retention Policy Expired" deletes.
 
-References: PS3.3 §A.35.4, §C.17.6; PS3.16 TID 2010, CID 7010; IHE RAD TF-1 §37, TF-3 §4.66; dcm4chee-arc, wiki "Query Retrieve View".
+References: PS3.3 §A.35.4, §C.17.6; PS3.16 TID 2010, CID 7010; IHE RAD TF-3 §4.66 (RAD-66); dcm4chee-arc, wiki "Query Retrieve View".
 """
 
 from __future__ import annotations
