@@ -260,7 +260,8 @@ def retry(
         changed = reissue.anew(conn, study_id, bundles=bundles, now=clock()) if anew else queue.operator_retry(conn, study_id, now=clock())
         if stat:
             queue.prioritize(conn, study_id)
-    out.print(f"{changed} jobs put back." if changed else "Nothing to retry: no job is discarded, cancelled or waiting.")
+    nothing = "no bundle that is configured has analysed it" if anew else "no job is discarded, cancelled or waiting"
+    out.print(f"{changed} jobs put back." if changed else f"Nothing to retry: {nothing}.")
 
 
 @app.command()
