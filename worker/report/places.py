@@ -34,7 +34,7 @@ from worker.domain import Code, Finding, Region
 from worker.report import codes, sites
 from worker.report.codes import concept
 from worker.report.content import Placed, measurement
-from worker.report.planes import header
+from worker.report.planes import frames_of, header
 from worker.report.result import Result
 from worker.report.seg import segment_of
 
@@ -70,10 +70,10 @@ def whole_image(result: Result) -> sr.ContentItem | None:
     said = header(result, uid)
     if not (said.get("Rows") and said.get("Columns")):
         return None
-    frame = number or int(said.get("NumberOfFrames", 1)) // 2 + 1
+    frame = number or frames_of(said) // 2 + 1
     right, bottom = said.Columns - 0.5, said.Rows - 0.5
     corners = np.array([[0.5, 0.5], [right, 0.5], [right, bottom], [0.5, bottom]])
-    return _on(result, uid, frame if "NumberOfFrames" in said else None, codes.WHOLE_IMAGE, "MULTIPOINT", corners)
+    return _on(result, uid, frame if frames_of(said) > 1 else None, codes.WHOLE_IMAGE, "MULTIPOINT", corners)
 
 
 def _on(result: Result, uid: str, frame: int | None, name: Code, kind: str, points: NDArray[np.float64]) -> sr.ContentItem:
@@ -127,7 +127,7 @@ def in_patient(region: Region, edge: NDArray[np.float64]) -> NDArray[np.float64]
 
 def _coordinates(result: Result, region: Region, said: Dataset) -> Iterator[sr.ContentItem]:
     k = region.key_plane
-    frame = region.frame_numbers[k] if "NumberOfFrames" in said else None
+    frame = region.frame_numbers[k] if frames_of(said) > 1 else None
     yield _on(result, region.sop_instance_uids[k], frame, codes.REGION, "POLYLINE", on_image(result, region, said))
     if region.affine is None or region.centre_mm is None or "FrameOfReferenceUID" not in said:
         return
