@@ -14,6 +14,8 @@ rests on. The templates of outlined regions, TID 1410 and 1411, each allow one o
 invalid beside them for PixelMed's validator.
 """
 
+# mypy: untyped-calls-exclude="skimage"
+
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
@@ -80,7 +82,8 @@ def _on(result: Result, uid: str, frame: int | None, name: Code, kind: str, poin
     """Graphic `points` (N, 2) of column and row on one image, or on one frame of it."""
     item = sr.ScoordContentItem(concept(name), kind, points, relationship_type=_CONTAINS)
     sop_class = next(one.SOPClassUID for one in result.source.instances if uid == one.SOPInstanceUID)
-    item.ContentSequence = [sr.SourceImageForRegion(sop_class, uid, referenced_frame_numbers=[frame] if frame else None)]
+    image = sr.SourceImageForRegion(sop_class, uid, referenced_frame_numbers=[frame] if frame else None)
+    item.ContentSequence = sr.ContentSequence([image])
     return item
 
 
@@ -114,8 +117,11 @@ def on_image(result: Result, region: Region, said: Dataset) -> NDArray[np.float6
     k = region.key_plane
     with config.disable_value_validation():
         ds = pydicom.dcmread(result.source.paths[region.sop_instance_uids[k]], stop_before_pixels=True)
-    number = region.frame_numbers[k] if "NumberOfFrames" in ds else None
-    return np.asarray(ReferenceToImageTransformer.for_image(ds, frame_number=number)(in_patient(region, edge))[:, :2])
+        if frames_of(said) > 1:
+            to_image = ReferenceToImageTransformer.for_image(ds, frame_number=region.frame_numbers[k])
+        else:  # not for_image: it asks for a frame of reference
+            to_image = ReferenceToImageTransformer(ds.ImagePositionPatient, ds.ImageOrientationPatient, ds.PixelSpacing)
+    return np.asarray(to_image(in_patient(region, edge))[:, :2])
 
 
 def in_patient(region: Region, edge: NDArray[np.float64]) -> NDArray[np.float64]:
