@@ -59,6 +59,7 @@ class Place:
     shape: tuple[int, ...]
     affine: NDArray[np.float64] | None
     sop_instance_uids: tuple[str, ...]
+    frame_numbers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,7 +305,9 @@ def places(bundle: Bundle, volumes: Mapping[str, Volume]) -> dict[str, Place]:
     """What `explain` needs to know of the images once their pixels are gone."""
     kind = {spec.name: spec.kind for spec in bundle.images}
     return {
-        name: Place(one.array.shape[1:] if kind[name] == "radiograph" else one.array.shape, one.affine, one.sop_instance_uids)
+        name: Place(
+            one.array.shape[1:] if kind[name] == "radiograph" else one.array.shape, one.affine, one.sop_instance_uids, one.frame_numbers
+        )
         for name, one in volumes.items()
     }
 

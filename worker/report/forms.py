@@ -15,13 +15,13 @@ from typing import Final
 from worker import events
 from worker.domain import Document
 from worker.ops.log import places
-from worker.report import sr
+from worker.report import capture, sr
 from worker.report.result import Result
 
 Builder = Callable[[Result], Sequence[Document]]
 
 #: By the kind that `[[destinations]] documents` names; the root, "sr", is made always.
-BUILDERS: Final[Mapping[str, Builder]] = {}
+BUILDERS: Final[Mapping[str, Builder]] = {"summary": capture.summary, "pdf": capture.pdf}
 
 
 def author(result: Result, kinds: Collection[str]) -> tuple[Document, ...]:
