@@ -13,7 +13,6 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Iterable, Mapping
 from datetime import datetime
 from functools import cache
 from importlib import resources, util
@@ -28,7 +27,7 @@ from PIL import Image
 from worker import events
 from worker.domain import Finding, Inputs, UsedText, UsedValue
 from worker.errors import ReportInvalid
-from worker.report import codes, content
+from worker.report import content
 from worker.report.picture import Picture, ranked
 from worker.report.result import Result
 
@@ -48,6 +47,7 @@ PIXELS_PER_INCH: Final = 144
 UNSHOWN: Final = "\ufffd"
 #: More than these would be too small to read; the structured report has them all.
 _MOST_FINDINGS: Final = 14
+_MOST_NAMED: Final = 8
 _MOST_VALUES: Final = 8
 _MOST_MISSING: Final = 5
 #: The digits of a hash that a person compares.
@@ -129,7 +129,7 @@ def said(result: Result, picture: Picture | None) -> dict[str, Any]:
         "findings-more": f"and {more} more, less probable, in the structured report" if more > 0 else "",
         "why": fates or {"title": "", "told": False, "rows": [], "more": ""},
         "missing": [] if result.inputs is None or result.failure else _missing(result.inputs),
-        "notes": [content.ATYPICAL_STATEMENT] if any(one.is_atypical for one in findings) else [],
+        "notes": [],
         "statement": RESEARCH if algorithm.research_use else CLINICAL,
         "made": [
             _clean(" ".join((algorithm.title and f"{algorithm.title}.", algorithm.quality_statement))),
@@ -183,21 +183,22 @@ def _answer(result: Result, findings: list[Finding]) -> dict[str, str]:
         why = f"because {content.clause(_clean(result.failure))}."
         more = f"{why} No finding is stated: read the study as if no algorithm had been asked."
         return {"verdict": "failed", "word": "Could not be analysed", "text": "", "more": more}
+    listed = {verdict: _listed(list(of)) for verdict, of in groupby(findings, key=lambda one: one.verdict)}
     first = findings[0].verdict
-    listed = {verdict: [f"{_name(one.code.meaning or one.name)} ({_percent(one)})" for one in of] for verdict, of in _by_verdict(findings)}
-    others = ". ".join(f"{_WORDS[verdict]}: {', '.join(of)}" for verdict, of in listed.items() if verdict != first)
+    others = f"{content.ATYPICAL_STATEMENT} " if any(one.is_atypical for one in findings) else ""
+    others += "".join(f"{_WORDS[verdict]}: {of}. " for verdict, of in listed.items() if verdict != first or first == "negative")
     if first == "negative":
-        return {"verdict": first, "word": "Nothing found", "text": "", "more": f"Negative: {', '.join(listed[first])}."}
-    return {"verdict": first, "word": _WORDS[first], "text": ", ".join(listed[first]), "more": f"{others}." if others else ""}
+        return {"verdict": first, "word": "Nothing found", "text": "", "more": others.strip()}
+    return {"verdict": first, "word": _WORDS[first], "text": listed[first], "more": others.strip()}
 
 
-def _by_verdict(findings: list[Finding]) -> Iterable[tuple[str, list[Finding]]]:
-    return ((verdict, list(of)) for verdict, of in groupby(findings, key=lambda one: one.verdict))
+def _listed(findings: list[Finding]) -> str:
+    named = [f"{_name(one.code.meaning or one.name)} ({_percent(one)})" for one in findings[:_MOST_NAMED]]
+    more = len(findings) - len(named)
+    return ", ".join(named) + (f" and {more} more" if more else "")
 
 
 def _finding(finding: Finding, number: int, is_marked: bool, picture: Picture | None) -> dict[str, Any]:
-    elsewhere = "its place is on another image" if finding.regions and picture and not is_marked else ""
-    notes = (elsewhere, "atypical input" if finding.is_atypical else "")
     return {
         "number": number,
         "marked": is_marked,
@@ -207,7 +208,7 @@ def _finding(finding: Finding, number: int, is_marked: bool, picture: Picture | 
         "probability": finding.probability,
         "threshold": finding.threshold,
         "percent": _percent(finding),
-        "note": ", ".join(filter(None, notes)),
+        "note": "its place is on another image" if finding.regions and picture and not is_marked else "",
     }
 
 
@@ -236,7 +237,7 @@ def _given(one: UsedValue | UsedText, finding: Finding, result: Result) -> dict[
     is_text = isinstance(one, UsedText)
     return {
         "name": _name(one.code.meaning or one.name) + (" (text)" if is_text else ""),
-        "value": "" if is_text else _clean(f"{one.comparator} {one.value:.5g} {'' if one.unit == '1' else one.unit}"),
+        "value": "" if is_text else _clean(f"{one.comparator} {one.value:.10g} {'' if one.unit == '1' else one.unit}"),
         "part": False,
         "at": _ago(one.at, result),
         **_share(finding.attributions.get(one.name)),
