@@ -18,10 +18,10 @@ from typing import Final
 
 import numpy as np
 import pydicom
+from contourpy import contour_generator
 from numpy.typing import NDArray
 from PIL import Image
 from pydicom import config
-from skimage.measure import approximate_polygon, find_contours
 
 from worker.domain import Finding, Region
 from worker.errors import WorkerError
@@ -29,14 +29,12 @@ from worker.imaging.frame import Frame
 from worker.imaging.values import values
 from worker.report.result import Result
 
-#: Longest side of a picture as it is embedded, pixels: twice what the page shows.
-_LONGEST: Final = 1200
+#: Longest side of a picture as it is embedded, pixels: more than a page shows.
+_LONGEST: Final = 1000
 #: Values that a window without an image's own shows, percent; metal and collimators are beyond.
 _PERCENTILES: Final = (0.5, 99.5)
 #: A window that makes nearly all of the image black or nearly all of it white is not one of this image.
 _FLATTENED: Final = 0.98
-#: How far an outline may depart from the mask's edge, pixels of the image: no more than shows.
-_TOLERANCE: Final = 0.25
 # PS3.3 §C.7.6.1.1.1: the axes of LPS in letters, towards plus and minus.
 _LETTERS: Final = (("L", "R"), ("P", "A"), ("H", "F"))
 _OPPOSITE: Final = {"L": "R", "R": "L", "P": "A", "A": "P", "H": "F", "F": "H"}
@@ -167,22 +165,23 @@ def _outline(region: Region, frame: Frame) -> Iterator[tuple[tuple[float, float]
     k0, j0, i0 = region.origin
     if not 0 <= this - k0 < len(region.mask):
         return
-    for line in find_contours(np.pad(region.mask[this - k0], 1).astype(np.float32), 0.5):
-        points = approximate_polygon(line, _TOLERANCE) - 1 + (j0, i0)  # (row, column), (0, 0) in the middle of the first pixel
-        points = _in_frame(points, this, region, frame)
-        yield tuple((round(float((i + 0.5) / columns), 5), round(float((j + 0.5) / rows), 5)) for j, i in points)
+    for line in contour_generator(z=np.pad(region.mask[this - k0], 1).astype(np.float32)).lines(0.5):
+        steps = np.diff(line, axis=0)
+        bends = np.append(True, np.append((steps[1:] != steps[:-1]).any(axis=1), True))
+        points = _in_frame(line[bends] - 1 + (i0, j0), this, region, frame)  # (column, row), (0, 0) in the middle of the first pixel
+        yield tuple((round(float((i + 0.5) / columns), 5), round(float((j + 0.5) / rows), 5)) for i, j in points)
 
 
 def _in_frame(points: NDArray[np.float64], k: int, region: Region, frame: Frame) -> NDArray[np.float64]:
-    """(row, column) of the analysed image → those of the file: a gantry that was put straight moved the one against the other."""
+    """(column, row) of the analysed image → those of the file: a gantry that was put straight moved the one against the other."""
     place = (frame.position, frame.orientation, frame.pixel_spacing)
     if region.affine is None or None in place:
         return points
-    index = np.column_stack([points[:, ::-1], np.full(len(points), k), np.ones(len(points))])  # (N, 4): i, j, k, 1
+    index = np.column_stack([points, np.full(len(points), k), np.ones(len(points))])  # (N, 4): i, j, k, 1
     aside = (index @ region.affine.T)[:, :3] - np.asarray(frame.position)
     along, down = np.reshape(frame.orientation, (2, 3))
     high, wide = frame.pixel_spacing or (1.0, 1.0)
-    return np.column_stack([aside @ down / high, aside @ along / wide])
+    return np.column_stack([aside @ along / wide, aside @ down / high])
 
 
 def _letters(frame: Frame) -> tuple[str, str, str, str]:
