@@ -116,19 +116,16 @@ def said(result: Result, picture: Picture | None) -> dict[str, Any]:
     algorithm, findings = result.algorithm, ranked(result.findings)
     made = _clean(f"Synoptic {algorithm.name} {algorithm.version}")
     marked = {outline.number for outline in picture.outlines} if picture else set()
-    fates = {} if result.inputs is None or result.failure else _why(result, findings[0] if findings else None)
     more = len(findings) - _MOST_FINDINGS
-    return {
-        "title": f"AI summary: {algorithm.title or algorithm.name}",
+    return _whose(result) | {
+        "title": _clean(f"AI summary: {algorithm.title or algorithm.name}"),
         "author": made,
-        "patient": _patient(result),
-        "study": _study(result),
         "answer": _answer(result, findings),
         "picture": _laid_out(picture) if picture else None,
         "findings": [_finding(one, number, number in marked, picture) for number, one in enumerate(findings[:_MOST_FINDINGS], start=1)],
         "findings-more": f"and {more} more, less probable, in the structured report" if more > 0 else "",
-        "why": fates or {"title": "", "told": False, "rows": [], "more": ""},
-        "missing": [] if result.inputs is None or result.failure else _missing(result.inputs),
+        "why": _why(result, findings[0], result.inputs) if findings and result.inputs else None,
+        "missing": _missing(result.inputs) if findings and result.inputs else [],
         "notes": [],
         "statement": RESEARCH if algorithm.research_use else CLINICAL,
         "made": [
@@ -139,11 +136,26 @@ def said(result: Result, picture: Picture | None) -> dict[str, Any]:
     }
 
 
-def _patient(result: Result) -> dict[str, Any]:
-    study = {element.keyword: str(element.value or "") for element in result.source.copied}
-    born, sex = _date(study.get("PatientBirthDate", "")), _clean(study.get("PatientSex", ""))
-    said = (_clean(f"ID {study.get('PatientID', '')}"), f"born {born}" if born else "", sex)
-    return {"names": names(study.get("PatientName", "")) or ["Patient without a name"], "more": " · ".join(filter(None, said))}
+def _whose(result: Result) -> dict[str, Any]:
+    """Patient and study, in the words of the images."""
+    told = {element.keyword: str(element.value or "") for element in result.source.copied}
+    patient, born, sex, day, clock, accession, what = (
+        _clean(told.get(keyword, ""))
+        for keyword in (
+            "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "AccessionNumber", "StudyDescription",
+        )
+    )  # fmt: skip
+    at = f"{_date(day)} {clock[:2]}:{clock[2:4]}".rstrip(" :")
+    by = _clean(f"{result.algorithm.name} {result.algorithm.version}")
+    return {
+        "names": names(told.get("PatientName", "")) or ["Patient without a name"],
+        "patient": " · ".join(filter(None, (f"ID {patient}", born and f"born {_date(born)}", sex))),
+        "study": [
+            ("Study", " · ".join(filter(None, (at, what or result.source.modality)))),
+            ("Accession", accession or "none"),
+            ("Analysed", f"{result.analysed_at.isoformat(' ', 'minutes')} by {by}"),
+        ],
+    }
 
 
 def names(name: str) -> list[str]:
@@ -151,30 +163,10 @@ def names(name: str) -> list[str]:
     found = []
     for number, group in enumerate(name.split("=")):
         family, *given = (_clean(part) for part in group.split("^"))
-        rest = " ".join(filter(None, given))
-        found.append((", " if number == 0 and _is_cased(family) else " ").join(filter(None, (family, rest))))
+        # Where letters have two cases, a comma tells the family's name from the given.
+        comma = ", " if number == 0 and family.upper() != family.lower() else " "
+        found.append(comma.join(filter(None, (family, " ".join(filter(None, given))))))
     return list(dict.fromkeys(filter(None, found)))
-
-
-def _is_cased(text: str) -> bool:
-    """Whether it is of a script where a comma tells the family's name from the given: Latin, Greek, Cyrillic, Armenian, Georgian."""
-    return text.upper() != text.lower()
-
-
-def _study(result: Result) -> list[tuple[str, str]]:
-    study = {element.keyword: str(element.value or "") for element in result.source.copied}
-    clock = study.get("StudyTime", "")
-    at = f"{_date(study.get('StudyDate', ''))} {clock[:2]}:{clock[2:4]}" if len(clock) >= 4 else _date(study.get("StudyDate", ""))
-    what = _clean(study.get("StudyDescription", "")) or result.source.modality
-    rows = (
-        ("Study", " · ".join(filter(None, (at.strip(), what)))),
-        ("Accession", _clean(study.get("AccessionNumber", ""))),
-        (
-            "Analysed",
-            f"{result.analysed_at.isoformat(' ', 'minutes')} by {_clean(result.algorithm.name)} {_clean(result.algorithm.version)}",
-        ),
-    )
-    return [(name, value) for name, value in rows if value]
 
 
 def _answer(result: Result, findings: list[Finding]) -> dict[str, str]:
@@ -212,11 +204,8 @@ def _finding(finding: Finding, number: int, is_marked: bool, picture: Picture | 
     }
 
 
-def _why(result: Result, finding: Finding | None) -> dict[str, Any]:
+def _why(result: Result, finding: Finding, inputs: Inputs) -> dict[str, Any] | None:
     """What moved the first finding: the modalities' shares, and the values and texts of the record, the weightiest first."""
-    inputs = result.inputs
-    if finding is None or inputs is None:
-        return {}
     latest = (*inputs.values, *(history.points[-1] for history in inputs.histories if history.points), *inputs.texts)
     given = {one.name: one for one in reversed(latest)}.values()
     heavy = sorted(given, key=lambda one: (-abs(finding.attributions.get(one.name, 0.0)), one.name))
@@ -225,12 +214,16 @@ def _why(result: Result, finding: Finding | None) -> dict[str, Any]:
     ]
     rows += [_given(one, finding, result) for one in heavy[:_MOST_VALUES]]
     more, is_told = len(heavy) - _MOST_VALUES, any(row["share"] is not None for row in rows)
-    return {
-        "title": f"What moved “{_name(finding.code.meaning or finding.name)}”" if is_told else "Given of the record",
-        "told": is_told,
-        "rows": rows,
-        "more": f"and {more} more of the record, of less weight, in the structured report" if more > 0 else "",
-    }
+    return (
+        None
+        if not rows
+        else {
+            "title": f"What moved “{_name(finding.code.meaning or finding.name)}”" if is_told else "Given of the record",
+            "told": is_told,
+            "rows": rows,
+            "more": f"and {more} more of the record, of less weight, in the structured report" if more > 0 else "",
+        }
+    )
 
 
 def _given(one: UsedValue | UsedText, finding: Finding, result: Result) -> dict[str, Any]:
@@ -309,11 +302,11 @@ def _shown(words: dict[str, Any]) -> bytes:
     """Write the words as JSON. What no installed font can show is replaced; the page says so, and so does an event."""
     text = json.dumps(words, ensure_ascii=False)
     if not _has_no_glyph(*set(text)):
-        return text.encode()
+        return text.encode(errors="replace")
     lost = [letter for letter in sorted(set(text)) if _has_no_glyph(letter)]
     events.emit("glyphs.missing", count=len(lost))
     words["notes"].append(f"{len(lost)} of the characters here have no font and are shown as {UNSHOWN}: the images have the words in full.")
-    return json.dumps(words, ensure_ascii=False).translate(dict.fromkeys(map(ord, lost), UNSHOWN)).encode()
+    return json.dumps(words, ensure_ascii=False).translate(dict.fromkeys(map(ord, lost), UNSHOWN)).encode(errors="replace")
 
 
 def _has_no_glyph(*letters: str) -> bool:
