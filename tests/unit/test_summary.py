@@ -169,7 +169,7 @@ def test_of_a_volume_the_slice_with_most_of_the_region_is_shown_in_its_proportio
     assert picture is not None
     assert [one.number for one in picture.outlines] == [1, 2]
     assert picture.sop_instance_uid == slices[3].SOPInstanceUID
-    assert picture.caption == "Slice 4 of 6 · window 400, level 40"
+    assert picture.caption == "Slice 4 of 6 · window 400, level 40 · outlined: what the answer rests on, not the edge of a lesion"
     assert picture.letters == ("R", "L", "A", "P")
     assert abs(picture.gray.shape[0] / picture.gray.shape[1] - (40 * 0.75) / (48 * 0.5)) < 0.01
 

@@ -38,6 +38,7 @@ _FLATTENED: Final = 0.98
 # PS3.3 §C.7.6.1.1.1: the axes of LPS in letters, towards plus and minus.
 _LETTERS: Final = (("L", "R"), ("P", "A"), ("H", "F"))
 _OPPOSITE: Final = {"L": "R", "R": "L", "P": "A", "A": "P", "H": "F", "F": "H"}
+_OUTLINED: Final = "outlined: what the answer rests on, not the edge of a lesion"
 _VERDICTS: Final = ("positive", "uncertain", "negative")
 
 
@@ -119,7 +120,7 @@ def _drawn(result: Result, frame: Frame) -> Picture:
         gray=shown,
         outlines=tuple(outlines),
         letters=_letters(frame),
-        caption=" · ".join(filter(None, (_place(result, frame), window))),
+        caption=" · ".join(filter(None, (_place(result, frame), window, _OUTLINED if outlines else ""))),
         sop_class_uid=frame.sop_class_uid,
         sop_instance_uid=frame.sop_instance_uid,
         frame_number=frame.number,
