@@ -209,9 +209,7 @@ def _why(result: Result, finding: Finding, inputs: Inputs) -> dict[str, Any] | N
     latest = (*inputs.values, *(history.points[-1] for history in inputs.histories if history.points), *inputs.texts)
     given = {one.name: one for one in reversed(latest)}.values()
     heavy = sorted(given, key=lambda one: (-abs(finding.attributions.get(one.name, 0.0)), one.name))
-    rows = [
-        {"name": _PARTS.get(part, part), "part": True, "value": "", "at": "", **_share(share)} for part, share in finding.shapley.items()
-    ]
+    rows = [{"name": _PARTS.get(part, part), "value": "", "at": "", **_share(share)} for part, share in finding.shapley.items()]
     rows += [_given(one, finding, result) for one in heavy[:_MOST_VALUES]]
     more, is_told = len(heavy) - _MOST_VALUES, any(row["share"] is not None for row in rows)
     return (
@@ -231,7 +229,6 @@ def _given(one: UsedValue | UsedText, finding: Finding, result: Result) -> dict[
     return {
         "name": _name(one.code.meaning or one.name) + (" (text)" if is_text else ""),
         "value": "" if is_text else _clean(f"{one.comparator} {one.value:.10g} {'' if one.unit == '1' else one.unit}"),
-        "part": False,
         "at": _ago(one.at, result),
         **_share(finding.attributions.get(one.name)),
     }
@@ -287,7 +284,9 @@ def _name(meaning: str) -> str:
 
 
 def _percent(finding: Finding) -> str:
-    return f"{content.percent(finding.probability):.3g} %"
+    """Only certainty itself is 0 or 100 %, as in the structured report."""
+    percent = content.percent(finding.probability)
+    return f"{percent:.1f} %" if 0.1 <= percent <= 99.9 or percent in (0, 100) else "< 0.1 %" if percent < 1 else "> 99.9 %"
 
 
 def _date(digits: str) -> str:

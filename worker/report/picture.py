@@ -135,7 +135,7 @@ def _windowed(frame: Frame, path: Path | None) -> tuple[NDArray[np.uint8], str]:
         # PS3.3 §C.11.2.1.2.1: the linear function, from 0 to 1.
         share = (plane - (centre - 0.5)) / max(width - 1, 1e-6) + 0.5
         if max((share <= 0).mean(), (share >= 1).mean()) < _FLATTENED:
-            said = f"window {width:g}, level {centre:g}"
+            said = f"window {width:g}, level {centre:g}".replace("-", "−")
             break
     else:
         low, high = np.percentile(plane, _PERCENTILES)
