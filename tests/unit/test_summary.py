@@ -30,7 +30,7 @@ from worker.domain import Code, Document, Finding, Region
 from worker.errors import ReportInvalid
 from worker.imaging import volume
 from worker.imaging.decoding import DecoderPool
-from worker.report import capture, page
+from worker.report import capture, forms, page
 from worker.report.picture import Outline, Picture, key_picture
 from worker.report.result import Result
 
@@ -358,6 +358,13 @@ def test_the_capture_holds_the_very_pixels_of_the_page_and_the_mark_is_on_them(t
     yellow = np.argwhere((pixels == (0xFF, 0xD2, 0x3F)).all(axis=-1))
     assert len(yellow) > 500
     assert yellow[:, 1].max() < 1684 / 2
+
+
+def test_a_destination_that_wants_the_page_gets_it_before_the_report_that_refers_to_it(tmp_path: Path, pool: DecoderPool) -> None:
+    """By the kinds of the configuration; the root report is the last."""
+    made = result_of([radiograph()], tmp_path, pool)
+    assert [one.kind for one in forms.author(made, ["pdf", "sr", "summary"])] == ["summary", "pdf", "sr"]
+    assert [one.kind for one in forms.author(made, ["sr"])] == ["sr"]
 
 
 def digests(folder: Path) -> list[str]:
