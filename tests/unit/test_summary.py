@@ -67,7 +67,7 @@ def region(mask: np.ndarray, datasets: Sequence[Dataset], affine: np.ndarray | N
     cut = mask[tuple(slice(a, b) for a, b in zip(low, high, strict=True))]
     k, j, i = (int(x) for x in low)
     uids = tuple(str(ds.SOPInstanceUID) for ds in datasets)
-    return Region(cut, (k, j, i), mask.shape, affine, "image", uids, (1,) * len(uids))  # type: ignore[arg-type]
+    return Region(cut, (k, j, i), mask.shape, affine, "image", uids, (1,) * len(uids))
 
 
 def result_of(
@@ -296,7 +296,7 @@ def test_names_are_written_as_people_write_them(name: str, written: list[str]) -
     assert page.names(name) == written
 
 
-WILD = st.text(st.characters(exclude_categories=("Cs",), max_codepoint=0x2FFF), max_size=200)
+WILD = st.text(st.characters(exclude_categories=["Cs"], max_codepoint=0x2FFF), max_size=200)
 
 
 @settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

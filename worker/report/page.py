@@ -92,7 +92,7 @@ def render(result: Result, picture: Picture | None, *, theme: Theme, form: Liter
     if picture is not None:
         files["picture.svg"] = _wrapped(picture)
     try:
-        made = typst.compile(
+        made = typst.compile(  # type: ignore[call-overload]  # its stub knows of no files in memory, its README does
             files,
             font_paths=fonts(),
             ignore_system_fonts=True,  # they are among `fonts()`
@@ -206,7 +206,11 @@ def _finding(finding: Finding, number: int, is_marked: bool, picture: Picture | 
 
 def _why(result: Result, finding: Finding, inputs: Inputs) -> dict[str, Any] | None:
     """What moved the first finding: the modalities' shares, and the values and texts of the record, the weightiest first."""
-    latest = (*inputs.values, *(history.points[-1] for history in inputs.histories if history.points), *inputs.texts)
+    latest: tuple[UsedValue | UsedText, ...] = (
+        *inputs.values,
+        *(history.points[-1] for history in inputs.histories if history.points),
+        *inputs.texts,
+    )
     given = {one.name: one for one in reversed(latest)}.values()
     heavy = sorted(given, key=lambda one: (-abs(finding.attributions.get(one.name, 0.0)), one.name))
     rows = [{"name": _PARTS.get(part, part), "value": "", "at": "", **_share(share)} for part, share in finding.shapley.items()]
@@ -225,10 +229,14 @@ def _why(result: Result, finding: Finding, inputs: Inputs) -> dict[str, Any] | N
 
 
 def _given(one: UsedValue | UsedText, finding: Finding, result: Result) -> dict[str, Any]:
-    is_text = isinstance(one, UsedText)
+    name, value = _name(one.code.meaning or one.name), ""
+    if isinstance(one, UsedText):
+        name += " (text)"
+    else:
+        value = _clean(f"{one.comparator} {one.value:.10g} {'' if one.unit == '1' else one.unit}")
     return {
-        "name": _name(one.code.meaning or one.name) + (" (text)" if is_text else ""),
-        "value": "" if is_text else _clean(f"{one.comparator} {one.value:.10g} {'' if one.unit == '1' else one.unit}"),
+        "name": name,
+        "value": value,
         "at": _ago(one.at, result),
         **_share(finding.attributions.get(one.name)),
     }

@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 import numpy as np
 import pydicom
@@ -166,7 +166,8 @@ def _outline(region: Region, frame: Frame) -> Iterator[tuple[tuple[float, float]
     k0, j0, i0 = region.origin
     if not 0 <= this - k0 < len(region.mask):
         return
-    for line in contour_generator(z=np.pad(region.mask[this - k0], 1).astype(np.float32)).lines(0.5):
+    mask = np.pad(region.mask[this - k0], 1).astype(np.float32)
+    for line in cast("list[NDArray[np.float64]]", contour_generator(z=mask).lines(0.5)):
         steps = np.diff(line, axis=0)
         bends = np.append(True, np.append((steps[1:] != steps[:-1]).any(axis=1), True))
         points = _in_frame(line[bends] - 1 + (i0, j0), this, region, frame)  # (column, row), (0, 0) in the middle of the first pixel
@@ -175,13 +176,12 @@ def _outline(region: Region, frame: Frame) -> Iterator[tuple[tuple[float, float]
 
 def _in_frame(points: NDArray[np.float64], k: int, region: Region, frame: Frame) -> NDArray[np.float64]:
     """(column, row) of the analysed image → those of the file: a gantry that was put straight moved the one against the other."""
-    place = (frame.position, frame.orientation, frame.pixel_spacing)
-    if region.affine is None or None in place:
+    if region.affine is None or frame.position is None or frame.orientation is None or frame.pixel_spacing is None:
         return points
     index = np.column_stack([points, np.full(len(points), k), np.ones(len(points))])  # (N, 4): i, j, k, 1
     aside = (index @ region.affine.T)[:, :3] - np.asarray(frame.position)
-    along, down = np.reshape(frame.orientation, (2, 3))
-    high, wide = frame.pixel_spacing or (1.0, 1.0)
+    along, down = np.asarray(frame.orientation[:3]), np.asarray(frame.orientation[3:])
+    high, wide = frame.pixel_spacing
     return np.column_stack([aside @ along / wide, aside @ down / high])
 
 
