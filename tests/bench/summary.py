@@ -1,7 +1,8 @@
 """Seconds of the processor, memory and bytes that the summary page costs, and what of it is typesetting.
 
 ``python -m tests.bench.summary [--rounds 30]`` prints one JSON line: medians, each round another page, so that Typst remembers
-nothing of the last. "picture": reading the key image again (its decoding process apart), windowing, scaling, outlines. "png", "pdf": Typst alone.
+nothing of the last. "picture": reading the key image again (its decoding process apart), windowing, scaling, outlines.
+"png", "pdf": the page alone.
 """
 
 from __future__ import annotations
