@@ -15,6 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +58,11 @@ def main() -> None:
         for number in range(rounds):
             first = replace(reports.FINDINGS[0], probability=0.6 + number / 1000, regions=(region,))
             result = replace(made, findings=(first, reports.FINDINGS[1]))
-            picture = timed("picture", lambda result=result: key_picture(result))
-            timed("png", lambda result=result, picture=picture: page.render(result, picture, theme="dark", form="png"))
-            timed("pdf", lambda result=result, picture=picture: page.render(result, picture, theme="light", form="pdf"))
+            picture = timed("picture", partial(key_picture, result))
+            timed("png", partial(page.render, result, picture, theme="dark", form="png"))
+            timed("pdf", partial(page.render, result, picture, theme="light", form="pdf"))
             for kind, build in (("summary", capture.summary), ("encapsulated", capture.pdf)):
-                sizes[kind] = len(timed(kind, lambda build=build, result=result: build(result))[0].data)
+                sizes[kind] = len(timed(kind, partial(build, result))[0].data)
     figures = {what: round(statistics.median(each), 3) for what, each in seconds.items()}
     grown = (psutil.Process().memory_info().rss - before) >> 20
     first_s = round(seconds["png"][0], 3)
