@@ -44,6 +44,8 @@ def summary(result: Result) -> Sequence[Document]:
     ds.PatientOrientation = ds.Laterality = None
     ds.SourceImageSequence = [_source(result, picture)]
     ds.SourceImageSequence[0].PurposeOfReferenceCodeSequence = [codes.concept(codes.SOURCE_IMAGE)]
+    if picture and picture.frame_number:
+        ds.SourceImageSequence[0].ReferencedFrameNumber = picture.frame_number
     ds.DerivationDescription = f"Summary of the results of {codes.short(result.algorithm.name, 40)}, with one of the analysed images"
     ds.LossyImageCompression = "00"
     ds.SamplesPerPixel, ds.PhotometricInterpretation, ds.PlanarConfiguration = 3, "RGB", 0
