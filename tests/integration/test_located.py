@@ -6,6 +6,7 @@ import importlib.util
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import cast
@@ -18,10 +19,12 @@ from numpy.typing import NDArray
 from pydicom import Dataset, dcmread
 
 from tests import factories, located, reports
+from tests.conftest import Captured
 from tests.unit.test_sr import items, named
 from worker.domain import Document, Region, Series, Volume
 from worker.imaging import volume
 from worker.imaging.decoding import DecoderPool
+from worker.regions import Place
 from worker.report import codes, forms
 from worker.report.result import Result
 
@@ -248,7 +251,7 @@ def test_a_radiograph_has_its_region_in_pixels(modality: str, tmp_path: Path, va
     series = located.film(tmp_path, modality=modality)
     where = located.painted_on_film((96, 80), (40, 30), 12)
     uid = series.instances[0].sop_instance_uid
-    finding = located.finding_at(where, located.Place((96, 80), None, (uid,), (1,)))
+    finding = located.finding_at(where, Place((96, 80), None, (uid,), (1,)))
     documents = forms.author(located.result_with(series, [finding]), KINDS)
     assert [one.kind for one in documents] == ["seg", "sr"]
     seg, sr = (dcmread(BytesIO(one.data)) for one in documents)
@@ -260,6 +263,61 @@ def test_a_radiograph_has_its_region_in_pixels(modality: str, tmp_path: Path, va
     (area,) = named(sr, codes.REGION_AREA)
     assert float(area.MeasuredValueSequence[0].NumericValue) == pytest.approx(found.mask.sum() * 0.15**2, rel=1e-3)
     assert validate(documents, [series.instances[0].path], java=False) == []
+
+
+def test_each_region_of_an_image_is_a_segment_of_its_own(tmp_path: Path, pool: DecoderPool) -> None:
+    """Two findings, one behind the other and overlapping: two segments, each with the tracking UID of its group."""
+    series = _of_ct(tmp_path)
+    image = volume.load(series, kind="volume", pool=pool)
+    assert image.affine is not None
+    first, second = ((image.affine @ np.array([26.0, 19.0, k, 1.0]))[:3] for k in (4.0, 6.0))
+    effusion = replace(reports.FINDINGS[1], verdict="uncertain")
+    findings = [
+        located.finding_at(located.painted(image, lesion, RADIUS_MM), located.place_of(image), base)
+        for lesion, base in ((first, reports.FINDINGS[0]), (second, effusion))
+    ]
+    result = reports.result([one.path for one in series.instances], findings=findings)
+    seg, _, _, sr = (dcmread(BytesIO(one.data)) for one in forms.author(result, KINDS))
+    assert (seg.SegmentsOverlap, [one.SegmentNumber for one in seg.SegmentSequence]) == ("YES", [1, 2])
+    assert [one.UID for one in items(sr) if one.ConceptNameCodeSequence[0].CodeValue == "112040"][:2] == [
+        one.TrackingUID for one in seg.SegmentSequence
+    ]
+    numbers = [one.ContentSequence[0].ReferencedSOPSequence[0].ReferencedSegmentNumber for one in named(sr, codes.REGION_VOLUME)]
+    assert numbers == [1, 2]
+    read = hd.seg.Segmentation.from_dataset(seg).get_volume()
+    for number, finding in enumerate(findings):
+        assert read.array[..., number].sum() == finding.regions[0].mask.sum()
+
+
+def test_without_a_frame_of_reference_there_is_the_outline_on_the_image_alone(tmp_path: Path, pool: DecoderPool) -> None:
+    """Coordinates of nobody knows which frame are no place for another object; the planes of a tilted gantry are found all the same."""
+    datasets = factories.make_tilted_ct(degrees=12, lesions_mm=[(0, 0, 20)])
+    for ds in datasets:
+        del ds.FrameOfReferenceUID
+    series = factories.spool(datasets, tmp_path)
+    image = volume.load(series, kind="volume", pool=pool, gantry_tilt="correct")
+    finding = located.finding_at(located.painted(image, (0, 0, 20), RADIUS_MM), located.place_of(image))
+    (only,) = forms.author(located.result_with(series, [finding]), KINDS)
+    (flat,) = named(dcmread(BytesIO(only.data)), codes.REGION)
+    assert flat.ValueType == "SCOORD"
+    column, row = np.reshape(np.array(flat.GraphicData, float), (-1, 2)).mean(axis=0)
+    assert (column, row) == pytest.approx((40.5, 48.5), abs=2)  # the gantry turns about the middle of the image, where the lesion is
+
+
+def test_a_place_that_cannot_be_told_does_not_cost_the_report(tmp_path: Path, pool: DecoderPool, captured: Captured) -> None:
+    """The finding stands without: an image that went away in between is no reason to be silent."""
+    series = _of_ct(tmp_path)
+    image = volume.load(series, kind="volume", pool=pool)
+    assert image.affine is not None
+    lesion = (image.affine @ np.array([26.0, 19.0, 5.0, 1.0]))[:3]
+    result = located.result_with(series, [located.finding_at(located.painted(image, lesion, RADIUS_MM), located.place_of(image))])
+    for one in series.instances:
+        one.path.unlink()
+    (only,) = forms.author(result, KINDS)
+    ds = dcmread(BytesIO(only.data))
+    assert len(named(ds, codes.PROBABILITY)) == 2
+    assert not [one for one in items(ds) if one.ValueType.startswith("SCOORD")]
+    assert {one["kind"] for one in captured.named("document.failed")} == {"seg", "map", "places"}
 
 
 def test_a_result_without_a_region_has_neither_segmentation_nor_map(tmp_path: Path) -> None:

@@ -25,9 +25,8 @@ from worker.report import codes, replacing
 from worker.report.codes import concept
 from worker.report.evidence import references
 from worker.report.keys import image_in_words
-from worker.report.places import placed
 from worker.report.result import Result
-from worker.report.sr import written
+from worker.report.sr import told_places, written
 from worker.report.tree import told
 
 # PS3.16 TID 1501 and TID 4019: of each group the same, and so said once.
@@ -40,7 +39,7 @@ _CONTAINS: Final = sr.RelationshipTypeValues.CONTAINS
 
 def build(result: Result) -> tuple[Document, ...]:
     """Write the report in words."""
-    tree = result.tree([placed(result, finding, ()) for finding in result.findings], replaces=replacing.sentence(result))
+    tree = result.tree(told_places(result)[0], replaces=replacing.sentence(result))
     root = sr.ContainerContentItem(tree.name, is_content_continuous=False)
     root.ContentSequence = sr.ContentSequence(list(_in_words(tree, result)))
     ds = written(result, sr.EnhancedSR, root, "basic", what="as text")

@@ -14,6 +14,8 @@ rests on. The templates of outlined regions, TID 1410 and 1411, each allow one o
 invalid beside them for PixelMed's validator.
 """
 
+# mypy: untyped-calls-exclude="skimage"
+
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
@@ -34,7 +36,7 @@ from worker.domain import Code, Finding, Region
 from worker.report import codes, sites
 from worker.report.codes import concept
 from worker.report.content import Placed, measurement
-from worker.report.planes import header
+from worker.report.planes import frames_of, header
 from worker.report.result import Result
 from worker.report.seg import segment_of
 
@@ -70,17 +72,18 @@ def whole_image(result: Result) -> sr.ContentItem | None:
     said = header(result, uid)
     if not (said.get("Rows") and said.get("Columns")):
         return None
-    frame = number or int(said.get("NumberOfFrames", 1)) // 2 + 1
+    frame = number or frames_of(said) // 2 + 1
     right, bottom = said.Columns - 0.5, said.Rows - 0.5
     corners = np.array([[0.5, 0.5], [right, 0.5], [right, bottom], [0.5, bottom]])
-    return _on(result, uid, frame if "NumberOfFrames" in said else None, codes.WHOLE_IMAGE, "MULTIPOINT", corners)
+    return _on(result, uid, frame if frames_of(said) > 1 else None, codes.WHOLE_IMAGE, "MULTIPOINT", corners)
 
 
 def _on(result: Result, uid: str, frame: int | None, name: Code, kind: str, points: NDArray[np.float64]) -> sr.ContentItem:
     """Graphic `points` (N, 2) of column and row on one image, or on one frame of it."""
     item = sr.ScoordContentItem(concept(name), kind, points, relationship_type=_CONTAINS)
     sop_class = next(one.SOPClassUID for one in result.source.instances if uid == one.SOPInstanceUID)
-    item.ContentSequence = [sr.SourceImageForRegion(sop_class, uid, referenced_frame_numbers=[frame] if frame else None)]
+    image = sr.SourceImageForRegion(sop_class, uid, referenced_frame_numbers=[frame] if frame else None)
+    item.ContentSequence = sr.ContentSequence([image])
     return item
 
 
@@ -114,8 +117,11 @@ def on_image(result: Result, region: Region, said: Dataset) -> NDArray[np.float6
     k = region.key_plane
     with config.disable_value_validation():
         ds = pydicom.dcmread(result.source.paths[region.sop_instance_uids[k]], stop_before_pixels=True)
-    number = region.frame_numbers[k] if "NumberOfFrames" in ds else None
-    return np.asarray(ReferenceToImageTransformer.for_image(ds, frame_number=number)(in_patient(region, edge))[:, :2])
+        if frames_of(said) > 1:
+            to_image = ReferenceToImageTransformer.for_image(ds, frame_number=region.frame_numbers[k])
+        else:  # not for_image: it asks for a frame of reference
+            to_image = ReferenceToImageTransformer(ds.ImagePositionPatient, ds.ImageOrientationPatient, ds.PixelSpacing)
+    return np.asarray(to_image(in_patient(region, edge))[:, :2])
 
 
 def in_patient(region: Region, edge: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -127,7 +133,7 @@ def in_patient(region: Region, edge: NDArray[np.float64]) -> NDArray[np.float64]
 
 def _coordinates(result: Result, region: Region, said: Dataset) -> Iterator[sr.ContentItem]:
     k = region.key_plane
-    frame = region.frame_numbers[k] if "NumberOfFrames" in said else None
+    frame = region.frame_numbers[k] if frames_of(said) > 1 else None
     yield _on(result, region.sop_instance_uids[k], frame, codes.REGION, "POLYLINE", on_image(result, region, said))
     if region.affine is None or region.centre_mm is None or "FrameOfReferenceUID" not in said:
         return

@@ -11,26 +11,27 @@ from typing import Final
 import numpy as np
 from highdicom import AlgorithmIdentificationSequence
 from highdicom.seg import Segmentation, SegmentDescription
-from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes as standard
 
 from worker.domain import Document, Finding, Region
 from worker.report import codes, sites
-from worker.report.content import MANUFACTURER, derive_uid, percent, tracking_uid
-from worker.report.planes import grid, located, position, stand_ins
+from worker.report.content import MANUFACTURER, percent, tracking_uid
+from worker.report.planes import finished, frames_of, grid, in_frame_of_reference, located, position, stand_ins
 from worker.report.result import Result, about
 
 _KIND: Final = "seg"
 
 
 def build(result: Result) -> tuple[Document, ...]:
-    """Write the segmentation of each image that has regions; none of a clip, whose frames have no place (highdicom knows no such source).
+    """Write the segmentation of each image that has regions; of one without patient coordinates only if it is one frame, a radiograph.
 
     References
     ----------
     PS3.3 §A.51, §C.8.20.
     """
-    images = {name: found for name, found in located(result).items() if _can_be_segmented(found[0][1])}
+    images = {
+        name: found for name, found in located(result).items() if found[0][1].shape[0] == 1 or in_frame_of_reference(result, found[0][1])
+    }
     return tuple(_document(result, name, found, number) for number, (name, found) in enumerate(images.items(), start=1))
 
 
@@ -38,18 +39,6 @@ def segment_of(result: Result, region: Region) -> tuple[str, int]:
     """SOP Instance UID of the segmentation that holds `region`, if it was written, and the number of its segment."""
     numbers = [one is region for _, one in located(result)[region.image]]
     return result.uid(_KIND, region.image), numbers.index(True) + 1
-
-
-def own_dimensions(ds: Dataset, result: Result) -> None:
-    """Derive the one UID that highdicom draws: the same input makes the same bytes."""
-    uid = derive_uid("dimensions", str(ds.SOPInstanceUID))
-    for item in (*ds.DimensionOrganizationSequence, *ds.DimensionIndexSequence):
-        item.DimensionOrganizationUID = uid
-    result.finish(ds)
-
-
-def _can_be_segmented(region: Region) -> bool:
-    return region.affine is not None or region.shape[0] == 1
 
 
 def _document(result: Result, name: str, found: list[tuple[Finding, Region]], number: int) -> Document:
@@ -65,7 +54,7 @@ def _document(result: Result, name: str, found: list[tuple[Finding, Region]], nu
     if any_region.affine is not None:
         place = {**grid(any_region.affine), "plane_positions": [position(any_region.affine, k) for k in planes]}
     sources = stand_ins(result, any_region, planes)
-    is_multiframe = "NumberOfFrames" in sources[0]
+    is_multiframe = frames_of(sources[0]) > 1
     ds = Segmentation(
         source_images=sources[:1] if is_multiframe else sources,
         further_source_images=sources[1:] if is_multiframe else None,
@@ -79,8 +68,7 @@ def _document(result: Result, name: str, found: list[tuple[Finding, Region]], nu
     )
     if any_region.affine is None:  # required where no Image Orientation (Patient) is (PS3.3 §C.7.6.1): as the film says it
         ds.PatientOrientation = sources[0].get("PatientOrientation", "")
-    own_dimensions(ds, result)
-    return result.document(ds, _KIND)
+    return finished(result, ds, _KIND)
 
 
 def _segment(result: Result, finding: Finding, region: Region, number: int) -> SegmentDescription:
