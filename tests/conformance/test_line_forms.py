@@ -37,7 +37,7 @@ from worker.store.schema import document, job
 
 __all__ = ["bundle"]  # a fixture
 
-KINDS = ("sr", "gsps", "keys", "basic", "rejection")
+KINDS = ("sr", "seg", "summary", "gsps", "keys", "basic", "rejection")
 
 
 @dataclass
@@ -64,6 +64,7 @@ class Site:
             SimpleNamespace(
                 store=self.store,
                 models={NAME: self.model},
+                decoders=None,
                 destinations={"pacs": KINDS},
                 kinds=frozenset(KINDS),
                 clock=lambda: NOW,
@@ -110,6 +111,7 @@ class Site:
         if not case.is_repeated:
             case = replace(case, findings=(finding, reports.FINDINGS[1]))
         (case,) = pipeline.each(self.line, pipeline.report, [case])
+        assert case.error is None
         pipeline.settle(self.line, case)
         return {one.kind: dcmread(BytesIO(one.data)) for one in (*case.companions, *([case.report] if case.report else []))}
 
@@ -171,7 +173,7 @@ def test_every_form_of_the_new_version_names_the_old_and_says_why_and_they_agree
     assert {uid for uid, _ in referred(new["keys"])} == {
         one.ReferencedSOPInstanceUID for one in new["gsps"].ReferencedSeriesSequence[0].ReferencedImageSequence
     }
-    for kind in old:
+    for kind in old:  # what has no predecessor of its own is told by series and number, as all are
         assert new[kind].SeriesInstanceUID != old[kind].SeriesInstanceUID
         assert " #2: " in new[kind].SeriesDescription
         assert int(new[kind].InstanceNumber) > int(old[kind].InstanceNumber)
