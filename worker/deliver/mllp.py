@@ -72,19 +72,6 @@ def send(documents: Sequence[Document], *, peer: Peer) -> list[Outcome]:
     return outcomes
 
 
-def reach(peer: Peer) -> float:
-    """Return the seconds that a connection, with TLS where it is wanted, takes; HL7 has no question without consequences.
-
-    Raises
-    ------
-    PeerUnreachable
-        With the reason in words.
-    """
-    started = time.perf_counter()
-    with closing(connect(peer)):
-        return time.perf_counter() - started
-
-
 def _judged(answer: tuple[str, str], document: Document, *, peer: Peer) -> Outcome:
     code, reason = answer
     uid, what = document.sop_instance_uid, f"{peer.name} answers {code}{f', ERR-3 {reason}' if reason else ''}"
@@ -93,6 +80,19 @@ def _judged(answer: tuple[str, str], document: Document, *, peer: Peer) -> Outco
     if code in _REFUSED and reason not in _PASSING:
         return Outcome(uid, 0, error=PeerRefused(f"{what}: it refuses the message."))
     return Outcome(uid, 0, error=PeerUnavailable(f"{what}: it cannot take the message now."))
+
+
+def reach(peer: Peer) -> float:
+    """Return the seconds that a connection takes, with TLS where it is wanted; HL7 has no question without consequences.
+
+    Raises
+    ------
+    PeerUnreachable
+        As `connect`.
+    """
+    started = time.perf_counter()
+    with closing(connect(peer)):
+        return time.perf_counter() - started
 
 
 class _Line:

@@ -181,8 +181,10 @@ def _meaning(error: Exception, *, peer: Peer) -> WorkerError:
         case smtplib.SMTPServerDisconnected():
             return PeerUnavailable(f"{peer.name} broke off the connection.")
         case smtplib.SMTPResponseException(smtp_code=code):
-            return PeerRefused(f"{peer.name} refuses the mail with {code}.") if code >= 500 else PeerUnavailable(
-                f"{peer.name} cannot take the mail now: {code}."
+            return (
+                PeerRefused(f"{peer.name} refuses the mail with {code}.")
+                if code >= 500
+                else PeerUnavailable(f"{peer.name} cannot take the mail now: {code}.")
             )
         case OSError():
             return PeerUnavailable(f"{peer.name} gives no answer by SMTP: {cause_of(error)}.")

@@ -16,7 +16,7 @@ from pydicom import dcmread
 from pydicom.uid import generate_uid
 
 from worker import events
-from worker.deliver import commitment, cstore, stow
+from worker.deliver import commitment, cstore, fhir, mllp, notice, stow
 from worker.domain import Document, Job, Patient, PatientKey
 from worker.errors import PatientConflict, Reject, ReportInvalid, Retry
 from worker.ops import audit
@@ -26,7 +26,14 @@ from worker.store.database import Store
 Door = Callable[..., list[cstore.Outcome]]
 
 #: By the door of a destination: each takes documents and the peer, and gives one outcome each, in order.
-DOORS: Final[Mapping[str, Door]] = {"dicom": cstore.send, "stow": stow.send}
+DOORS: Final[Mapping[str, Door]] = {
+    "dicom": cstore.send,
+    "stow": stow.send,
+    "hl7": mllp.send,
+    "fhir": fhir.send,
+    "webhook": notice.send,
+    "mail": notice.send,
+}
 
 
 def deliver(

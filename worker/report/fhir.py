@@ -10,7 +10,8 @@
 By HL7's DICOM SR to FHIR guide (1.0.0, R5), with what R4 lacks: a measurement group is one Observation with components, not one with
 members; ImagingSelection is Basic with the cross-version extensions (hl7.fhir.uv.xver-r5.r4); derivedFrom has no place for it, focus has.
 Each resource is created unless one with its identifier is there, so that a transaction sent twice is one. A replaced report is not
-overwritten, for an older transaction may come after a newer one: the new one is "amended" and names the old one (`diagnosticReport-replaces`).
+overwritten, for an older transaction may come after a newer one: the new one is "amended" and names the old one by the extension
+`diagnosticReport-replaces`.
 
 Not here: sending, and under which system the server keeps patient IDs (deliver/fhir.py).
 """
@@ -27,7 +28,7 @@ import numpy as np
 
 from worker.domain import Code, Document, Finding, Region
 from worker.report import codes, content
-from worker.report.result import UNIX_EPOCH_YEAR, Result
+from worker.report.result import Result
 
 Json = dict[str, Any]
 
@@ -137,7 +138,7 @@ def _report(result: Result, observations: list[_Entry]) -> Json:
         "code": _concept(_MEASUREMENT_REPORT) | {"text": f"AI: {result.algorithm.title or result.algorithm.name}"},
         "imagingStudy": [_study(result)],
         "result": [one.reference for one in observations],
-        "conclusion": " ".join([words, *content.statements(result.algorithm)]),
+        "conclusion": " ".join([words, *(said for _, said in content.statements(result.algorithm))]),
         "conclusionCode": [_concept(outcome)],
     }
     return {key: value for key, value in report.items() if value != []}
@@ -147,7 +148,7 @@ def _observation(result: Result, finding: Finding, device: _Entry, selections: l
     code, display = _INTERPRETATIONS[finding.verdict]
     said = [(code, display), *([("AA", "Critical abnormal")] if finding.is_alarming else [])]
     tracking = {"type": {"coding": [{"system": _GUIDE, "code": "tracking-uid", "display": "Tracking UID"}]}}
-    tracking |= _identifier(content.tracking_uid(finding, study=result.study, algorithm=result.algorithm))
+    tracking |= _identifier(content.tracking_uid(result.study, result.algorithm, finding))
     imaging = {"coding": [{"system": f"{_TERMINOLOGY}/observation-category", "code": "imaging", "display": "Imaging"}]}
     observation = {
         "resourceType": "Observation",
@@ -175,14 +176,14 @@ def _observation(result: Result, finding: Finding, device: _Entry, selections: l
 
 def _context(result: Result) -> Json:
     """Whose it is, of which orders and when, alike in report and observation."""
-    key, at = result.study.patient.key, result.study.study_at
+    key, at = result.study.patient.key, result.study_at
     numbers = [str(order.get("AccessionNumber") or "") for order in result.source.requests]
     accession = {"coding": [{"system": f"{_TERMINOLOGY}/v2-0203", "code": "ACSN", "display": "Accession ID"}]}
     orders = [{"type": "ServiceRequest", "identifier": {"type": accession, "value": number}} for number in numbers if number]
     subject: Json = {"type": "Patient", "identifier": {"value": key.patient_id}}
     if key.issuer:
         subject["identifier"]["assigner"] = {"display": key.issuer}
-    effective = {"effectiveDateTime": _instant(at.astimezone(result.analysed_at.tzinfo))} if at.year >= UNIX_EPOCH_YEAR else {}
+    effective = {"effectiveDateTime": _instant(at)} if at else {}
     return {"basedOn": orders, "subject": subject, **effective, "issued": _instant(result.analysed_at)}
 
 

@@ -39,7 +39,7 @@ def build(result: Result) -> tuple[Document, ...]:
                 }
                 for one in critical
             ],
-            "statement": content.use_statement(result.algorithm),
+            "statement": content.statements(result.algorithm)[0][1],
         },
     }
     return (Document(uid, "", "notice", json.dumps(notice, ensure_ascii=False, separators=(",", ":")).encode()),)

@@ -4,9 +4,10 @@ r"""One result as HL7 v2.5.1 ORU^R01, for a RIS or an interface engine.
 
     MSH        UTF-8; the control ID is derived: the same result is the same message, byte by byte
     PID        patient ID with its issuer, name, birth date, sex
-    ORC, OBR   once for each order of the images. OBR-4 is our own service, so that nobody files it in place of the radiologist's report;
-               OBR-25 P preliminary, C replaces an earlier one of ours, X could not be analysed
-    OBX        outcome, its words · a finding: verdict, probability, threshold, shares (OBX-4 tells findings apart) · algorithm · study, report
+    ORC, OBR   once for each order of the images. OBR-4 is our own service, so that nobody files it in place of the radiologist's
+               report; OBR-25 P preliminary, C replaces an earlier one of ours, X could not be analysed
+    OBX        outcome, its words · of each finding verdict, probability, threshold, shares (OBX-4 tells findings apart) · algorithm ·
+               study and report
 
 Not here: framing and acknowledgments (deliver/mllp.py), what the words are (content.py).
 """
@@ -24,7 +25,7 @@ from pydicom.dataset import Dataset
 
 from worker.domain import Code, Document, Finding
 from worker.report import codes, content
-from worker.report.result import UNIX_EPOCH_YEAR, Result
+from worker.report.result import Result
 
 #: HL7 v2.5.1 §2.7; a backslash first, for the others bring some.
 _ESCAPES: Final = str.maketrans({"\\": "\\E\\", "|": "\\F\\", "^": "\\S\\", "&": "\\T\\", "~": "\\R\\"})
@@ -65,7 +66,7 @@ def build(result: Result) -> tuple[Document, ...]:
 
 def _msh(result: Result) -> str:
     control_id = hashlib.sha256(result.uid("oru").encode()).hexdigest()[:_CONTROL_ID_LENGTH].upper()
-    fields = {2: "^~\\&", 3: content.MANUFACTURER.upper(), 7: _time(result, result.analysed_at), 9: "ORU^R01^ORU_R01", 10: control_id}
+    fields = {2: "^~\\&", 3: content.MANUFACTURER.upper(), 7: _time(result.analysed_at), 9: "ORU^R01^ORU_R01", 10: control_id}
     fields |= {11: "P", 12: "2.5.1", 18: "UNICODE UTF-8"}
     # MSH-1 is the separator itself.
     return _segment("MSH", {number - 1: value for number, value in fields.items()})
@@ -103,16 +104,15 @@ def _order(result: Result, order: Dataset, *, status: str) -> Iterator[str]:
     accession = str(order.get("AccessionNumber") or result.study.accession_number)
     placer = _text(str(order.get("PlacerOrderNumberImagingServiceRequest") or ""))
     filler = _text(str(order.get("FillerOrderNumberImagingServiceRequest") or accession or result.study.study_instance_uid))
-    algorithm, study = result.algorithm, result.study
+    algorithm = result.algorithm
     own = Code(codes.short(algorithm.name, 20), codes.OWN, f"AI: {algorithm.title or algorithm.name}")
     requested = next(iter(order.get("RequestedProcedureCodeSequence") or ()), None)
     asked = Code(requested.CodeValue, requested.CodingSchemeDesignator, requested.get("CodeMeaning", "")) if requested else None
     device = f"{algorithm.bundle_sha256[:12]}&{_text(f'{content.MANUFACTURER} {algorithm.name} {algorithm.version}')}"
     yield _segment("ORC", {1: "RE", 2: placer, 3: filler})
-    fields = {1: "1", 2: placer, 3: filler, 4: f"{_coded(own)}^{_coded(algorithm.procedure)}", 18: _text(accession)}
-    if study.study_at.year >= UNIX_EPOCH_YEAR:
-        fields[7] = _time(result, study.study_at)
-    fields |= {22: _time(result, result.analysed_at), 24: "RAD", 25: status, 32: device, 44: _coded(asked) if asked else ""}
+    fields = {1: "1", 2: placer, 3: filler, 4: f"{_coded(own)}^{_coded(algorithm.procedure)}", 18: _text(accession), 24: "RAD"}
+    fields |= {7: _time(result.study_at) if result.study_at else "", 22: _time(result.analysed_at), 25: status, 32: device}
+    fields[44] = _coded(asked) if asked else ""
     yield _segment("OBR", fields)
 
 
@@ -121,7 +121,7 @@ def _observations(result: Result) -> Iterator[_Observation]:
     # The words that say why there is no result are there.
     said = "P" if result.failure else ""
     yield _Observation("CWE", codes.OUTCOME, _coded(outcome))
-    statements = [words, *content.statements(result.algorithm)]
+    statements = [words, *(words for _, words in content.statements(result.algorithm))]
     if any(finding.is_atypical for finding in result.findings):
         statements.insert(1, content.ATYPICAL_STATEMENT)
     yield _Observation("FT", codes.SUMMARY, "\\.br\\".join(_text(one) for one in statements), status=said)
@@ -148,7 +148,7 @@ def _obx(result: Result, number: int, one: _Observation, *, status: str) -> str:
     algorithm = result.algorithm
     device = f"{_text(f'{algorithm.name} {algorithm.version}')}^{content.MANUFACTURER}^{result.uids.device_uid}^ISO"
     fields = {1: str(number), 2: one.kind, 3: _coded(one.code), 4: one.part, 5: one.value, 6: _coded(one.unit) if one.unit else ""}
-    return _segment("OBX", fields | {8: one.flag, 11: one.status or status, 18: device, 19: _time(result, result.analysed_at)})
+    return _segment("OBX", fields | {8: one.flag, 11: one.status or status, 18: device, 19: _time(result.analysed_at)})
 
 
 # --- how HL7 writes it
@@ -167,5 +167,5 @@ def _coded(code: Code) -> str:
     return "^".join(_text(part) for part in (code.value, code.meaning, codes.designator(code.scheme)))
 
 
-def _time(result: Result, at: datetime) -> str:
-    return at.astimezone(result.analysed_at.tzinfo).strftime("%Y%m%d%H%M%S%z")
+def _time(at: datetime) -> str:
+    return at.strftime("%Y%m%d%H%M%S%z")

@@ -83,6 +83,12 @@ class Result:
     previous: Dataset | None
     uids: ReportUids
 
+    @property
+    def study_at(self) -> datetime | None:
+        """When the study was made, in the documents' zone; None where nobody said."""
+        at = self.study.study_at
+        return at.astimezone(self.analysed_at.tzinfo) if at.year >= _UNIX_EPOCH_YEAR else None
+
     def uid(self, kind: str, *more: str) -> str:
         """Derive the SOP Instance UID of a document of `kind` beside the root report; `more` tells several apart."""
         return derive_uid(kind, self.uids.sop_instance_uid, *more)
