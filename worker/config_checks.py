@@ -82,6 +82,10 @@ def _check_secrets(peer: Destination, where: str) -> None:
     for door in ("stow", "fhir", "webhook"):
         if url := getattr(peer, f"{door}_url"):
             _check_url(f"{where}: {door}_url", url, ends_with="/studies" if door == "stow" else "", secret=f"{door}_secret")
+    _check_mail(peer, where)
+
+
+def _check_mail(peer: Destination, where: str) -> None:
     if peer.mail_to and not (peer.mail_from and peer.smtp_host):
         raise ConfigError(f"{where}: mail_to needs mail_from and smtp_host.")
     if peer.mail_to and not (peer.tls or peer.smtp_host in _NEAR):

@@ -9,8 +9,9 @@ mail: 4xx, silence      PeerUnavailable: again later, under the same Message-ID
 mail: 5xx               PeerRefused; of log-in, greeting and STARTTLS PeerUnreachable, for those are the configuration's
 ======================  ======================================================================================
 
-The webhook follows Standard Webhooks 1.0.0: an ID that is the same when it is sent again, the time it was sent, and HMAC-SHA256 over both
-and the body, so that a receiver knows who speaks, and what it has heard before. Mail goes by STARTTLS (RFC 3207), on port 465 by TLS at once.
+The webhook follows Standard Webhooks 1.0.0: an ID that is the same when it is sent again, the time it was sent, and HMAC-SHA256 over
+both and the body, so that a receiver knows who speaks, and what it has heard before. Mail goes by STARTTLS (RFC 3207), on port 465 by
+TLS at once.
 Not here: what a notice says (report/notice.py), HTTP (web.py), jobs (send.py).
 """
 
