@@ -56,9 +56,12 @@ def coded(concept: Json) -> tuple[str, str]:
 def test_the_validator_finds_what_is_wrong(tmp_path: Path) -> None:
     """A check that cannot fail proves nothing."""
     whole = bundle(reports.result([reports.radiograph(tmp_path)]))
-    for change in ({"status": "amende"}, {"issued": "2024"}, {"code": None}, {"foo": 1}, {"component": [{}]}):
+    [observation, _] = of(whole, "Observation")
+    for change in ({"status": "amende"}, {"issued": "2024"}, {"foo": 1}, {"component": [{}]}):
         with pytest.raises(ValueError, match=next(iter(change))):
-            validated(of(whole, "Observation")[0] | change)
+            validated(observation | change)
+    with pytest.raises(ValueError, match="code"):
+        validated({key: value for key, value in observation.items() if key != "code"})
 
 
 def test_a_result_is_a_report_an_observation_a_finding_and_the_device_that_says_so(tmp_path: Path) -> None:
