@@ -19,7 +19,6 @@ from tests.recipients import END, START, Ris, Step, acknowledged, control_id, ha
 from tests.receivers import hl7_listener
 from worker import doctor
 from worker.config import Config, Destination
-from worker.config import Site as SiteSettings
 from worker.deliver import mllp
 from worker.deliver.association import Peer
 from worker.deliver.cstore import NO_RESPONSE, Outcome
@@ -247,11 +246,10 @@ def test_a_refused_message_is_a_dead_letter_that_a_person_may_send_again(store: 
         assert site.jobs()[0][0] == "completed"
 
 
-def test_doctor_connects_to_the_ris(tmp_path: Path) -> None:
+def test_doctor_connects_to_the_ris() -> None:
     def found(port: int) -> tuple[str, bool]:
         one = Destination(name="ris", hl7_host="127.0.0.1", hl7_port=port, timeout_s=5.0)
-        config = Config(site=SiteSettings(data=tmp_path), destinations=(one,))
-        [(text, is_well)] = [(text, is_well) for what, text, is_well in doctor.checks(config, tmp_path / "s.toml") if what == "HL7 ris"]
+        [(text, is_well)] = [(text, is_well) for what, text, is_well in doctor._peers(Config(destinations=(one,))) if what == "HL7 ris"]
         return text, is_well
 
     with ris() as his:

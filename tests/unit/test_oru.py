@@ -201,7 +201,11 @@ def test_no_text_breaks_a_field_and_each_comes_back_as_it_was(
     assert len(pid[3].split("^")) == 4
     assert parsed.unescape(verdict[3].split("^")[1]) == _clean(meaning)
     family = name.split("=")[0].split("^")[0]
-    assert parsed.unescape(pid[5].split("~")[0].split("^")[0] if len(pid) > 5 else "") in (_clean(family), "", *map(_clean, name.split("=")))
+    assert parsed.unescape(pid[5].split("~")[0].split("^")[0] if len(pid) > 5 else "") in (
+        _clean(family),
+        "",
+        *map(_clean, name.split("=")),
+    )
 
 
 def _clean(text: str) -> str:

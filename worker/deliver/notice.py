@@ -42,6 +42,7 @@ from worker.errors import PeerRefused, PeerUnavailable, PeerUnreachable, WorkerE
 
 Json = dict[str, Any]
 
+_READY: Final = 220  # RFC 5321 §4.2.3
 #: RFC 8314 §3.3: TLS from the first byte.
 _SUBMISSIONS: Final = 465
 _SUBJECT: Final = "Synoptic: a study needs attention"
@@ -152,7 +153,9 @@ def _session(peer: Peer) -> Iterator[smtplib.SMTP]:
     line = _Smtp(peer)
     try:
         with web.bounded(lambda: line.sock, peer.timeout_s):
-            line.connect(peer.host, peer.port)
+            code, said = line.connect(peer.host, peer.port)
+            if code != _READY:
+                raise smtplib.SMTPConnectError(code, said)
             if peer.tls is not None and peer.port != _SUBMISSIONS:
                 line.starttls(context=peer.tls())
             if peer.secret:

@@ -81,15 +81,16 @@ def exchange(
     line = http.client.HTTPConnection(peer.host, peer.port)
     line.sock = sock = connect(peer)
     try:
-        with bounded(lambda: sock, peer.timeout_s + len(body) / _SLOWEST_BYTES_PER_S) as end:
+        seconds = peer.timeout_s + len(body) / _SLOWEST_BYTES_PER_S
+        with bounded(lambda: sock, seconds) as is_over:
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # who has read enough answers before it has read all
                 line.request(method, target or "/", body=body or None, headers=all_headers)
             with line.getresponse() as response:
                 answer = b""
                 with contextlib.suppress(OSError, http.client.HTTPException):
                     answer = response.read(max_body + 1)
-                if end.finished.is_set():
-                    raise TimeoutError(f"it takes longer than {end.interval:.3g} s")
+                if is_over.is_set():
+                    raise TimeoutError(f"it takes longer than {seconds:.3g} s")
                 return response.status, answer if len(answer) <= max_body else b""
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = cause_of(error) if isinstance(error, OSError) else "what it sends is not HTTP"
@@ -100,14 +101,23 @@ def exchange(
 
 
 @contextlib.contextmanager
-def bounded(sock_of: Callable[[], socket.socket | None], seconds: float) -> Iterator[threading.Timer]:
-    """Cut the socket off after `seconds`: its own time-out is that of one piece, and a peer that drips would never meet it."""
-    end = threading.Timer(seconds, lambda: _cut(sock_of()))
-    end.start()
+def bounded(sock_of: Callable[[], socket.socket | None], seconds: float) -> Iterator[threading.Event]:
+    """Cut the socket off after `seconds`: its own time-out is that of one piece, and a peer that drips would never meet it.
+
+    Gives what is set before that: whoever reads the end of the stream must know that it is not the peer's.
+    """
+    is_over = threading.Event()
+
+    def end() -> None:
+        is_over.set()
+        _cut(sock_of())
+
+    timer = threading.Timer(seconds, end)
+    timer.start()
     try:
-        yield end
+        yield is_over
     finally:
-        end.cancel()
+        timer.cancel()
 
 
 def _cut(sock: socket.socket | None) -> None:
