@@ -20,7 +20,8 @@ from tests.integration.test_commitment import Site
 from tests.integration.test_cstore import expect_error
 from tests.pki import Authority
 from worker import doctor
-from worker.config import Config, Destination, FhirServer as FhirSettings, Records
+from worker.config import Config, Destination, Records
+from worker.config import FhirServer as FhirSettings
 from worker.config import Site as SiteSettings
 from worker.deliver import fhir as door
 from worker.deliver.association import Peer
@@ -99,6 +100,12 @@ def test_a_new_version_is_filed_beside_the_old_one_whichever_comes_first(ehr: Fh
     assert amended["extension"][0]["valueReference"]["identifier"] == replaced["identifier"][0]
 
 
+def answered(*statuses: str) -> Reply:
+    """A response with these statuses of its entries."""
+    entries = [{"response": {"status": status}} for status in statuses]
+    return Reply(200, {"resourceType": "Bundle", "type": "transaction-response", "entry": entries})
+
+
 @pytest.mark.parametrize(
     ("reply", "error", "words"),
     [
@@ -120,7 +127,7 @@ def test_a_new_version_is_filed_beside_the_old_one_whichever_comes_first(ehr: Fh
         (Reply(200, b"[" * 100_000), NotReadBack, "4 entries"),
         (Reply(200, b"x" * (MAX_BODY + 1)), NotReadBack, "4 entries"),
         (Reply(200, {"resourceType": "Bundle", "type": "searchset", "entry": []}), NotReadBack, "4 entries"),
-        (Reply(200, {"resourceType": "Bundle", "type": "transaction-response", "entry": [None] * 4}), PeerUnavailable, "of an entry with 500"),
+        (answered(*["fine"] * 4), PeerUnavailable, "of an entry with 500"),
     ],
 )  # fmt: skip
 def test_what_is_no_success_says_why_and_whether_it_is_tried_again(
@@ -130,12 +137,6 @@ def test_what_is_no_success_says_why_and_whether_it_is_tried_again(
     result = send_one(document(tmp_path), peer(ehr))
     expect_error(result, error, words)
     assert "ZZNAME" not in str(result.error)
-
-
-def answered(*statuses: str) -> Reply:
-    """A response with these statuses of its entries."""
-    entries = [{"response": {"status": status}} for status in statuses]
-    return Reply(200, {"resourceType": "Bundle", "type": "transaction-response", "entry": entries})
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ import pytest
 from tests.integration.test_commitment import Site
 from tests.integration.test_cstore import expect_error
 from tests.pki import Authority
-from tests.recipients import END, START, Ris, Step, acknowledged, control_id, hang_up, ris, silence
 from tests.receivers import hl7_listener
+from tests.recipients import END, START, Ris, Step, acknowledged, control_id, hang_up, ris, silence
 from worker import doctor
 from worker.config import Config, Destination
 from worker.deliver import mllp

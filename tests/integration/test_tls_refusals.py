@@ -22,7 +22,7 @@ from tests.integration.test_cstore import expect_error, make_document, send_one
 from tests.pki import Authority, Pair, calling, listening
 from tests.receivers import receiving
 from worker.config import Records
-from worker.deliver import association, cstore, stow, web
+from worker.deliver import association, cstore, web
 from worker.deliver.association import Peer
 from worker.errors import PeerUnavailable, PeerUnreachable
 from worker.intake.hl7 import ParsedMessage
