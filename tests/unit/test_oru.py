@@ -19,6 +19,7 @@ from pydicom.dataset import Dataset
 from tests import factories, reports
 from tests.reports import ALGORITHM, FINDINGS, ZONE
 from worker.domain import Code, Document, Patient, PatientKey
+from worker.intake.hl7 import parse
 from worker.report import codes, content, oru, sr
 from worker.report.result import Result, result_of
 
@@ -168,6 +169,13 @@ def test_the_same_result_is_the_same_message_and_another_has_another_control_id(
     assert oru.build(one) == oru.build(result(tmp_path))
     other = result(tmp_path, algorithm=replace(ALGORITHM, input_sha256="01" * 32))
     assert str(hl7.parse(message(one)).segment("MSH")(10)) != str(hl7.parse(message(other)).segment("MSH")(10))
+
+
+def test_a_result_that_a_ris_forwards_to_us_is_no_fact_of_the_record(tmp_path: Path) -> None:
+    """Else what the network said would be what it is given the next time."""
+    parsed = parse(message(result(tmp_path)).encode(), zone=ZONE, issuers={})
+    assert parsed.update is None
+    assert "a result of ours, sent back" in parsed.note
 
 
 def test_a_study_without_a_date_has_no_time_of_observation(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from typing import Final
 
 from pydicom.dataset import Dataset
 
-from worker.domain import Code, Document, Finding
+from worker.domain import OWN_APPLICATION, Code, Document, Finding
 from worker.report import codes, content
 from worker.report.result import Result
 
@@ -66,7 +66,7 @@ def build(result: Result) -> tuple[Document, ...]:
 
 def _msh(result: Result) -> str:
     control_id = hashlib.sha256(result.uid("oru").encode()).hexdigest()[:_CONTROL_ID_LENGTH].upper()
-    fields = {2: "^~\\&", 3: content.MANUFACTURER.upper(), 7: _time(result.analysed_at), 9: "ORU^R01^ORU_R01", 10: control_id}
+    fields = {2: "^~\\&", 3: OWN_APPLICATION, 7: _time(result.analysed_at), 9: "ORU^R01^ORU_R01", 10: control_id}
     fields |= {11: "P", 12: "2.5.1", 18: "UNICODE UTF-8"}
     # MSH-1 is the separator itself.
     return _segment("MSH", {number - 1: value for number, value in fields.items()})
