@@ -246,6 +246,21 @@ def test_a_refused_message_is_a_dead_letter_that_a_person_may_send_again(store: 
         assert site.jobs()[0][0] == "completed"
 
 
+def test_a_message_that_waited_is_not_sent_after_a_later_one_of_its_study(store: Store, tmp_path: Path) -> None:
+    """A RIS keeps what came last: an older result must not take a newer one's place."""
+    site = Site(store, tmp_path)
+    site.add(1, make_message())
+    with ris(acknowledged("AE")) as his:
+        site.deliver(his.peer(), wait_s=None)
+        later = make_message()
+        site.add(1, later)
+        site.now += timedelta(hours=1)
+        site.deliver(his.peer(), wait_s=None)
+        assert [state for state, _ in site.jobs()] == ["cancelled", "completed"]
+        assert site.jobs()[0][1] == "A later result of the study is sent instead."
+        assert his.received[1:] == [later.data]
+
+
 def test_doctor_connects_to_the_ris() -> None:
     def found(port: int) -> tuple[str, bool]:
         one = Destination(name="ris", hl7_host="127.0.0.1", hl7_port=port, timeout_s=5.0)

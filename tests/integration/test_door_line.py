@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Iterator
@@ -11,13 +12,14 @@ from pathlib import Path
 import hl7
 import pytest
 import sqlalchemy as sa
+from rich.console import Console
 
 from tests import atna
 from tests.fhir_r4 import validated
 from tests.fhir_server import FhirServer
 from tests.phantom_line import PHANTOM, PhantomLine, phantom_line
 from tests.recipients import Hook, ris
-from worker import pipeline
+from worker import pipeline, view
 from worker.deliver.association import Peer
 from worker.deliver.send import deliver
 from worker.demo.phantom import ISSUER
@@ -25,7 +27,7 @@ from worker.domain import ROUTINE, STAT
 from worker.imaging.decoding import DecoderPool
 from worker.infer import Model
 from worker.ops import audit
-from worker.store import queue, schema
+from worker.store import ledger, queue, schema
 
 KINDS = {"ris": ("oru",), "ehr": ("fhir",), "people": ("notice",), "pacs": ("sr",)}
 SYSTEM = "urn:oid:1.2.40.0.34"
@@ -84,6 +86,14 @@ def test_a_result_reaches_ris_ehr_and_people_and_a_critical_one_goes_first(site:
         assert send(site, to) == [True] * 2
         assert send(site, replace(hook.peer(), name="people")) == [True]
     audit.end()
+    # What a person is shown, and what the ledger says, knows the other forms.
+    text = io.StringIO()
+    view.show(Console(width=200, file=text), site.store, cases[1].job.study_id, with_report=True)
+    assert [kind for kind in ("oru", "fhir", "notice", "report") if f"\n{kind} " not in text.getvalue()] == []
+    with site.store.begin() as conn:
+        conn.execute(sa.update(schema.job).where(schema.job.c.destination == "pacs").values(state="completed"))
+    with site.store.read() as conn:
+        assert [row.account for row in conn.execute(sa.select(ledger.standing()))] == ["delivered"] * 2
     messages = [hl7.parse(message.decode()) for message in his.received]
     patients = [str(message.segment("PID")(3)) for message in messages]
     firsts = [case.study.patient.key.patient_id for case in cases if case.study and case.job.study_id in alarming]

@@ -75,7 +75,7 @@ class Peer:
     url: str = ""
     door: str = "dicom"
     authorization: str = field(default="", repr=False)
-    systems: Mapping[str, str] = field(default_factory=dict)
+    systems: Mapping[str, str] = field(default_factory=dict, hash=False)
     secret: str = field(default="", repr=False)
     mail_from: str = ""
     mail_to: tuple[str, ...] = ()
