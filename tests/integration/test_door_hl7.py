@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import ssl
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hl7.mllp import start_hl7_server
 
+from tests import reports
 from tests.integration.test_commitment import Site
 from tests.integration.test_cstore import expect_error
 from tests.pki import Authority
@@ -25,6 +31,7 @@ from worker.deliver.cstore import NO_RESPONSE, Outcome
 from worker.domain import Document
 from worker.errors import PeerRefused, PeerUnavailable, PeerUnreachable, WorkerError
 from worker.peers import peer_of
+from worker.report import oru
 from worker.store import queue
 from worker.store.database import Store
 
@@ -155,7 +162,7 @@ def drip(one: socket.socket) -> None:
 @pytest.mark.parametrize(("serve", "words"), [(drip, "within 0.4 s"), (lambda one: one.sendall(b"x" * 2**24), "more than 65536 bytes")])
 def test_endless_bytes_are_bounded_in_number_and_in_time(serve: Callable[[socket.socket], None], words: str) -> None:
     his = Ris()
-    his.serve = serve  # type: ignore[method-assign]
+    his.serve = serve  # type: ignore[method-assign, assignment]
     with his:
         began = time.monotonic()
         expect_error(send_one(his.peer(timeout_s=0.4)), PeerUnavailable, words)
@@ -200,12 +207,49 @@ def test_by_tls_both_show_certificates_and_a_stranger_gets_nothing(tmp_path: Pat
     context.load_verify_locations(ours.certificate)
     context.verify_mode = ssl.CERT_REQUIRED
     with ris(tls=context) as his:
-        known = {"tls_ca": str(ours.certificate), "tls_certificate": str(pair.certificate), "tls_key": str(pair.key)}
+        known: dict[str, Any] = {"tls_ca": str(ours.certificate), "tls_certificate": str(pair.certificate), "tls_key": str(pair.key)}
         settings = Destination(name="ris", hl7_host="127.0.0.1", hl7_port=his.port, tls=True, tls_server_name="ris.example", timeout_s=5.0)
         trusted = replace(settings, **known)
         assert send_one(peer_of(trusted, own_ae_title="US")).delivered
         expect_error(send_one(peer_of(replace(trusted, tls_server_name=""), own_ae_title="US")), PeerUnreachable, "certificate is refused")
         assert len(his.received) == 1
+
+
+@contextmanager
+def python_hl7() -> Iterator[tuple[int, list[str]]]:
+    """The MLLP server of python-hl7 on loopback: its port, and the control IDs that it has read."""
+    read: list[str] = []
+    loop, ready = asyncio.new_event_loop(), threading.Event()
+
+    async def answer(reader: Any, writer: Any) -> None:
+        while not reader.at_eof():
+            try:
+                message = await reader.readmessage()
+            except asyncio.IncompleteReadError:
+                break
+            read.append(str(message.segment("MSH")(10)))
+            writer.writemessage(message.create_ack())
+            await writer.drain()
+        writer.close()
+
+    server = loop.run_until_complete(start_hl7_server(answer, "127.0.0.1", 0, encoding="utf-8"))
+    loop.call_soon(ready.set)
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    ready.wait(5)
+    yield server.sockets[0].getsockname()[1], read
+    server.close()
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(5)
+    loop.close()
+
+
+def test_the_server_of_another_library_takes_what_we_send_and_we_its_acknowledgment(tmp_path: Path) -> None:
+    documents = [*oru.build(reports.result([reports.radiograph(tmp_path)])), make_message()]
+    with python_hl7() as (port, read):
+        peer = Peer("python-hl7", "", "127.0.0.1", port, "", timeout_s=5.0, door="hl7")
+        assert [one.error for one in mllp.send(documents, peer=peer)] == [None, None]
+        assert read == [control_id(one.data) for one in documents]
 
 
 def test_our_own_listener_takes_what_we_send(store: Store) -> None:

@@ -57,7 +57,8 @@ def test_the_validator_finds_what_is_wrong(tmp_path: Path) -> None:
     """A check that cannot fail proves nothing."""
     whole = bundle(reports.result([reports.radiograph(tmp_path)]))
     [observation, _] = of(whole, "Observation")
-    for change in ({"status": "amende"}, {"issued": "2024"}, {"foo": 1}, {"component": [{}]}):
+    changes: tuple[Json, ...] = ({"status": "amende"}, {"issued": "2024"}, {"foo": 1}, {"component": [{}]})
+    for change in changes:
         with pytest.raises(ValueError, match=next(iter(change))):
             validated(observation | change)
     with pytest.raises(ValueError, match="code"):

@@ -184,7 +184,7 @@ def test_a_study_without_a_date_has_no_time_of_observation(tmp_path: Path) -> No
     assert str(hl7.parse(message(undated)).segment("OBR")(7)) == ""
 
 
-TEXTS = st.text(st.characters(exclude_categories=("Cs",)), max_size=60)
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 
 
 @settings(max_examples=60, deadline=None)

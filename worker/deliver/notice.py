@@ -74,8 +74,8 @@ def _post(document: Document, *, peer: Peer) -> Outcome:
         status, _ = web.exchange(peer, "POST", peer.url, body=document.data, headers=headers)
     except WorkerError as error:
         return Outcome(uid, error=error)
-    error = None if status // 100 == 2 else web.refusal(status, f"{peer.name} answers the webhook with HTTP status {status}")
-    return Outcome(uid, 0, error=error)
+    what = f"{peer.name} answers the webhook with HTTP status {status}"
+    return Outcome(uid, 0, error=None if status // 100 == 2 else web.refusal(status, what))
 
 
 def _signature(secret: str, own_id: str, sent_at: str, body: bytes) -> str:
