@@ -145,18 +145,18 @@ def test_a_study_without_an_accession_number_is_named_by_its_uid_on_one_line(tol
 @pytest.mark.parametrize(
     ("replies", "error", "words"),
     [
-        ({"": "554 no service"}, PeerUnreachable, "greets with 554"),
-        ({"EHLO": "500 what", "HELO": "500 what"}, PeerUnreachable, "greets with 500"),
-        ({"MAIL": "451 later"}, PeerUnavailable, "cannot take the mail now: 451"),
+        ({"": "554 no service"}, PeerUnreachable, "refuses greeting or log-in with 554"),
+        ({"EHLO": "500 what", "HELO": "500 what"}, PeerUnreachable, "refuses greeting or log-in with 500"),
+        ({"MAIL": "451 later"}, PeerUnavailable, "refuses the mail with 451"),
         ({"MAIL": "550 never ZZNAME"}, PeerRefused, "refuses the mail with 550"),
-        ({"RCPT": "550 no such user ZZNAME"}, PeerRefused, "refuses every recipient with 550"),
-        ({"RCPT": "450 busy"}, PeerUnavailable, "refuses every recipient with 450"),
+        ({"RCPT": "550 no such user ZZNAME"}, PeerRefused, "refuses the mail with 550"),
+        ({"RCPT": "450 busy"}, PeerUnavailable, "refuses the mail with 450"),
         ({"DATA": "554 no"}, PeerRefused, "refuses the mail with 554"),
-        ({"mail": "452 full"}, PeerUnavailable, "cannot take the mail now: 452"),
+        ({"mail": "452 full"}, PeerUnavailable, "refuses the mail with 452"),
         ({"mail": "550 spam"}, PeerRefused, "refuses the mail with 550"),
-        ({"mail": ""}, PeerUnavailable, "broke off the connection"),
-        ({"DATA": ""}, PeerUnavailable, "broke off the connection"),
-        ({"MAIL": "what is this"}, PeerUnavailable, "cannot take the mail now: -1"),
+        ({"mail": ""}, PeerUnavailable, "broke off the mail"),
+        ({"DATA": ""}, PeerUnavailable, "broke off the mail"),
+        ({"MAIL": "what is this"}, PeerUnavailable, "refuses the mail with -1"),
     ],
 )
 def test_what_is_no_acceptance_of_a_mail_says_why_and_whether_it_is_tried_again(
@@ -204,7 +204,7 @@ def test_mail_goes_by_starttls_and_logs_in_only_there(told: Document, tmp_path: 
         assert "hush" not in repr(settings) + repr(to)
         assert send_one(told, to).error is None
         assert server.verbs[:4] == ["EHLO", "STARTTLS", "EHLO", "AUTH"]
-        expect_error(send_one(told, replace(to, secret="user:wrong")), PeerUnreachable, "refuses the log-in with 535")
+        expect_error(send_one(told, replace(to, secret="user:wrong")), PeerUnreachable, "log-in with 535")
         stranger = peer_of(replace(settings, tls_ca=""), own_ae_title="US")
         expect_error(send_one(told, stranger), PeerUnavailable, "certificate is refused")
         server.tls = None

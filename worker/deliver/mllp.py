@@ -24,10 +24,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from typing import Final
 
+from worker.deliver import web
 from worker.deliver.association import Peer, connect
-from worker.deliver.cstore import MAX_LOST, Outcome
+from worker.deliver.cstore import Outcome
 from worker.domain import Document
-from worker.errors import PeerRefused, PeerUnavailable, PeerUnreachable, WorkerError, cause_of
+from worker.errors import PeerRefused, PeerUnavailable, cause_of
 
 # MLLP Release 1, §2: start block, and end block with carriage return.
 _START: Final = b"\x0b"
@@ -45,41 +46,12 @@ _PASSING: Final = ("206", "207")
 
 
 def send(documents: Sequence[Document], *, peer: Peer) -> list[Outcome]:
-    """Send `documents` in order over one connection, each acknowledged before the next; one outcome each, in order.
-
-    Each exchange is bounded by ``peer.timeout_s``, and a call loses at most two connections.
-    """
-    outcomes: list[Outcome] = []
-    lost: list[WorkerError] = []
-    line: _Line | None = None
+    """Send `documents` in order, each acknowledged before the next, over one connection while it lasts; one outcome each, in order."""
+    line = _Line(peer)
     try:
-        for document in documents:
-            if len(lost) >= MAX_LOST:
-                outcomes.append(Outcome(document.sop_instance_uid, error=lost[-1]))
-                continue
-            try:
-                line = line or _Line(peer)
-                outcomes.append(_judged(line.exchange(document.data), document, peer=peer))
-            except PeerUnavailable as error:
-                lost += [error] * (MAX_LOST if isinstance(error, PeerUnreachable) else 1)
-                outcomes.append(Outcome(document.sop_instance_uid, error=error))
-                if line:
-                    line.close()
-                line = None
+        return web.each(documents, line.deliver)
     finally:
-        if line:
-            line.close()
-    return outcomes
-
-
-def _judged(answer: tuple[str, str], document: Document, *, peer: Peer) -> Outcome:
-    code, reason = answer
-    uid, what = document.sop_instance_uid, f"{peer.name} answers {code}{f', ERR-3 {reason}' if reason else ''}"
-    if code in _ACCEPTED:
-        return Outcome(uid, 0)
-    if code in _REFUSED and reason not in _PASSING:
-        return Outcome(uid, 0, error=PeerRefused(f"{what}: it refuses the message."))
-    return Outcome(uid, 0, error=PeerUnavailable(f"{what}: it cannot take the message now."))
+        line.close()
 
 
 def reach(peer: Peer) -> float:
@@ -96,90 +68,76 @@ def reach(peer: Peer) -> float:
 
 
 class _Line:
-    """One connection, and the control IDs that were sent on it."""
+    """A connection that is made when it is needed, and the control IDs that were sent on it."""
 
     def __init__(self, peer: Peer) -> None:
         self._peer = peer
-        self._sock = connect(peer)
+        self._sock: socket.socket | None = None
         self._sent: set[str] = set()
-        self._pending = bytearray()
 
     def close(self) -> None:
-        self._sock.close()
+        """End the connection, if there is one."""
+        if self._sock is not None:
+            self._sock.close()
+        self._sock = None
 
-    def exchange(self, message: bytes) -> tuple[str, str]:
-        """Send one message and return MSA-1 of its acknowledgment, and ERR-3 (of old versions MSA-6) where there is one.
-
-        Raises
-        ------
-        PeerUnavailable
-            There was no acknowledgment of it; the line is of no more use.
-        """
-        control_id = _fields(message.partition(b"\r")[0].decode("utf-8", "replace"))[9]
-        deadline = time.monotonic() + self._peer.timeout_s + len(message) / _SLOWEST_BYTES_PER_S
+    def deliver(self, document: Document) -> Outcome:
+        """Send one message and judge its acknowledgment; what has none ends the connection."""
+        uid = document.sop_instance_uid
         try:
-            self._write(_START + message + _END, deadline)
-            for answer in self._frames(deadline):
-                code, of, reason = _read(answer)
-                if code not in _KNOWN:
-                    raise PeerUnavailable(f"{self._peer.name} answers with something that is no acknowledgment.")
-                if of == control_id:
-                    self._sent.add(control_id)
-                    return code, reason
-                if of not in self._sent:
-                    raise PeerUnavailable(f"{self._peer.name} acknowledges another message than the one that was sent.")
-        except TimeoutError as error:
-            raise PeerUnavailable(f"{self._peer.name} did not acknowledge the message within {self._peer.timeout_s:g} s.") from error
-        except OSError as error:
-            raise PeerUnavailable(f"{self._peer.name} broke the connection: {cause_of(error)}.") from error
-        raise PeerUnavailable(f"{self._peer.name} closed the connection without an acknowledgment.")
+            code, reason = self._exchange(document.data)
+        except PeerUnavailable as error:
+            self.close()
+            return Outcome(uid, error=error)
+        what = f"{self._peer.name} answers {code}{f', ERR-3 {reason}' if reason else ''}"
+        if code in _ACCEPTED:
+            return Outcome(uid, 0)
+        if code in _REFUSED and reason not in _PASSING:
+            return Outcome(uid, 0, error=PeerRefused(f"{what}: it refuses the message."))
+        return Outcome(uid, 0, error=PeerUnavailable(f"{what}: it cannot take the message now."))
 
-    def _frames(self, deadline: float) -> Iterator[bytes]:
-        """Yield the content of each frame until the peer ends; bytes outside are passed over, as MLLP asks. TimeoutError at `deadline`."""
-        taken = len(self._pending)
-        while True:
-            start = self._pending.find(_START)
-            end = self._pending.find(_END, start) if start >= 0 else -1
-            if end >= 0:
-                answer = bytes(self._pending[start + 1 : end])
-                del self._pending[: end + len(_END)]
+    def _exchange(self, message: bytes) -> tuple[str, str]:
+        """Return MSA-1 of the acknowledgment, and ERR-3 (of old versions MSA-6) where there is one."""
+        name, control_id = self._peer.name, message.partition(b"\r")[0].decode().split("|")[9]
+        if self._sock is None:
+            self._sock, self._sent = connect(self._peer), set()
+            self._sock.settimeout(None)  # each exchange is bounded as a whole
+        seconds = self._peer.timeout_s + len(message) / _SLOWEST_BYTES_PER_S
+        problem = "closed the connection without an acknowledgment"
+        with web.bounded(lambda: self._sock, seconds) as is_over:
+            try:
+                self._sock.sendall(_START + message + _END)
+                for code, of, reason in map(_read, self._frames(self._sock)):
+                    if code not in _KNOWN:
+                        raise PeerUnavailable(f"{name} answers with something that is no acknowledgment.")
+                    if of == control_id:
+                        self._sent.add(control_id)
+                        return code, reason
+                    if of not in self._sent:
+                        raise PeerUnavailable(f"{name} acknowledges another message than the one that was sent.")
+            except OSError as error:
+                problem = f"broke the connection: {cause_of(error)}"
+        raise PeerUnavailable(f"{name} {f'did not acknowledge the message within {seconds:.3g} s' if is_over.is_set() else problem}.")
+
+    def _frames(self, sock: socket.socket) -> Iterator[bytes]:
+        """Yield the content of each frame until the peer ends; bytes outside are passed over, as MLLP asks."""
+        pending, taken = bytearray(), 0
+        while chunk := sock.recv(_CHUNK_BYTES):
+            pending += chunk
+            taken += len(chunk)
+            while (start := pending.find(_START)) >= 0 and (end := pending.find(_END, start)) >= 0:
+                answer = bytes(pending[start + 1 : end])
+                del pending[: end + len(_END)]
                 yield answer
-                continue
             if taken > MAX_ANSWER:
                 raise PeerUnavailable(f"{self._peer.name} answers with more than {MAX_ANSWER} bytes.")
-            chunk = self._socket(deadline).recv(_CHUNK_BYTES)
-            if not chunk:
-                return
-            taken += len(chunk)
-            self._pending += chunk
-
-    def _write(self, data: bytes, deadline: float) -> None:
-        rest = memoryview(data)
-        while rest:  # `sendall` of a TLS socket gives each record the whole time anew
-            rest = rest[self._socket(deadline).send(rest) :]
-
-    def _socket(self, deadline: float) -> socket.socket:
-        left_s = deadline - time.monotonic()
-        if left_s <= 0:
-            raise TimeoutError
-        self._sock.settimeout(left_s)
-        return self._sock
 
 
 def _read(answer: bytes) -> tuple[str, str, str]:
     """MSA-1, MSA-2 and the code of ERR-3.1, else of MSA-6.1; '' for what is not there."""
     text = answer.decode("utf-8", "replace").lstrip("\ufeff\r\n ")
-    separator = text[3:4] if text.startswith("MSH") else "|"
-    component = text[4:5] or "^"
-    found = {line[:3]: _fields(line, separator) for line in reversed(re.split("[\r\n]+", text)) if line[:3] in ("MSA", "ERR")}
-    msa, err = found.get("MSA", []), found.get("ERR", [])
-
-    def at(fields: list[str], number: int) -> str:
-        return fields[number].strip() if number < len(fields) else ""
-
-    reason = (at(err, 3) or at(msa, 6)).partition(component)[0]
-    return at(msa, 1), at(msa, 2), reason if re.fullmatch("[0-9]{1,3}", reason) else ""
-
-
-def _fields(line: str, separator: str = "|") -> list[str]:
-    return line.split(separator)
+    separator, component = (text[3:4], text[4:5]) if text.startswith("MSH") and len(text) > len("MSH") else ("|", "^")
+    found = {line[:3]: [*line.split(separator), *[""] * 7] for line in reversed(re.split("[\r\n]+", text))}
+    msa, err = (found.get(name, [""] * 7) for name in ("MSA", "ERR"))
+    reason = (err[3] or msa[6]).split(component)[0].strip() if component else ""
+    return msa[1].strip(), msa[2].strip(), reason if re.fullmatch("[0-9]{1,3}", reason) else ""

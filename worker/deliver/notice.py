@@ -42,7 +42,8 @@ from worker.errors import PeerRefused, PeerUnavailable, PeerUnreachable, WorkerE
 
 Json = dict[str, Any]
 
-_READY: Final = 220  # RFC 5321 §4.2.3
+#: RFC 5321 §4.2.1, §4.2.3: it is ready; from here on it is no use to try again.
+_READY, _PERMANENT = 220, 500
 #: RFC 8314 §3.3: TLS from the first byte.
 _SUBMISSIONS: Final = 465
 _SUBJECT: Final = "Synoptic: a study needs attention"
@@ -171,25 +172,18 @@ def _session(peer: Peer) -> Iterator[smtplib.SMTP]:
 
 def _meaning(error: Exception, *, peer: Peer) -> WorkerError:
     """What an error of smtplib stands for; its text may repeat an address, and is not repeated."""
-    match error:
-        case smtplib.SMTPRecipientsRefused(recipients=recipients):
-            codes = [code for code, _ in recipients.values()]
-            what = f"{peer.name} refuses every recipient with {', '.join(sorted({str(code) for code in codes}))}."
-            return PeerRefused(what) if all(code >= 500 for code in codes) else PeerUnavailable(what)
-        case smtplib.SMTPAuthenticationError(smtp_code=code):
-            return PeerUnreachable(f"{peer.name} refuses the log-in with {code}.")
-        case smtplib.SMTPNotSupportedError():
-            return PeerUnreachable(f"{peer.name} does not offer what is configured: STARTTLS or log-in.")
-        case smtplib.SMTPHeloError(smtp_code=code) | smtplib.SMTPConnectError(smtp_code=code):
-            return PeerUnreachable(f"{peer.name} greets with {code}.")
-        case smtplib.SMTPServerDisconnected():
-            return PeerUnavailable(f"{peer.name} broke off the connection.")
-        case smtplib.SMTPResponseException(smtp_code=code):
-            return (
-                PeerRefused(f"{peer.name} refuses the mail with {code}.")
-                if code >= 500
-                else PeerUnavailable(f"{peer.name} cannot take the mail now: {code}.")
-            )
-        case OSError():
-            return PeerUnavailable(f"{peer.name} gives no answer by SMTP: {cause_of(error)}.")
-    return PeerUnavailable(f"{peer.name} gives no answer by SMTP that can be understood.")
+    if isinstance(error, smtplib.SMTPNotSupportedError):
+        return PeerUnreachable(f"{peer.name} does not offer what is configured: STARTTLS or log-in.")
+    if isinstance(error, (smtplib.SMTPConnectError, smtplib.SMTPHeloError, smtplib.SMTPAuthenticationError)):
+        return PeerUnreachable(f"{peer.name} refuses greeting or log-in with {error.smtp_code}.")
+    codes: list[int] = []
+    if isinstance(error, smtplib.SMTPRecipientsRefused):  # each of them, or some were told
+        codes = sorted({code for code, _ in error.recipients.values()})
+    elif isinstance(error, smtplib.SMTPResponseException):
+        codes = [error.smtp_code]
+    if codes:
+        what = f"{peer.name} refuses the mail with {', '.join(map(str, codes))}."
+        return PeerRefused(what) if min(codes) >= _PERMANENT else PeerUnavailable(what)
+    # Every error of smtplib is an OSError; of those without a code nothing is known but that it broke off.
+    is_smtp = isinstance(error, smtplib.SMTPException) or not isinstance(error, OSError)
+    return PeerUnavailable(f"{peer.name} {'broke off the mail' if is_smtp else f'gives no answer by SMTP: {cause_of(error)}'}.")
