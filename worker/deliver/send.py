@@ -46,7 +46,7 @@ def deliver(
     with store.read() as conn:
         loaded = [documents.load(conn, job.document_id or 0) for job in jobs]
         whose = [documents.owner(conn, job.study_id) for job in jobs]
-        stops = [_stop(conn, job, document, peer=peer) for job, document in zip(jobs, loaded, strict=True)]
+        stops = [_stop(conn, job, document) for job, document in zip(jobs, loaded, strict=True)]
     fit = [document for document, stop in zip(loaded, stops, strict=True) if stop is None]
     owners = [owner for owner, stop in zip(whose, stops, strict=True) if stop is None]
     subjects: list[audit.Subject] = []
@@ -78,16 +78,16 @@ def deliver(
     return list(sent)
 
 
-def _stop(conn: Connection, job: Job, document: Document, *, peer: cstore.Peer) -> Reject | Superseded | None:
+def _stop(conn: Connection, job: Job, document: Document) -> Reject | Superseded | None:
     """Why a document is not sent at all: what was true when it was written may not be any more."""
-    # A message that waited for the RIS would put the result before the last one in the last one's place.
-    if peer.door == "hl7" and documents.is_superseded(conn, job.document_id or 0):
-        return Superseded("A later result of the study is sent instead.")
     if hold := documents.hold_of(conn, job.study_id):
         return PatientConflict(f"The study is held, its report is not sent: {hold}")
-    return (
-        None if document.is_whole else ReportInvalid("The stored report is not as it was written, its sha256 is another: it is not sent.")
-    )
+    if not document.is_whole:
+        return ReportInvalid("The stored report is not as it was written, its sha256 is another: it is not sent.")
+    # A message that waited for the RIS would put the result before the last one in the last one's place.
+    if document.kind == "oru" and documents.is_superseded(conn, job.document_id or 0):
+        return Superseded("A later result of the study is sent instead.")
+    return None
 
 
 def _subject(document: Document) -> audit.Subject:

@@ -82,6 +82,11 @@ def derive_uid(kind: str, *parts: str) -> str:
     return str(generate_uid(entropy_srcs=[f"synoptic/{kind}", *(f"|{part}" for part in parts)]))
 
 
+def tracking_uid(study: Study, algorithm: Algorithm, finding: Finding) -> str:
+    """Derive the UID by which `finding` is tracked: it outlives a new version of the bundle, for it is still the same question."""
+    return derive_uid("tracking", study.study_instance_uid, algorithm.name, finding.code.scheme, finding.code.value)
+
+
 def tree(
     study: Study,
     *,
@@ -155,11 +160,6 @@ def _image_library(source: Evidence) -> list[sr.ContainerContentItem]:
     if modality := _MODALITIES.get(source.modality):
         images.insert(0, sr.CodeContentItem(standard.DCM.Modality, modality, _HAS_ACQ_CONTEXT))
     return [_container(standard.DCM.ImageLibrary, [_container(standard.DCM.ImageLibraryGroup, images)])]
-
-
-def tracking_uid(study: Study, algorithm: Algorithm, finding: Finding) -> str:
-    """Derive what names `finding` in every document: it outlives a new version of the bundle, for it is still the same question."""
-    return derive_uid("tracking", study.study_instance_uid, algorithm.name, finding.code.scheme, finding.code.value)
 
 
 def _finding_group(finding: Finding, *, study: Study, algorithm: Algorithm) -> sr.MeasurementsAndQualitativeEvaluations:
