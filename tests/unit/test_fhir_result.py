@@ -176,16 +176,16 @@ def test_a_region_has_its_centre_and_volume_and_names_the_images_it_lies_in(tmp_
     whole = bundle(result)
     [observation], [selection] = of(whole, "Observation"), of(whole, "Basic")
     found = {coded(one["code"])[1]: one for one in observation["component"]}
-    assert found["118565006"]["valueQuantity"]["value"] == pytest.approx(3 * 0.5)
-    assert found["118565006"]["code"]["text"] == "Volume, in image image"
-    centre = [found[f"centre-{axis}"]["valueQuantity"]["value"] for axis in "xyz"]
+    assert found["saliency-volume"]["valueQuantity"]["value"] == pytest.approx(3 * 0.5)
+    assert found["saliency-volume"]["code"]["text"] == "Volume of the saliency region, in image image"
+    centre = [found[f"saliency-centre-{axis}"]["valueQuantity"]["value"] for axis in "xyz"]
     # Voxels (i, j, k) = (4, 3, 1), (5, 3, 1), (4, 3, 2): their mean by the affine.
     mean = np.array([13 / 3, 3.0, 4 / 3, 1.0])
     assert where.affine is not None
     assert centre == pytest.approx((where.affine @ mean)[:3].round(2))
     assert observation["bodySite"] == {"text": "CHEST"}
     assert observation["focus"] == [{"reference": next(e["fullUrl"] for e in whole["entry"] if e["resource"] is selection)}]
-    assert coded(selection["code"]) == ("http://dicom.nema.org/resources/ontology/DCM", "111030")
+    assert coded(selection["code"])[1] == "saliency-region", "what the answer rests on, not the outline of a lesion"
     said = {one["url"].removeprefix(SELECTION): one for one in selection["extension"] if "extension" not in one}
     assert said["status"]["valueCode"] == "available"
     assert said["studyUid"]["valueId"] == result.study.study_instance_uid
@@ -207,7 +207,7 @@ def test_a_region_without_patient_coordinates_has_no_millimeters(tmp_path: Path)
     result, where = of_ct(tmp_path)
     flat = replace(result, findings=(replace(result.findings[0], regions=(replace(where, affine=None),)),))
     [observation] = of(bundle(flat), "Observation")
-    assert not {"118565006", "centre-x"} & {coded(one["code"])[1] for one in observation["component"]}
+    assert not {"saliency-volume", "saliency-centre-x"} & {coded(one["code"])[1] for one in observation["component"]}
 
 
 @pytest.mark.parametrize(

@@ -50,11 +50,10 @@ _PROFILE: Final = "http://hl7.org/fhir/5.0/StructureDefinition/profile-ImagingSe
 
 _MEASUREMENT_REPORT: Final = Code("126000", "DCM", "Imaging Measurement Report")
 _MEASUREMENT_GROUP: Final = Code("125007", "DCM", "Measurement Group")
-_IMAGE_REGION: Final = Code("111030", "DCM", "Image Region")
-_VOLUME: Final = Code("118565006", "SCT", "Volume")
-_MM3: Final = Code("mm3", "UCUM", "cubic millimeter")
 _MM: Final = Code("mm", "UCUM", "millimeter")
-_CENTRE: Final = tuple(Code(f"centre-{axis}", codes.OWN, f"Centre of the region in patient coordinates (LPS), {axis}") for axis in "xyz")
+_CENTRE: Final = tuple(
+    Code(f"{codes.REGION_CENTRE.value}-{axis}", codes.OWN, f"{codes.REGION_CENTRE.meaning}, {axis} (LPS)") for axis in "xyz"
+)
 # v3-ObservationInterpretation.
 _INTERPRETATIONS: Final = {"positive": ("POS", "Positive"), "negative": ("NEG", "Negative"), "uncertain": ("IND", "Indeterminate")}
 
@@ -194,7 +193,7 @@ def _components(finding: Finding) -> Iterator[Json]:
         yield _component(codes.shapley(part), round(share, 4) + 0.0, codes.NO_UNITS)
     for region in finding.regions:
         if region.volume_mm3 is not None and region.centre_mm is not None:
-            yield _component(_VOLUME, round(region.volume_mm3, 1), _MM3, of=region.image)
+            yield _component(codes.REGION_VOLUME, round(region.volume_mm3, 1), codes.CUBIC_MM, of=region.image)
             for code, where in zip(_CENTRE, region.centre_mm, strict=True):
                 yield _component(code, round(float(where), 2) + 0.0, _MM, of=region.image)
 
@@ -224,7 +223,7 @@ def _selection(result: Result, region: Region) -> Json:
         "resourceType": "Basic",
         "meta": {"profile": [_PROFILE]},
         "extension": extensions,
-        "code": _concept(_IMAGE_REGION),
+        "code": _concept(codes.REGION),
         "subject": _context(result)["subject"],
     }
 
