@@ -185,5 +185,6 @@ def _meaning(error: Exception, *, peer: Peer) -> WorkerError:
         what = f"{peer.name} refuses the mail with {', '.join(map(str, codes))}."
         return PeerRefused(what) if min(codes) >= _PERMANENT else PeerUnavailable(what)
     # Every error of smtplib is an OSError; of those without a code nothing is known but that it broke off.
-    is_smtp = isinstance(error, smtplib.SMTPException) or not isinstance(error, OSError)
-    return PeerUnavailable(f"{peer.name} {'broke off the mail' if is_smtp else f'gives no answer by SMTP: {cause_of(error)}'}.")
+    if isinstance(error, OSError) and not isinstance(error, smtplib.SMTPException):
+        return PeerUnavailable(f"{peer.name} gives no answer by SMTP: {cause_of(error)}.")
+    return PeerUnavailable(f"{peer.name} broke off the mail.")
