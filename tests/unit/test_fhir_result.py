@@ -183,7 +183,7 @@ def test_a_region_has_its_centre_and_volume_and_names_the_images_it_lies_in(tmp_
     mean = np.array([13 / 3, 3.0, 4 / 3, 1.0])
     assert where.affine is not None
     assert centre == pytest.approx((where.affine @ mean)[:3].round(2))
-    assert observation["bodySite"] == {"text": "CHEST"}
+    assert (coded(observation["bodySite"]), observation["bodySite"]["text"]) == (("http://snomed.info/sct", "816094009"), "Thorax")
     assert observation["focus"] == [{"reference": next(e["fullUrl"] for e in whole["entry"] if e["resource"] is selection)}]
     assert coded(selection["code"])[1] == "saliency-region", "what the answer rests on, not the outline of a lesion"
     said = {one["url"].removeprefix(SELECTION): one for one in selection["extension"] if "extension" not in one}

@@ -27,7 +27,7 @@ from typing import Any, Final
 import numpy as np
 
 from worker.domain import Code, Document, Finding, Region
-from worker.report import codes, content
+from worker.report import codes, content, sites
 from worker.report.result import Result
 
 Json = dict[str, Any]
@@ -48,7 +48,6 @@ _REPLACES: Final = "http://hl7.org/fhir/StructureDefinition/diagnosticReport-rep
 _SELECTION: Final = "http://hl7.org/fhir/5.0/StructureDefinition/extension-ImagingSelection"
 _PROFILE: Final = "http://hl7.org/fhir/5.0/StructureDefinition/profile-ImagingSelection"
 
-_MEASUREMENT_REPORT: Final = Code("126000", "DCM", "Imaging Measurement Report")
 _MEASUREMENT_GROUP: Final = Code("125007", "DCM", "Measurement Group")
 _MM: Final = Code("mm", "UCUM", "millimeter")
 _CENTRE: Final = tuple(
@@ -134,7 +133,7 @@ def _report(result: Result, observations: list[_Entry]) -> Json:
         **_context(result),
         "status": status,
         "category": [{"coding": [{"system": f"{_TERMINOLOGY}/v2-0074", "code": "RAD", "display": "Radiology"}]}],
-        "code": _concept(_MEASUREMENT_REPORT) | {"text": f"AI: {result.algorithm.title or result.algorithm.name}"},
+        "code": _concept(codes.REPORT) | {"text": f"AI: {result.algorithm.title or result.algorithm.name}"},
         "imagingStudy": [_study(result)],
         "result": [one.reference for one in observations],
         "conclusion": " ".join([words, *(said for _, said in content.statements(result.algorithm))]),
@@ -167,9 +166,8 @@ def _observation(result: Result, finding: Finding, device: _Entry, selections: l
         "derivedFrom": [_study(result)],
         "component": list(_components(finding)),
     }
-    sites = dict.fromkeys(filter(None, (_site(result, one) for one in finding.regions)))
-    if len(sites) == 1:
-        observation["bodySite"] = {"text": next(iter(sites))}
+    if site := _site(result):
+        observation["bodySite"] = site
     return {key: value for key, value in observation.items() if value != []}
 
 
@@ -232,10 +230,14 @@ def _extension(element: str, **value: str) -> Json:
     return {"url": f"{_SELECTION}.{element}", **value}
 
 
-def _site(result: Result, region: Region) -> str:
-    """Body Part Examined of the series that a region is of; '' where it has none."""
-    series = result.inputs.series.get(region.image) if result.inputs else None
-    return series.body_part if series else ""
+def _site(result: Result) -> Json:
+    """The one part of the body that the images show; empty where they show none or several. R4 has no place for its side but the text."""
+    shown = [site for image in (result.inputs.series if result.inputs else ()) if (site := sites.of_image(result, image))]
+    if len({(one.region.value, one.laterality.value if one.laterality else "") for one in shown}) != 1:
+        return {}
+    region, side = shown[0].region, shown[0].laterality
+    words = f"{side.meaning} {region.meaning.lower()}" if side else region.meaning
+    return _concept(Code(region.value, region.scheme_designator, region.meaning)) | {"text": words}
 
 
 def _study(result: Result) -> Json:
