@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from pydicom import dcmread
+from pydicom.dataset import Dataset
 
 from tests import factories, reports
 from tests.fhir_r4 import validated
 from tests.reports import ALGORITHM, FINDINGS, INPUTS
 from worker.domain import Finding, Region
-from worker.report import codes, content, fhir
+from worker.report import codes, content, fhir, sr
 from worker.report.result import Result
 
 Json = dict[str, Any]
@@ -224,3 +226,25 @@ def test_each_coding_scheme_is_a_uri(scheme: str, system: str, tmp_path: Path) -
     finding = replace(FINDINGS[0], code=replace(FINDINGS[0].code, scheme=scheme))
     [observation] = of(bundle(reports.result([reports.radiograph(tmp_path)], findings=[finding])), "Observation")
     assert coded(observation["code"])[0] == system
+
+
+def test_volume_and_centre_are_those_of_the_report_in_the_pacs(tmp_path: Path) -> None:
+    """One result in two forms: who compares them must find the same place."""
+    result, _ = of_ct(tmp_path)
+    ds = dcmread(BytesIO(sr.build(result, ()).data))
+    group = next(one for one in items(ds) if _named(one) == "saliency-volume")
+    point = next(one for one in items(ds) if _named(one) == "saliency-centre")
+    found = {coded(one["code"])[1]: one["valueQuantity"]["value"] for one in of(bundle(result), "Observation")[0]["component"]}
+    assert found["saliency-volume"] == pytest.approx(float(group.MeasuredValueSequence[0].NumericValue), rel=1e-3)
+    assert [found[f"saliency-centre-{axis}"] for axis in "xyz"] == pytest.approx(list(point.GraphicData), abs=0.01)
+
+
+def items(ds: Dataset) -> Iterator[Dataset]:
+    """Every content item."""
+    for item in ds.get("ContentSequence", ()):
+        yield item
+        yield from items(item)
+
+
+def _named(item: Dataset) -> str:
+    return str(item.ConceptNameCodeSequence[0].CodeValue) if "ConceptNameCodeSequence" in item else ""
