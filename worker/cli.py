@@ -251,7 +251,7 @@ def retry(
     with store.begin() as conn:
         changed = queue.operator_retry(conn, study_id, now=clock())
         if stat:
-            queue.prioritize(conn, study_id)
+            queue.prioritize(conn, study_id, now=clock())
     out.print(f"{changed} jobs put back." if changed else "Nothing to retry: no job is discarded, cancelled or waiting.")
 
 

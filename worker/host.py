@@ -53,10 +53,10 @@ def exposed(config: Config, config_file: Path | None) -> list[str]:
 
 
 def secrets(config: Config) -> set[str]:
-    """What must never be shown: the passwords within URLs of databases, the secrets for the FHIR server and for STOW-RS."""
+    """What must never be shown: the passwords within URLs of databases, the secrets for the FHIR server, for STOW-RS and for the log-in elsewhere."""
     told = [one.stow_secret for one in config.destinations]
     urls = [config.site.database, *(table.database for table in config.tables)]
-    return {secret for secret in (config.fhir.client_secret, *told, *(told_by(url)[0] for url in urls)) if secret}
+    return {secret for secret in (config.fhir.client_secret, config.web.oidc_client_secret, *told, *(told_by(url)[0] for url in urls)) if secret}
 
 
 def _orders(config: Config, config_file: Path | None) -> Iterator[Path]:
@@ -69,7 +69,7 @@ def _orders(config: Config, config_file: Path | None) -> Iterator[Path]:
 
 
 def _keys(config: Config) -> Iterator[Path]:
-    doors = [(one.tls_key, one.tls_certificate) for one in (config.receive, config.records, config.audit)]
+    doors = [(one.tls_key, one.tls_certificate) for one in (config.receive, config.records, config.audit, config.web)]
     peers = [(one.tls_key, one.tls_certificate) for one in config.destinations]
     peers += [(one.tls_key, one.tls_certificate) for one in config.senders]
     for key, certificate in (*doors, *peers, (config.fhir.key_file, "")):
