@@ -38,7 +38,7 @@ from worker.infer import Model
 from worker.intake import assembly
 from worker.intake.hl7 import parse
 from worker.joining import MUST_AGREE
-from worker.report.sr import report_uids
+from worker.report.result import report_uids
 from worker.store import documents, history, persons, queue, records, studies
 from worker.store.database import Connection, Store
 from worker.store.schema import message
@@ -58,7 +58,7 @@ def bundle() -> Bundle:
 
 def line(store: Store, bundle: Bundle, *, now: datetime = NOW, must_agree: tuple[str, ...] = MUST_AGREE) -> pipeline.Line:
     model = cast("Model", SimpleNamespace(bundle=bundle, digest="b"))
-    return cast("pipeline.Line", SimpleNamespace(store=store, models={NAME: model}, destinations=("pacs",), clock=lambda: now,
+    return cast("pipeline.Line", SimpleNamespace(store=store, models={NAME: model}, destinations={"pacs": ("sr",)}, clock=lambda: now,
                                                  instances=Path(), must_agree=must_agree, pull=None))  # fmt: skip
 
 

@@ -11,11 +11,14 @@ Frame: LPS, millimetres. Times: aware datetimes. Digests: sha256, lower hex.
 """
 
 from worker.domain.answers import (
+    DICOM_KINDS,
+    KINDS_OF_DOOR,
     CommitmentReport,
     CommitmentRequest,
     Document,
     Finding,
     Inputs,
+    Region,
     Saliency,
     UsedHistory,
     UsedText,
@@ -43,6 +46,8 @@ from worker.domain.record import (
 
 __all__ = [
     "CLOCKS",
+    "DICOM_KINDS",
+    "KINDS_OF_DOOR",
     "ROLES",
     "ROUTINE",
     "STAT",
@@ -69,6 +74,7 @@ __all__ = [
     "PatientRecord",
     "Received",
     "RecordUpdate",
+    "Region",
     "Saliency",
     "Series",
     "Study",
