@@ -138,6 +138,11 @@ def at(when: datetime | None, zone: tzinfo, style: str = "minutes") -> str:
     return f"{there:%Y-%m-%d %H:%M:%S}" if style == "seconds" else f"{there:%H:%M:%S}" if style == "clock" else f"{there:%Y-%m-%d %H:%M}"
 
 
+def dicom_time(text: str) -> str:
+    """A DICOM DT (PS3.5 §6.2) as 2024-01-01 06:30, in the zone it is written in."""
+    return f"{day(text[:8])} {text[8:10]}:{text[10:12]}" if len(text) >= 12 and text[:12].isdecimal() else text
+
+
 def lasted(seconds: float) -> str:
     """A duration: "0.4 s", "12 s", "3 min", "5 h", "2 d"."""
     for limit, unit, of in ((60, "s", 1), (3600, "min", 60), (172800, "h", 3600)):
