@@ -20,7 +20,8 @@ def add(conn: Connection, finding_id: int, *, study_id: int, author: str, verdic
 
     The study's history says who and what, and nothing of the note.
     """
-    of_study = sa.select(finding.c.verdict, finding.c.name).join(document).where(document.c.study_id == study_id)
+    of_study = sa.select(finding.c.verdict, finding.c.name).join(document, document.c.id == finding.c.document_id)
+    of_study = of_study.where(document.c.study_id == study_id)
     found = conn.execute(of_study.where(finding.c.id == finding_id)).first()
     if found is None:
         return None
@@ -34,7 +35,8 @@ def add(conn: Connection, finding_id: int, *, study_id: int, author: str, verdic
 
 def of_study(conn: Connection, study_id: int) -> dict[int, list[AnyRow]]:
     """Finding → what was said of it, the last first."""
-    wanted = sa.select(review).join(finding).join(document).where(document.c.study_id == study_id).order_by(review.c.id.desc())
+    joined = review.join(finding, finding.c.id == review.c.finding_id).join(document, document.c.id == finding.c.document_id)
+    wanted = sa.select(review).select_from(joined).where(document.c.study_id == study_id).order_by(review.c.id.desc())
     found: dict[int, list[AnyRow]] = {}
     for row in conn.execute(wanted):
         found.setdefault(row.finding_id, []).append(row)
