@@ -158,11 +158,15 @@ def _check_web(web: Web) -> None:
     is_closed = web.tls_certificate or (_is_near(url.hostname) or url.scheme == "https" if web.base_url else _is_near(web.host))
     if not is_closed:
         raise ConfigError(
-            "web: host is not this machine alone, so tls_certificate is needed, or base_url = \"https://…\" where a proxy before it has one."
+            'web: host is not this machine alone, so tls_certificate is needed, or base_url = "https://…" where a proxy before it has one.'
         )
     if web.tls_key and not web.tls_certificate:
         raise ConfigError("web: tls_key without tls_certificate.")
     _check_addresses("web.monitors", web.monitors)
+    _check_log_in(web)
+
+
+def _check_log_in(web: Web) -> None:
     if min(web.session_h, web.idle_min) <= 0:
         raise ConfigError("web.session_h and web.idle_min are more than 0.")
     if bool(web.oidc_issuer) != bool(web.oidc_client_id) or (web.oidc_client_secret and not web.oidc_issuer):

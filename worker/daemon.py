@@ -179,7 +179,7 @@ def open_store(config: Config, *, migrate: bool = False) -> Store:
 
 
 def supervise(config: Config, config_file: Path | None, *, wanted: Sequence[str]) -> None:
-    """Run the wanted roles until SIGTERM. `receive` brings the sweeps and the HL7 listener with it; among others `serve` is as configured."""
+    """Run the wanted roles until SIGTERM. `receive` brings the sweeps and the HL7 listener; `serve` runs alone, or where it is enabled."""
     wanted = [one for one in wanted if one != "serve" or config.web.enabled or len(wanted) == 1]
     supervisor = Supervisor()
     on_signal(supervisor.stop)
@@ -201,10 +201,7 @@ def supervise(config: Config, config_file: Path | None, *, wanted: Sequence[str]
         supervisor.children += [Child("run", command("run", config_file)) for _ in range(config.run.processes)]
     if "deliver" in wanted:
         supervisor.children.append(Child("deliver", command("deliver", config_file)))
-    if "serve" in wanted:
-        listener = _listener("web", config.web.host, config.web.port)
-        supervisor.children.append(Child("serve", command("serve", config_file, descriptor=listener.fileno()), (listener.fileno(),)))
-        closers.append(listener.close)
+    closers += _page(config, config_file, supervisor) if "serve" in wanted else []
     roles.started("supervisor", roles=wanted)
     try:
         supervisor.watch()
@@ -249,6 +246,12 @@ def _front(
     scheduler.start()
     closers.append(scheduler.stop)
     return closers
+
+
+def _page(config: Config, config_file: Path | None, supervisor: Supervisor) -> list[Callable[[], object]]:
+    listener = _listener("web", config.web.host, config.web.port)
+    supervisor.children.append(Child("serve", command("serve", config_file, descriptor=listener.fileno()), (listener.fileno(),)))
+    return [listener.close]
 
 
 def _listener(section: str, host: str, port: int) -> socket.socket:

@@ -53,7 +53,7 @@ def exposed(config: Config, config_file: Path | None) -> list[str]:
 
 
 def secrets(config: Config) -> set[str]:
-    """What must never be shown: the passwords within URLs of databases, the secrets for the FHIR server, for destinations and for the log-in elsewhere."""
+    """What must never be shown: passwords within URLs of databases, secrets for the FHIR server, destinations and the log-in elsewhere."""
     told = [secret for one in config.destinations for secret in one.secrets]
     urls = [config.site.database, *(table.database for table in config.tables)]
     told += [config.fhir.client_secret, config.web.oidc_client_secret, *(told_by(url)[0] for url in urls)]

@@ -42,7 +42,7 @@ def register(app: typer.Typer, opener: Opener, serve_role: Callable[[Path | None
 
     @app.command()
     def serve(given: ConfigFile = None) -> None:
-        """The page: worklist, studies, dead letters, throughput; and /metrics, /live, /ready. [web] says where; `all` brings it if enabled."""
+        """The page for people, and /metrics, /live and /ready for monitoring. [web] says where; `all` brings it where it is enabled."""
         serve_role(given, ("serve",))
 
     users = typer.Typer(help="Who may use the page: add, list, change, remove.", no_args_is_help=True)

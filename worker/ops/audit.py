@@ -134,7 +134,7 @@ def begun(subject: Subject, *, destination: Party) -> None:
 def accessed(
     subject: Subject, *, user: str = "", person: Party | None = None, action: str = "R", outcome: str = SUCCESS, reason: str = ""
 ) -> None:
-    """`user`, a bundle of ours, read a study's images and analysed them; or a `person` was shown it (R), or acted on it (U), as `reason` says."""
+    """`user`, a bundle of ours, analysed a study's images; or a `person` was shown it (R), or acted on it (U), as `reason` says."""
     parties: list[_Taking] = [(None, person, True), (None, None, False)] if person else [(None, None, True)]
     _write(_ACCESSED, action, outcome, parties, [_study(subject), _patient(subject.patient)], reason=reason, user=user)
 

@@ -25,6 +25,8 @@ from worker.store.schema import AnyRow, document, finding, instance, job, series
 IN_FLIGHT: Final = ("receiving", "waiting", "analysing", "sending")
 #: Every state a study may be shown in; the last only if the ledger does not add up.
 STATES: Final = (*IN_FLIGHT, "failed", "held", "delivered", "excluded", ledger.LOST)
+#: Of these every candidate is one, as jobs and rows say it.
+_EXACT: Final = ("", *IN_FLIGHT, "held")
 PAGE: Final = 50
 #: Of one filter so many studies are looked at for one page: a filter that nothing fits must not read a whole archive.
 _CHUNK, _CHUNKS = 200, 10
@@ -37,7 +39,10 @@ Cursor = tuple[datetime, int]
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One study in the list. ``reason``: why it waits or failed; ``said``: findings of its last reports that are not negative."""
+    """One study in the list.
+
+    ``reason``: why it waits or failed; ``said``: findings of its last reports that are not negative; ``failure``: why one has none.
+    """
 
     study: AnyRow
     state: str
@@ -46,6 +51,7 @@ class Line:
     modalities: str
     instances: int
     said: tuple[AnyRow, ...]
+    failure: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,18 +102,24 @@ def page(conn: Connection, wanted: Wanted, *, after: Cursor | None = None, size:
     A page may be shorter than `size`, even empty, with more to come: so many studies are looked at and no more.
     """
     query = sa.select(study).where(*_conditions(conn, wanted)).order_by(study.c.last_received_at.desc(), study.c.id.desc())
-    found: list[Line] = []
-    chunk = size + 1 if not wanted.state or wanted.state in (*IN_FLIGHT, "held") else _CHUNK
+    found: list[AnyRow] = []
+    chunk = size + 1
     for _ in range(_CHUNKS):
-        here = query if after is None else query.where(_is_after(after))
-        rows = conn.execute(here.limit(chunk)).all()
-        found += [line for line in lines(conn, rows) if wanted.state in ("", line.state)]
+        rows = conn.execute((query if after is None else query.where(_is_after(after))).limit(chunk)).all()
+        found += rows if wanted.state in _EXACT else _standing(conn, rows, wanted.state)
         if len(found) > size:
-            return found[:size], _cursor(found[size - 1].study)
+            return lines(conn, found[:size]), _cursor(found[size - 1])
         if len(rows) < chunk:
-            return found, None
-        after = _cursor(rows[-1])
-    return found, after
+            return lines(conn, found), None
+        after, chunk = _cursor(rows[-1]), _CHUNK
+    return lines(conn, found), after
+
+
+def _standing(conn: Connection, rows: Sequence[AnyRow], account: str) -> list[AnyRow]:
+    """Those that the ledger has in the account."""
+    one = ledger.standing([row.id for row in rows])
+    numbers = set(conn.scalars(sa.select(one.c.id).where(one.c.account == account))) if rows else set()
+    return [row for row in rows if row.id in numbers]
 
 
 def _is_after(after: Cursor) -> sa.ColumnElement[bool]:
@@ -170,7 +182,8 @@ def _line(row: AnyRow, standing: AnyRow, jobs: Sequence[AnyRow], images: Sequenc
         is_urgent=any(one.priority <= STAT for one in open_jobs or jobs),
         modalities="/".join(sorted({one.modality for one in images})),
         instances=sum(one.instances for one in images),
-        said=tuple(said),
+        said=tuple(one for one in said if one.meaning is not None),
+        failure=next((one.failure for one in said if one.failure), ""),
     )
 
 
@@ -191,12 +204,12 @@ def _images(conn: Connection, ids: Sequence[int]) -> dict[int, list[AnyRow]]:
 
 
 def _said(conn: Connection, ids: Sequence[int]) -> dict[int, list[AnyRow]]:
-    """Study → what its last report of each bundle calls positive or uncertain, the most probable first."""
+    """Study → what its last report of each bundle calls positive or uncertain, the most probable first; one row where it has none."""
     newest = sa.select(sa.func.max(document.c.id)).where(document.c.study_id.in_(ids), document.c.kind == "sr")
     wanted = (
-        sa.select(document.c.study_id, finding.c.meaning, finding.c.probability, finding.c.verdict)
-        .join(document)
-        .where(document.c.id.in_(newest.group_by(document.c.study_id, document.c.bundle)), finding.c.verdict != "negative")
+        sa.select(document.c.study_id, document.c.failure, finding.c.meaning, finding.c.probability, finding.c.verdict)
+        .outerjoin(finding, sa.and_(finding.c.document_id == document.c.id, finding.c.verdict != "negative"))
+        .where(document.c.id.in_(newest.group_by(document.c.study_id, document.c.bundle)))
         .order_by(finding.c.probability.desc())
     )
     found: dict[int, list[AnyRow]] = {}
@@ -218,8 +231,9 @@ def counts(conn: Connection) -> dict[str, int]:
 
 def dead_letters(conn: Connection, *, before: int | None = None, size: int = PAGE) -> list[AnyRow]:
     """Jobs that were given up, the newest first, with their study; numbers below `before` to go on."""
-    wanted = sa.select(job, study.c.patient_name, study.c.patient_id, study.c.issuer, study.c.description, study.c.version)
-    wanted = wanted.join(study, study.c.id == job.c.study_id).where(_is(job.c.state, "discarded"))
+    columns = (study.c.patient_name, study.c.patient_id, study.c.issuer, study.c.version, document.c.kind.label("document"))
+    wanted = sa.select(job, *columns).join(study, study.c.id == job.c.study_id).outerjoin(document, document.c.id == job.c.document_id)
+    wanted = wanted.where(_is(job.c.state, "discarded"))
     if before is not None:
         wanted = wanted.where(job.c.id < before)
     return list(conn.execute(wanted.order_by(job.c.id.desc()).limit(size)))

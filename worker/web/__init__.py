@@ -47,10 +47,8 @@ def serve(config: Config, store: Store, listener: socket.socket, stop: threading
         http="h11",
         limit_concurrency=MOST,
         timeout_graceful_shutdown=GRACE_S,
+        ssl_context_factory=None if credentials is None else lambda _settings, _default: _renewed(credentials),
     )
-    settings.load()
-    if credentials is not None:
-        settings.ssl = _renewed(credentials)
     server = uvicorn.Server(settings)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="serve")
     thread.start()

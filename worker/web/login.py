@@ -10,7 +10,7 @@ from fastapi.responses import RedirectResponse
 
 from worker.ops import audit
 from worker.store import accounts
-from worker.web.site import AVisitor, ASite, Fields, Site, Visitor, address_of, may
+from worker.web.site import ASite, AVisitor, Fields, Site, Visitor, address_of, may
 
 router = APIRouter()
 

@@ -119,9 +119,12 @@ class Numbers(Collector):
             jobs, standing = measures.open_jobs(conn), measures.standing(conn)
             promises, oldest = measures.commitments(conn), measures.open_studies(conn)
         labels = ("kind", "state", "bundle", "destination")
-        yield _gauge("jobs", "Jobs that wait, are in hand, or were given up.", labels, {
-            (row.kind, row.state, row.bundle, row.destination): row.jobs for row in jobs
-        })
+        yield _gauge(
+            "jobs",
+            "Jobs that wait, are in hand, or were given up.",
+            labels,
+            {(row.kind, row.state, row.bundle, row.destination): row.jobs for row in jobs},
+        )
         waits: dict[tuple[str, ...], float] = {("infer",): 0.0, ("deliver",): 0.0}
         for row in jobs:
             if row.state == "available":
@@ -130,7 +133,9 @@ class Numbers(Collector):
         yield _gauge("studies_receiving", "Studies that are being received.", (), {(): standing["receiving"]})
         yield _gauge("studies_held", "Studies that a person must decide about.", (), {(): standing["held"]})
         since = (now - oldest).total_seconds() if oldest else 0.0
-        yield _gauge("receiving_silent_seconds", "Since the last image of the study that has waited longest to be complete.", (), {(): since})
+        yield _gauge(
+            "receiving_silent_seconds", "Since the last image of the study that has waited longest to be complete.", (), {(): since}
+        )
         yield _gauge("commitments_waiting", "Reports that an archive was asked to keep and has not answered.", (), {(): promises})
         self._look_at_ledger()
         if self._ledger:
@@ -149,7 +154,9 @@ class Numbers(Collector):
         yield _gauge("audit_kept_bytes", "The audit trail.", (), {(): trail["kept_bytes"]})
         yield _gauge("audit_unsent_bytes", "Of it what the repository has not got yet.", (), {(): trail["waiting_bytes"]})
         yield _gauge("audit_dropped_messages", "Of it what went before it was sent.", (), {(): trail["dropped"]})
-        yield _gauge("certificate_days", "Until a certificate of ours, or an authority's, ends.", ("certificate",), dict(_certificates(config)))
+        yield _gauge(
+            "certificate_days", "Until a certificate of ours, or an authority's, ends.", ("certificate",), dict(_certificates(config))
+        )
         yield _gauge("role_processes", "Processes of each role that run here.", ("role",), {(r,): n for r, n in alive(config).items()})
         yield _gauge("build_info", "The program.", ("version",), {(__version__,): 1})
 

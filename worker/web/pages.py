@@ -62,9 +62,7 @@ def list_again(
     return site.page(request, "_rows.html", **_list(site, state=state, urgent=urgent, patient=patient, order=order))
 
 
-def _list(
-    site: Site, *, state: str, urgent: bool, patient: int, order: int, after: str = "", paused: bool = False
-) -> dict[str, Any]:
+def _list(site: Site, *, state: str, urgent: bool, patient: int, order: int, after: str = "", paused: bool = False) -> dict[str, Any]:
     if state and state not in worklist.STATES:
         raise HTTPException(404, "There is no such state.")
     wanted = worklist.Wanted(state, urgent, patient or None, order or None)

@@ -63,9 +63,7 @@ def look(conn: Connection, *, now: datetime, days: int, zone: tzinfo) -> Told:
             delivered[one] += 1
             if row.input_version == row.version:  # a late image moved the study's last image past an older report
                 lags[one].append((row.finished_at - row.last_received_at).total_seconds())
-    rows = [
-        Row(begins[n], received[n], delivered[n], failed[n], _share(lags[n], 0.5), _share(lags[n], 0.95)) for n in range(len(begins))
-    ]
+    rows = [Row(begins[n], received[n], delivered[n], failed[n], _share(lags[n], 0.5), _share(lags[n], 0.95)) for n in range(len(begins))]
     all_lags = [one for several in lags for one in several]
     median, p95 = _share(all_lags, 0.5), _share(all_lags, 0.95)
     return Told(
@@ -93,7 +91,9 @@ def _bars(rows: Sequence[Row], hours: int) -> Markup:
         for place, (name, value) in enumerate((("received", row.received), ("delivered", row.delivered), ("failed", row.failed))):
             height = (_HEIGHT_OF) * value / _nice(top)
             x, width = _LEFT + n * step + step * (0.12 + 0.26 * place), step * 0.24
-            drawn.append(f'<rect class="{name}" x="{x:.1f}" y="{_TOP + _HEIGHT_OF - height:.1f}" width="{width:.1f}" height="{height:.1f}"/>')
+            drawn.append(
+                f'<rect class="{name}" x="{x:.1f}" y="{_TOP + _HEIGHT_OF - height:.1f}" width="{width:.1f}" height="{height:.1f}"/>'
+            )
     words_said = f"Bars: {sum(row.received for row in rows)} studies received, {sum(row.delivered for row in rows)} reports delivered."
     return _plot(words_said, rows, hours, _nice(top), lambda value: f"{value:g}", "".join(drawn))
 
@@ -108,7 +108,9 @@ def _lines(rows: Sequence[Row], hours: int) -> Markup:
         points = [(x, _TOP + _HEIGHT_OF * (1 - value / whole)) for x, value in found]
         drawn.append(f'<polyline class="{name}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in points)}"/>')
         drawn += [f'<circle class="{name}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in points]
-    return _plot("Lines: median and 95th percentile of the time from last image to report.", rows, hours, whole, words.lasted, "".join(drawn))
+    return _plot(
+        "Lines: median and 95th percentile of the time from last image to report.", rows, hours, whole, words.lasted, "".join(drawn)
+    )
 
 
 _WIDTH_OF: Final = _WIDTH - _LEFT - _RIGHT
@@ -116,12 +118,10 @@ _HEIGHT_OF: Final = _HEIGHT - _TOP - _BOTTOM
 
 
 def _nice(top: float) -> float:
-    """The next of 1, 2, 5, 10, 20 …, so that four lines of a grid have short names."""
-    if top <= 4:
-        return 4.0
+    """The next of 4, 8, 12, 20, 40, 80 …, so that the four lines of a grid have short names."""
     power = 1.0
     while True:
-        for factor in (1, 2, 4, 5, 10):
+        for factor in (4, 8, 12, 20):
             if factor * power >= top:
                 return factor * power
         power *= 10
@@ -136,7 +136,13 @@ def _plot(said: str, rows: Sequence[Row], hours: int, whole: float, name: Callab
         parts.append(f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{name(whole * part / 4)}</text>')
     every = max(1, -(-len(rows) // 12))
     for n in range(0, len(rows), every):
-        text = f"{rows[n].begin:%H:%M}" if hours == 1 else f"{rows[n].begin:%m-%d}" if hours == 24 or rows[n].begin.hour == 0 else f"{rows[n].begin:%H:%M}"
+        text = (
+            f"{rows[n].begin:%H:%M}"
+            if hours == 1
+            else f"{rows[n].begin:%m-%d}"
+            if hours == 24 or rows[n].begin.hour == 0
+            else f"{rows[n].begin:%H:%M}"
+        )
         parts.append(f'<text x="{_LEFT + n * step:.1f}" y="{_HEIGHT - 8}">{text}</text>')
     # Numbers and words of ours alone.
     return Markup(  # noqa: S704

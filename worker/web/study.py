@@ -73,8 +73,8 @@ def reports_of(conn: Connection, study_id: int) -> list[Report]:
 def timeline(conn: Connection, study_id: int) -> list[Step]:
     """From the first image to what the archive promised, oldest first: the study's history, and questions not answered yet."""
     steps = [Step(one.at, *words.event(one.name, one.facts)) for one in history.of_study(conn, study_id)]
-    for row in commitments.of_study(conn, study_id):
-        steps.append(Step(row.asked_at, f"{row.destination} was asked to promise that it keeps the report", "", ""))
+    asked = commitments.of_study(conn, study_id)
+    steps += [Step(row.asked_at, f"{row.destination} was asked to promise that it keeps the report", "", "") for row in asked]
     return sorted(steps, key=lambda step: step.at)
 
 
@@ -90,6 +90,7 @@ def _facts(site: Site, number: int) -> dict[str, Any]:
             "jobs": queue.of_study(conn, number),
             "steps": timeline(conn, number),
             "reports_are": len(rows),
+            "kinds": {one.id: one.kind for one in rows},
             "every_s": EVERY_S if line.state in worklist.IN_FLIGHT else 0,
             "now": site.now(),
         }
@@ -128,6 +129,7 @@ def show(
         longest=reviews.LONGEST_NOTE,
         sent=_sent(facts["jobs"]),
         is_new=False,
+        is_oob=False,
         sentences=SENTENCES,
     )
 
@@ -156,7 +158,7 @@ def _said(conn: Connection, document_id: int) -> dict[str, Any]:
 def show_again(request: Request, number: int, site: ASite, _who: AWatcher, had: int = 0) -> Response:
     """What changes while one looks, by itself; `had`: how many documents the page knows."""
     facts = _facts(site, number)
-    return site.page(request, "_live.html", **facts, is_new=facts["reports_are"] != had)
+    return site.page(request, "_again.html", **facts, is_new=facts["reports_are"] != had, is_oob=True)
 
 
 @router.get("/studies/{number}/documents/{document}.png")
@@ -191,9 +193,7 @@ def review(number: int, finding: int, site: ASite, fields: Fields, who: Annotate
     with site.store.begin() as conn:
         row = study_row(conn, number)
         author = who.account.name
-        agreed = reviews.add(
-            conn, finding, study_id=number, author=author, verdict=verdict, note=fields.get("note", ""), now=site.now()
-        )
+        agreed = reviews.add(conn, finding, study_id=number, author=author, verdict=verdict, note=fields.get("note", ""), now=site.now())
     if agreed is None:
         raise HTTPException(404, "This study has no such finding.")
     audit.accessed(subject_of(row), person=who.party, action="U", reason=f"finding {finding} {'agreed' if agreed else 'corrected'}")

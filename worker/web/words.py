@@ -42,7 +42,7 @@ KINDS: Final[Mapping[str, str]] = {
 #: Event of a study's history → in words, and how grave: "" | "good" | "bad". Braces are its facts.
 _EVENTS: Final[Mapping[str, tuple[str, str]]] = {
     "study.received": ("First image came from {calling_ae}", ""),
-    "study.completed": ("Complete with {instances} images: {cause}", ""),
+    "study.completed": ("Complete, images: {instances}; {cause}", ""),
     "study.reopened": ("A late image opened it again", ""),
     "study.renewed": ("New input, version {version}: {cause}", ""),
     "study.excluded": ("Excluded: {reason}", ""),
@@ -59,7 +59,7 @@ _EVENTS: Final[Mapping[str, tuple[str, str]]] = {
     "infer.discarded": ("Analysis by {bundle} given up: {reason}", "bad"),
     "infer.cancelled": ("Analysis by {bundle} cancelled: {reason}", ""),
     "infer.rescued": ("A worker stopped in the analysis by {bundle}", "bad"),
-    "infer.revived": ("{jobs} analyses put back, their cause is gone", ""),
+    "infer.revived": ("Analyses put back, for their cause is gone: {jobs}", ""),
     "deliver.completed": ("Delivered to {destination}", "good"),
     "deliver.retried": ("{destination} did not take it, tried again: {reason}", "bad"),
     "deliver.snoozed": ("Delivery to {destination} waits: {reason}", ""),
@@ -71,9 +71,9 @@ _EVENTS: Final[Mapping[str, tuple[str, str]]] = {
     "commitment.refused": ("{destination} does not keep it: {reason}", "bad"),
     "commitment.found": ("{destination} made no promise, but a query finds it", ""),
     "commitment.unproven": ("{destination} neither promised nor answered a query", "bad"),
-    "operator.retried": ("{by} put {jobs} jobs back", ""),
-    "operator.cancelled": ("{by} cancelled {jobs} jobs", ""),
-    "operator.prioritized": ("{by} moved {jobs} jobs to the front", ""),
+    "operator.retried": ("{by} put jobs back: {jobs}", ""),
+    "operator.cancelled": ("{by} cancelled jobs: {jobs}", ""),
+    "operator.prioritized": ("{by} moved jobs to the front: {jobs}", ""),
     "finding.agreed": ("{by} agrees with “{finding}”: {verdict}", ""),
     "finding.corrected": ("{by} corrected “{finding}” to {verdict}", ""),
 }
@@ -145,6 +145,8 @@ def dicom_time(text: str) -> str:
 
 def lasted(seconds: float) -> str:
     """A duration: "0.4 s", "12 s", "3 min", "5 h", "2 d"."""
+    if not seconds:
+        return "0"
     for limit, unit, of in ((60, "s", 1), (3600, "min", 60), (172800, "h", 3600)):
         if seconds < limit:
             return f"{seconds / of:.1f} {unit}" if seconds / of < 10 and unit == "s" else f"{seconds / of:.0f} {unit}"
@@ -165,7 +167,7 @@ def percent(value: float) -> str:
 
 
 def plural(count: int, one: str, several: str = "") -> str:
-    """ "1 job", "3 jobs"."""
+    """A number with its noun: "1 job", "3 jobs"."""
     return f"{count:,} {one if count == 1 else several or one + 's'}"
 
 
