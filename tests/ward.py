@@ -145,7 +145,9 @@ def _analyse(store: Store, folder: Path, study: int, state: str, at: datetime) -
     made = _MADE.get((study, job.input_version))
     if made is None:
         source = reports.radiograph(folder, change=lambda ds: _of(ds, described))
-        made = reports.report([source], study=described, predecessor=last, failure=failure, findings=findings).document
+        algorithm = replace(reports.ALGORITHM, input_sha256=f"{job.input_version}" * 64)
+        given = {"predecessor": last, "failure": failure, "findings": findings}
+        made = reports.report([source], algorithm=algorithm, study=described, **given).document  # type: ignore[arg-type]
         _MADE[study, job.input_version] = made
     forms = [(made, findings)] if failure else [(summary(f"{made.sop_instance_uid[:60]}.9"), ()), (made, findings)]
     done = at + timedelta(seconds=2)

@@ -152,7 +152,7 @@ def searched(person: Party, query: str) -> None:
 
 def guarded(kind: tuple[str, str], person: Party, *, name: str, reason: str, outcome: str = SUCCESS) -> None:
     """The account `name` was changed by `person` (ATTRIBUTES), or `person` was refused what its role may not (RESTRICTED)."""
-    one = _object("1", "", ("11", "User Identifier"), name, name=name, scheme="RFC-3881", details={"Alert Description": reason.encode()})
+    one = _object("2", "", _URI, f"account:{name}", name=name, scheme="RFC-3881", details={"Alert Description": reason.encode()})
     _write(_ALERT, "E", outcome, [(None, person, True)], [one], kind=kind)
 
 

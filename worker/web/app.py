@@ -9,8 +9,8 @@ Not here: who may what (site.py).
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from datetime import datetime
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -25,6 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from worker import events
 from worker.config import Config
 from worker.ops.log import places
+from worker.record_feeds import clock
 from worker.store.database import DatabaseUnavailable, Store
 from worker.web import login, metrics, oidc, pages, study
 from worker.web.site import HERE, LoginNeeded, Site, environment
@@ -44,7 +45,6 @@ HEADERS: Final[Mapping[str, str]] = {
 _STRICT: Final = "max-age=31536000"
 #: Files of ours that change with the program alone.
 _STATIC_S: Final = 3600
-_NUMBER: Final = re.compile(r"[1-9]\d{0,17}")
 
 
 class Guard:
@@ -82,9 +82,9 @@ class Guard:
         return urlsplit(headers.get("origin", "")).netloc == headers.get("host", "")
 
 
-def application(config: Config, store: Store) -> FastAPI:
-    """The page of an installation, as an ASGI application."""
-    site = Site(store, config.web, config.zone, environment(config.zone))
+def application(config: Config, store: Store, *, now: Callable[[], datetime] = clock) -> ASGIApp:
+    """The page of an installation, as an ASGI application; `now` is the time for sessions and what is done."""
+    site = Site(store, config.web, config.zone, environment(config.zone), now)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.state.site = site
     app.state.numbers = metrics.Numbers(config, store)
@@ -94,9 +94,8 @@ def application(config: Config, store: Store) -> FastAPI:
     app.mount("/static", StaticFiles(directory=HERE / "static"))
     for kind, handler in ((LoginNeeded, _to_login), (AnyHTTPException, _refused), (DatabaseUnavailable, _away), (Exception, _failed)):
         app.add_exception_handler(kind, handler)
-    app.add_middleware(Guard, site=site)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=_hosts(config), www_redirect=False)
-    return app
+    # Around everything, so that the answer to a fault of ours has its headers, too.
+    return Guard(TrustedHostMiddleware(app, allowed_hosts=_hosts(config), www_redirect=False), site=site)
 
 
 def _hosts(config: Config) -> list[str]:

@@ -23,7 +23,6 @@ from worker import __version__
 from worker.config import Web
 from worker.domain import Account
 from worker.ops import audit
-from worker.record_feeds import clock
 from worker.store import accounts
 from worker.store.database import Store
 from worker.web import words
@@ -51,7 +50,7 @@ class Site:
     web: Web
     zone: tzinfo
     templates: Environment
-    now: Callable[[], datetime] = clock
+    now: Callable[[], datetime]
 
     def page(self, request: Request, name: str, *, status: int = 200, **facts: Any) -> HTMLResponse:
         """A template filled in."""

@@ -83,7 +83,7 @@ _BESIDE: Final = ("attempt", "version", "delay_s", "failure")
 
 class _Facts(dict[str, object]):
     def __missing__(self, key: str) -> str:
-        return "an operator" if key == "by" else "?"
+        return "An operator" if key == "by" else "?"
 
 
 def event(name: str, facts: Mapping[str, object]) -> tuple[str, str, str]:
@@ -94,7 +94,7 @@ def event(name: str, facts: Mapping[str, object]) -> tuple[str, str, str]:
     if facts.get("failure") and tone == "good":
         tone = "bad"
     beside = [f"{_FACT[key]} {facts[key]}{' s' if key == 'delay_s' else ''}" for key in _BESIDE if facts.get(key) not in ("", None)]
-    return text[:1].upper() + text[1:], tone, " · ".join(beside)
+    return text, tone, " · ".join(beside)
 
 
 _FACT: Final = {"attempt": "attempt", "version": "version", "delay_s": "after", "failure": "reported that it could not be analysed:"}
