@@ -55,13 +55,27 @@ def instances_after(conn: Connection, number: int) -> tuple[int, int, int]:
     return int(row[0]), int(row[1]), int(row[2])
 
 
-def finished(conn: Connection, since: datetime, until: datetime, *, limit: int | None = None) -> list[AnyRow]:
-    """Jobs that ended in that time, until its end, the last first, with the time of their study's last image and their document's kind."""
+def finished(conn: Connection, since: datetime, until: datetime) -> list[AnyRow]:
+    """Jobs that ended in that time, until its end, with the time of their study's last image and their document's kind."""
     columns = (job.c.kind, job.c.state, job.c.bundle, job.c.destination, job.c.started_at, job.c.finished_at, job.c.input_version)
     wanted = sa.select(*columns, study.c.last_received_at, study.c.version, document.c.kind.label("document"))
     wanted = wanted.join(study, study.c.id == job.c.study_id).outerjoin(document, document.c.id == job.c.document_id)
-    wanted = wanted.where(job.c.finished_at > since, job.c.finished_at <= until)
-    return list(conn.execute(wanted.order_by(job.c.finished_at.desc()).limit(limit)))
+    return list(conn.execute(wanted.where(job.c.finished_at > since, job.c.finished_at <= until)))
+
+
+def ended(conn: Connection, since: datetime, *, limit: int) -> list[tuple[datetime, datetime | None]]:
+    """When each root report was delivered and its study's last image had come, the last first; (None: an image came after the report)."""
+    last = sa.case((job.c.input_version == study.c.version, study.c.last_received_at))
+    wanted = sa.select(job.c.finished_at, last).join(study, study.c.id == job.c.study_id).join(document, document.c.id == job.c.document_id)
+    done = (job.c.kind == "deliver", job.c.state == "completed", document.c.kind == "sr", job.c.finished_at > since)
+    rows = conn.execute(wanted.where(*done).order_by(job.c.finished_at.desc()).limit(limit)).tuples()
+    return [(at, came) for at, came in rows]
+
+
+def given_up(conn: Connection, since: datetime) -> list[datetime]:
+    """When each dead letter since then became one."""
+    states = job.c.state.in_([_said("discarded"), _said("cancelled")])
+    return list(conn.scalars(sa.select(job.c.finished_at).where(states, job.c.state == "discarded", job.c.finished_at > since)))
 
 
 def begun(conn: Connection, since: datetime) -> list[datetime]:

@@ -233,7 +233,7 @@ def dead_letters(conn: Connection, *, before: int | None = None, size: int = PAG
     """Jobs that were given up, the newest first, with their study; numbers below `before` to go on."""
     columns = (study.c.patient_name, study.c.patient_id, study.c.issuer, study.c.version, document.c.kind.label("document"))
     wanted = sa.select(job, *columns).join(study, study.c.id == job.c.study_id).outerjoin(document, document.c.id == job.c.document_id)
-    wanted = wanted.where(_is(job.c.state, "discarded"))
+    wanted = wanted.where(_GIVEN_UP, job.c.state == "discarded")
     if before is not None:
         wanted = wanted.where(job.c.id < before)
     return list(conn.execute(wanted.order_by(job.c.id.desc()).limit(size)))
@@ -242,7 +242,7 @@ def dead_letters(conn: Connection, *, before: int | None = None, size: int = PAG
 def reasons(conn: Connection, *, limit: int) -> list[AnyRow]:
     """Why dead letters are, and how many of each, the most frequent first."""
     count = sa.func.count().label("jobs")
-    of_each = sa.select(job.c.reason, job.c.kind, count).where(_is(job.c.state, "discarded")).group_by(job.c.reason, job.c.kind)
+    of_each = sa.select(job.c.reason, job.c.kind, count).where(_GIVEN_UP, job.c.state == "discarded").group_by(job.c.reason, job.c.kind)
     return list(conn.execute(of_each.order_by(count.desc(), job.c.reason).limit(limit)))
 
 

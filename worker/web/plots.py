@@ -56,13 +56,13 @@ def look(conn: Connection, *, now: datetime, days: int, zone: tzinfo) -> Told:
         received[bisect_right(begins, at) - 1] += 1
     delivered, failed = [0] * len(begins), [0] * len(begins)
     lags: list[list[float]] = [[] for _ in begins]
-    for row in measures.finished(conn, begins[0], now, limit=_MOST):
-        one = bisect_right(begins, row.finished_at) - 1
-        failed[one] += row.state == "discarded"
-        if row.kind == "deliver" and row.state == "completed" and row.document == "sr":
-            delivered[one] += 1
-            if row.input_version == row.version:  # a late image moved the study's last image past an older report
-                lags[one].append((row.finished_at - row.last_received_at).total_seconds())
+    for at in measures.given_up(conn, begins[0]):
+        failed[bisect_right(begins, at) - 1] += 1
+    for at, came in measures.ended(conn, begins[0], limit=_MOST):
+        one = bisect_right(begins, at) - 1
+        delivered[one] += 1
+        if came is not None:
+            lags[one].append((at - came).total_seconds())
     rows = [Row(begins[n], received[n], delivered[n], failed[n], _share(lags[n], 0.5), _share(lags[n], 0.95)) for n in range(len(begins))]
     all_lags = [one for several in lags for one in several]
     median, p95 = _share(all_lags, 0.5), _share(all_lags, 0.95)
