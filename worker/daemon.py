@@ -140,14 +140,23 @@ def command(role: str, config_file: Path | None, *, descriptor: int | None = Non
 
 
 def on_signal(stop: threading.Event) -> None:
-    """SIGTERM and SIGINT set `stop`."""
+    """SIGTERM, SIGINT and SIGHUP set `stop`: a closed terminal is an orderly end, too.
 
-    def handle(_number: int, _frame: object) -> None:
-        stop.set()
+    No handler sets it: one runs in the midst of whatever the main thread does, and where that is at the Event's own lock, which it takes
+    each time its `wait` runs out, `set` would wait for ever for what it interrupted. So the interpreter writes a byte, whichever thread the
+    kernel chose, and a thread that holds nothing reads it.
+    """
+    heard, told = os.pipe()
+    os.set_blocking(told, False)
 
-    signal.signal(signal.SIGTERM, handle)
-    signal.signal(signal.SIGINT, handle)
-    signal.signal(signal.SIGHUP, handle)  # a closed terminal is an orderly end, too
+    def listen() -> None:
+        while os.read(heard, 1):
+            stop.set()
+
+    threading.Thread(target=listen, name="signals", daemon=True).start()
+    signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda _number, _frame: None)
 
 
 def open_store(config: Config, *, migrate: bool = False) -> Store:

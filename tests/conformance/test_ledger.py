@@ -295,7 +295,7 @@ FILL = (
     " SELECT i, {at}, CASE WHEN i % 10 = 0 THEN 'study.excluded' ELSE 'study.completed' END, '{{}}' FROM n",
     "INSERT INTO document"
     " (id, study_id, sop_instance_uid, sop_class_uid, kind, bundle, input_version, input_sha256, sha256, data, created_at)"
-    " SELECT i, i, '2.' || i, '1', 'SR', 'b', 1, 'x', 'y', {data}, {at} FROM n WHERE i % 10 > 0",
+    " SELECT i, i, '2.' || i, '1', 'sr', 'b', 1, 'x', 'y', {data}, {at} FROM n WHERE i % 10 > 0",
     "INSERT INTO job (kind, study_id, bundle, input_version, unique_key, priority, state, not_before, created_at)"
     " SELECT 'infer', i, 'b', 1, 'i' || i, 1, 'completed', {at}, {at} FROM n WHERE i % 10 > 0",
     "INSERT INTO job"

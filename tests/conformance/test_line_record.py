@@ -117,7 +117,7 @@ def reported(case: pipeline.Case) -> pipeline.Case:
     before = case.predecessor.sop_instance_uid if case.predecessor else ""
     made_of = digest("b", case.inputs, [], "")
     uid = report_uids("2.25.1", bundle_sha256="b", input_sha256=made_of, predecessor_uid=before).sop_instance_uid
-    return replace(case, report=Document(uid, "1.2.840.10008.5.1.4.1.1.88.34", "SR", b"report", before), input_sha256=made_of)
+    return replace(case, report=Document(uid, "1.2.840.10008.5.1.4.1.1.88.34", "sr", b"report", before), input_sha256=made_of)
 
 
 def names(store: Store, study_id: int) -> list[str]:

@@ -48,11 +48,10 @@ class Entry:
 
 def standing(of: Sequence[int] | None = None) -> sa.Subquery:
     """Each study's ``id``, ``created_at``, ``account``, ``reason`` and ``is_unsent``, for a query to choose from; `of`: of these alone."""
-    asked, sent, form = job.alias("asked"), job.alias("sent"), document.alias("form")
-    last = sa.select(sa.func.max(document.c.id)).where(_among(document.c.study_id, of), document.c.kind == "sr")
-    columns = ("study_id", "bundle", "input_version", "input_sha256")
-    reports = sa.select(document.c.id, *(document.c[name] for name in columns))
-    said = reports.where(document.c.id.in_(last.group_by(document.c.study_id, document.c.bundle))).subquery("said")
+    asked, sent, root, form = job.alias("asked"), job.alias("sent"), document.alias("root"), document.alias("form")
+    last = sa.select(document.c.study_id, document.c.bundle, sa.func.max(document.c.id).label("id")).where(document.c.kind == "sr")
+    said = last.where(_among(document.c.study_id, of)).group_by(document.c.study_id, document.c.bundle).subquery("said")
+    of_result = ("study_id", "bundle", "input_version", "input_sha256")
     is_stopped, is_unsendable = asked.c.state.in_(GIVEN_UP), sent.c.state.in_(GIVEN_UP)
     of_version = (
         sa.select(
@@ -66,7 +65,8 @@ def standing(of: Sequence[int] | None = None) -> sa.Subquery:
         .join(study, sa.and_(study.c.id == asked.c.study_id, study.c.version == asked.c.input_version))
         .outerjoin(said, sa.and_(said.c.study_id == asked.c.study_id, said.c.bundle == asked.c.bundle))
         # The root report and the other forms of the same result: one may go where the others do not.
-        .outerjoin(form, sa.and_(*(form.c[name] == said.c[name] for name in columns)))
+        .outerjoin(root, root.c.id == said.c.id)
+        .outerjoin(form, sa.and_(*(form.c[name] == root.c[name] for name in of_result)))
         # The study again: jobs are indexed by it.
         .outerjoin(sent, sa.and_(sent.c.document_id == form.c.id, sent.c.study_id == asked.c.study_id, sent.c.kind == "deliver"))
         .where(asked.c.kind == "infer", _among(asked.c.study_id, of))
