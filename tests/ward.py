@@ -149,7 +149,7 @@ def _analyse(store: Store, folder: Path, study: int, state: str, at: datetime) -
         given = {"predecessor": last, "failure": failure, "findings": findings}
         made = reports.report([source], algorithm=algorithm, study=described, **given).document  # type: ignore[arg-type]
         _MADE[study, job.input_version] = made
-    forms = [(made, findings)] if failure else [(summary(f"{made.sop_instance_uid[:60]}.9"), ()), (made, findings)]
+    forms = [(made, findings)] if failure else [(summary(f"{made.sop_instance_uid[:60]}.9", described), ()), (made, findings)]
     done = at + timedelta(seconds=2)
     with store.begin() as conn:
         for document, said in forms:
@@ -184,7 +184,7 @@ FINDINGS = (
 )
 
 
-def summary(uid: str) -> Document:
+def summary(uid: str, study: Study) -> Document:
     """A small picture in the place of the summary image."""
     picture = Image.fromarray(np.linspace(20, 90, 720 * 960).astype(np.uint8).reshape(720, 960)).convert("RGB")
     pen = ImageDraw.Draw(picture)
@@ -198,6 +198,8 @@ def summary(uid: str) -> Document:
     ds.Rows, ds.Columns, ds.SamplesPerPixel, ds.PhotometricInterpretation, ds.PlanarConfiguration = 720, 960, 3, "RGB", 0
     ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 8, 8, 7, 0
     ds.PixelData = picture.tobytes()
+    ds.SeriesInstanceUID, ds.Modality, ds.ConversionType = f"{study.study_instance_uid}.9", "OT", "WSD"
+    _of(ds, study)
     out = io.BytesIO()
     dcmwrite(out, ds, enforce_file_format=True)
     return Document(uid, SecondaryCaptureImageStorage, "summary", out.getvalue())
