@@ -191,8 +191,7 @@ def test_axe_finds_nothing_on_any_page_light_and_dark_wide_and_narrow(site: Site
             page = opened(browser, site, who, scheme=scheme, width=width)
             for path in visits:
                 page.goto(path)
-                for closed in page.locator("details:not([open]) > summary").all():
-                    closed.click()
+                page.evaluate("document.querySelectorAll('details').forEach(one => { one.open = true })")
                 assert_accessible(page, f"{path} as {who}, {width} wide, {scheme}")
                 # WCAG 1.4.10: nothing to scroll sideways but tables in a region of their own.
                 assert page.evaluate("document.documentElement.scrollWidth") <= width, path
@@ -211,4 +210,4 @@ def test_a_list_that_is_paused_looks_no_more_and_one_that_is_not_keeps_its_focus
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
     page.wait_for_timeout(11_000)
-    assert asked == []
+    assert [url for url in asked if "/rows" in url] == []
