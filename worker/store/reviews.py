@@ -27,7 +27,7 @@ def add(conn: Connection, finding_id: int, *, study_id: int, author: str, verdic
         return None
     said = {"finding_id": finding_id, "author": author, "verdict": verdict, "note": note.strip()[:LONGEST_NOTE], "at": now}
     conn.execute(sa.insert(review).values(said))
-    is_agreed = found.verdict == verdict
+    is_agreed = bool(found.verdict == verdict)
     name = "finding.agreed" if is_agreed else "finding.corrected"
     history.note(conn, study_id, name=name, now=now, by=author, finding=found.name, verdict=verdict)
     return is_agreed

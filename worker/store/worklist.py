@@ -66,7 +66,7 @@ class Wanted:
 
 def _is(column: sa.Column[Any], *values: str) -> sa.ColumnElement[bool]:
     """Word for word, as partial indexes say it."""
-    said = [sa.literal_column(repr(value)) for value in values]
+    said: list[sa.ColumnElement[str]] = [sa.literal_column(repr(value)) for value in values]
     return column == said[0] if len(said) == 1 else column.in_(said)
 
 
