@@ -30,6 +30,7 @@ from worker.domain.jobs import Job, JobKind, JobState, Lease
 from worker.domain.people import ROLES, Account
 from worker.domain.record import (
     CLOCKS,
+    OWN_APPLICATION,
     ROUTINE,
     STAT,
     Code,
@@ -48,6 +49,7 @@ __all__ = [
     "CLOCKS",
     "DICOM_KINDS",
     "KINDS_OF_DOOR",
+    "OWN_APPLICATION",
     "ROLES",
     "ROUTINE",
     "STAT",

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from datetime import datetime, tzinfo
 from itertools import groupby
@@ -77,9 +78,28 @@ class ReportUids:
     device_uid: str
 
 
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """What a report says of where a finding has its place (places.py): parts of its measurement group."""
+
+    sites: Sequence[sr.FindingSite] = ()
+    measurements: Sequence[sr.Measurement] = ()
+    items: Sequence[sr.ContentItem] = ()
+
+
 def derive_uid(kind: str, *parts: str) -> str:
     """Derive the UID that `kind` and `parts` always have."""
     return str(generate_uid(entropy_srcs=[f"synoptic/{kind}", *(f"|{part}" for part in parts)]))
+
+
+def tracking_uid(study: Study, algorithm: Algorithm, finding: Finding) -> str:
+    """Derive the UID by which `finding` is tracked: it outlives a new version of the bundle, for it is still the same question."""
+    return derive_uid("tracking", study.study_instance_uid, algorithm.name, finding.code.scheme, finding.code.value)
+
+
+def versions(algorithm: Algorithm) -> list[str]:
+    """Software Versions of what we author."""
+    return [codes.short(algorithm.version), codes.short(f"code {algorithm.code_version}")]
 
 
 def tree(
@@ -92,15 +112,23 @@ def tree(
     findings: Sequence[Finding],
     zone: tzinfo,
     failure: str,
+    placed: Sequence[Placed],
+    whole: sr.ContentItem | None,
 ) -> sr.ContainerContentItem:
-    """Build the root container. Times are written in `zone`, with their offset."""
-    groups = [_finding_group(finding, study=study, algorithm=algorithm) for finding in findings]
+    """Build the root container. Times are written in `zone`, with their offset.
+
+    `placed` is what is known of where each finding is; those with a place come first. `whole` is what a group without one refers to.
+    """
+    told = sorted(zip(findings, placed, strict=True), key=lambda one: not one[1].items)
+    groups = [_finding_group(finding, where, study=study, algorithm=algorithm) for finding, where in told]
     said = [*_outcome(findings, failure=failure), *_statements(algorithm)]
     if any(finding.is_atypical for finding in findings):
         said.append(_text(codes.ATYPICAL, ATYPICAL_STATEMENT))
     if inputs is not None and not failure:
         groups += _value_groups(_given(inputs), study=study, algorithm=algorithm, zone=zone)
         said += _record(inputs, zone=zone)
+    for group in groups[sum(bool(where.items) for where in placed) :] if whole is not None else ():
+        group[0].ContentSequence.append(deepcopy(whole))
     root = sr.ContainerContentItem(standard.cid7021.ImagingMeasurementReport, template_id="1500")
     root.ContentSequence = sr.ContentSequence()
     root.ContentSequence.extend(sr.LanguageOfContentItemAndDescendants(concept(codes.ENGLISH)))
@@ -157,24 +185,24 @@ def _image_library(source: Evidence) -> list[sr.ContainerContentItem]:
     return [_container(standard.DCM.ImageLibrary, [_container(standard.DCM.ImageLibraryGroup, images)])]
 
 
-def _finding_group(finding: Finding, *, study: Study, algorithm: Algorithm) -> sr.MeasurementsAndQualitativeEvaluations:
-    """Say one finding. Its tracking UID outlives a new version of the bundle: it is still the same question."""
-    code = finding.code
-    shares = [_measurement(codes.shapley(part), round(share, 4), codes.NO_UNITS) for part, share in finding.shapley.items()]
-    return sr.MeasurementsAndQualitativeEvaluations(
-        tracking_identifier=sr.TrackingIdentifier(
-            uid=derive_uid("tracking", study.study_instance_uid, algorithm.name, code.scheme, code.value),
-            identifier=finding.name,
-        ),
-        finding_type=concept(code),
+def _finding_group(finding: Finding, where: Placed, *, study: Study, algorithm: Algorithm) -> sr.MeasurementsAndQualitativeEvaluations:
+    """Say one finding, and where it is."""
+    shares = [measurement(codes.shapley(part), round(share, 4), codes.NO_UNITS) for part, share in finding.shapley.items()]
+    group = sr.MeasurementsAndQualitativeEvaluations(
+        tracking_identifier=sr.TrackingIdentifier(uid=tracking_uid(study, algorithm, finding), identifier=finding.name),
+        finding_type=concept(finding.code),
+        finding_sites=list(where.sites),
         algorithm_id=_identification(algorithm),
         measurements=[
-            _measurement(codes.PROBABILITY, percent(finding.probability), codes.PERCENT),
-            _measurement(codes.THRESHOLD, percent(finding.threshold), codes.PERCENT),
+            measurement(codes.PROBABILITY, percent(finding.probability), codes.PERCENT),
+            measurement(codes.THRESHOLD, percent(finding.threshold), codes.PERCENT),
+            *where.measurements,
             *shares,
         ],
         qualitative_evaluations=[sr.QualitativeEvaluation(concept(codes.VERDICT), concept(codes.VERDICTS[finding.verdict]))],
     )
+    group[0].ContentSequence.extend(where.items)
+    return group
 
 
 def percent(probability: float) -> float:
@@ -224,24 +252,24 @@ def _value_group(
 def _value(value: UsedValue, *, zone: tzinfo) -> sr.Measurement:
     """Write one value, with its own time. A comparator is both qualifier and modifier: no viewer shows "3" for "<3"."""
     comparator = codes.COMPARATORS[value.comparator] if value.comparator else None
-    measurement = _measurement(value.code, value.value, codes.unit(value.unit), qualifier=comparator)
-    item = measurement[0]
+    made = measurement(value.code, value.value, codes.unit(value.unit), qualifier=comparator)
+    item = made[0]
     _observed(item, value.at, zone=zone)
     if comparator:
         # PS3.16 TID 300 row 2: a modifier of the concept.
         modifier = sr.CodeContentItem(concept(codes.COMPARATOR), concept(comparator), _HAS_CONCEPT_MOD)
         item.ContentSequence = sr.ContentSequence([modifier])
-    return measurement
+    return made
 
 
-def _measurement(name: Code, value: float, unit: Code, *, qualifier: Code | None = None) -> sr.Measurement:
+def measurement(name: Code, value: float, unit: Code, *, qualifier: Code | None = None) -> sr.Measurement:
     """Write a number as people write it: highdicom makes "3.0" of 3, which claims a digit that nobody measured."""
     if not math.isfinite(value):
         raise ValueError("A number in a report must be finite.")
-    measurement = sr.Measurement(concept(name), float(value), concept(unit), qualifier=concept(qualifier) if qualifier else None)
+    made = sr.Measurement(concept(name), float(value), concept(unit), qualifier=concept(qualifier) if qualifier else None)
     # PS3.5 §6.2: a DS has 16 characters; the exact value stands beside it as Floating Point Value.
-    measurement[0].MeasuredValueSequence[0].NumericValue = f"{value:.10g}"
-    return measurement
+    made[0].MeasuredValueSequence[0].NumericValue = f"{value:.10g}"
+    return made
 
 
 def _identification(algorithm: Algorithm, *more: str) -> sr.AlgorithmIdentification:
@@ -259,27 +287,26 @@ def _identification(algorithm: Algorithm, *more: str) -> sr.AlgorithmIdentificat
     )
 
 
-def _outcome(findings: Sequence[Finding], *, failure: str) -> list[sr.ContentItem]:
-    """Say how it ended, in code and in words: silence is not an answer."""
+def outcome(findings: Sequence[Finding], *, failure: str) -> tuple[Code, str]:
+    """How it ended, in code and in words: silence is not an answer."""
     if failure:
-        outcome, words = codes.FAILED, f"Could not be analysed, because {_clause(failure)}. No finding is stated."
-    elif all(finding.verdict == "negative" for finding in findings):
-        outcome, words = codes.NOTHING_FOUND, f"Nothing found. {_named('Negative', findings, 'negative')}"
-    else:
-        by_verdict: tuple[tuple[str, Verdict], ...] = (
-            ("Positive", "positive"),
-            ("Uncertain", "uncertain"),
-            ("Negative", "negative"),
-        )
-        outcome = codes.FOUND
-        words = " ".join(filter(None, (_named(heading, findings, verdict) for heading, verdict in by_verdict)))
-    return [
-        sr.CodeContentItem(concept(codes.OUTCOME), concept(outcome), _CONTAINS),
-        _text(codes.SUMMARY, words),
-    ]
+        return codes.FAILED, f"Could not be analysed, because {clause(failure)}. No finding is stated."
+    if all(finding.verdict == "negative" for finding in findings):
+        return codes.NOTHING_FOUND, f"Nothing found. {_named('Negative', findings, 'negative')}"
+    by_verdict: tuple[tuple[str, Verdict], ...] = (
+        ("Positive", "positive"),
+        ("Uncertain", "uncertain"),
+        ("Negative", "negative"),
+    )
+    return codes.FOUND, " ".join(filter(None, (_named(heading, findings, verdict) for heading, verdict in by_verdict)))
 
 
-def _clause(sentence: str) -> str:
+def _outcome(findings: Sequence[Finding], *, failure: str) -> list[sr.ContentItem]:
+    code, words = outcome(findings, failure=failure)
+    return [sr.CodeContentItem(concept(codes.OUTCOME), concept(code), _CONTAINS), _text(codes.SUMMARY, words)]
+
+
+def clause(sentence: str) -> str:
     """Turn "No series fits." into what can follow "because"; "CT" stays as it is."""
     bare = sentence.strip().rstrip(".")
     return bare if bare[1:2].isupper() else bare[:1].lower() + bare[1:]
@@ -291,12 +318,15 @@ def _named(heading: str, findings: Sequence[Finding], verdict: Verdict) -> str:
     return f"{heading}: {', '.join(listed)}." if listed else ""
 
 
-def _statements(algorithm: Algorithm) -> list[sr.ContentItem]:
+def statements(algorithm: Algorithm) -> list[tuple[Code, str]]:
+    """What must be said with every result: what it may be used for, and how good the network is."""
     use = RESEARCH_STATEMENT if algorithm.research_use else CLINICAL_STATEMENT
-    stated: list[sr.ContentItem] = [_text(codes.INTENDED_USE, f"{algorithm.title}. {use}" if algorithm.title else use)]
-    if algorithm.quality_statement:
-        stated.append(_text(codes.QUALITY, algorithm.quality_statement))
-    return stated
+    stated = [(codes.INTENDED_USE, f"{algorithm.title}. {use}" if algorithm.title else use)]
+    return [*stated, (codes.QUALITY, algorithm.quality_statement)] if algorithm.quality_statement else stated
+
+
+def _statements(algorithm: Algorithm) -> list[sr.ContentItem]:
+    return [_text(code, words) for code, words in statements(algorithm)]
 
 
 def _record(inputs: Inputs, *, zone: tzinfo) -> list[sr.ContentItem]:

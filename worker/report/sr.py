@@ -17,10 +17,13 @@ from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes as standard
 from pydicom.uid import ExplicitVRLittleEndian
 
+from worker import events
 from worker.domain import Document
+from worker.ops.log import places
 from worker.report import codes, content, gate
-from worker.report.content import MANUFACTURER, Algorithm
+from worker.report.content import MANUFACTURER, Algorithm, Placed, versions
 from worker.report.evidence import references
+from worker.report.places import placed, whole_image
 from worker.report.result import REFERENCE, SERIES_NUMBERS, Result, stamp
 
 
@@ -44,6 +47,7 @@ def build(result: Result, companions: Sequence[Document] = ()) -> Document:
     PS3.16 TID 1500, 1501, 300, 1600; PS3.3 §A.35.13; IHE RAD AI Results (AIR).
     """
     study, algorithm, source, uids = result.study, result.algorithm, result.source, result.uids
+    told, whole = _places(result, companions)
     root = content.tree(
         study,
         algorithm=algorithm,
@@ -53,6 +57,8 @@ def build(result: Result, companions: Sequence[Document] = ()) -> Document:
         findings=result.findings,
         zone=result.zone,
         failure=result.failure,
+        placed=told,
+        whole=whole,
     )
     use = "research, not for diagnosis" if algorithm.research_use else "not verified"
     ds = sr.Comprehensive3DSR(
@@ -92,6 +98,16 @@ def build(result: Result, companions: Sequence[Document] = ()) -> Document:
     return document
 
 
+def _places(result: Result, companions: Sequence[Document]) -> tuple[list[Placed], sr.ContentItem | None]:
+    """Say where each finding is, and on what image those are that have no place; a place that cannot be told does not cost the report."""
+    written = {one.sop_instance_uid for one in companions}
+    try:
+        return [placed(result, finding, written) for finding in result.findings], whole_image(result)
+    except Exception as exc:  # noqa: BLE001  the findings stand without
+        events.emit("document.failed", kind="places", bundle=result.algorithm.name, reason=type(exc).__name__, places=places(exc))
+        return [Placed()] * len(result.findings), None
+
+
 def _bare(root: sr.ContainerContentItem) -> sr.ContainerContentItem:
     """Give highdicom the root without its children: it would copy and search the whole tree.
 
@@ -106,11 +122,6 @@ def _bare(root: sr.ContainerContentItem) -> sr.ContainerContentItem:
 def _objects(companions: Sequence[Document]) -> list[Dataset]:
     """What evidence sequences need to know of each; what is no DICOM object cannot be named there."""
     return [dcmread(BytesIO(one.data), specific_tags=list(REFERENCE)) for one in companions if one.sop_class_uid]
-
-
-def versions(algorithm: Algorithm) -> list[str]:
-    """Software Versions of what we author."""
-    return [codes.short(algorithm.version), codes.short(f"code {algorithm.code_version}")]
 
 
 def _equipment(algorithm: Algorithm, *, device_uid: str, at: datetime) -> hd.ContributingEquipment:
