@@ -30,8 +30,9 @@ from worker.errors import PeerUnavailable
 from worker.infer import Model
 from worker.intake import assembly
 from worker.joining import MUST_AGREE
-from worker.report import codes
-from worker.store import documents, queue, studies
+from worker.report import codes, forms
+from worker.report.result import Result
+from worker.store import documents, ledger, queue, studies
 from worker.store.database import Store
 from worker.store.schema import document, job
 
@@ -113,7 +114,8 @@ class Site:
         (case,) = pipeline.each(self.line, pipeline.report, [case])
         assert case.error is None
         pipeline.settle(self.line, case)
-        return {one.kind: dcmread(BytesIO(one.data)) for one in (*case.companions, *([case.report] if case.report else []))}
+        made = (*case.companions, *([case.report] if case.report else []))
+        return {one.kind: dcmread(BytesIO(one.data)) for one in made if one.data}
 
 
 @pytest.fixture
@@ -248,3 +250,25 @@ def test_the_old_report_stays_unmarked_where_the_new_one_was_given_up(site: Site
         conn.execute(sa.update(job).where(job.c.document_id.in_(root)).values(state="discarded"))
     assert delivered(site, door := Pacs(), monkeypatch)["rejection"] == "discarded"
     assert "rejection" not in door.taken
+
+
+def test_a_form_that_could_not_be_written_is_a_dead_letter_and_the_study_no_delivered_one(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a notice nobody was told what is critical, of a message the RIS has nothing: a line in the log is not enough."""
+
+    def fails(_result: Result) -> tuple[Document, ...]:
+        raise KeyError("Rows")
+
+    monkeypatch.setitem(cast("dict[str, object]", forms.BUILDERS), "seg", fails)
+    site.receive()
+    tell(site.store, ADA, crp(5.0))
+    site.analyze()
+    states = delivered(site, door := Pacs(), monkeypatch)
+    assert (states["seg"], states["sr"], states["gsps"]) == ("discarded", "completed", "completed")
+    assert "seg" not in door.taken
+    with site.store.read() as conn:
+        one = ledger.standing()
+        (row,) = conn.execute(sa.select(one.c.account, one.c.reason)).all()
+    assert row.account == "failed"
+    assert row.reason == "This form of the result, seg, could not be written and is not sent; the log says where it failed."

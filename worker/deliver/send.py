@@ -82,6 +82,10 @@ def _stop(conn: Connection, job: Job, document: Document) -> Reject | Retry | Su
     """Why a document is not sent at all, or not yet: what was true when it was written may not be any more."""
     if hold := documents.hold_of(conn, job.study_id):
         return PatientConflict(f"The study is held, its report is not sent: {hold}")
+    if not document.data:
+        return ReportInvalid(
+            f"This form of the result, {document.kind}, could not be written and is not sent; the log says where it failed."
+        )
     if not document.is_whole:
         return ReportInvalid("The stored report is not as it was written, its sha256 is another: it is not sent.")
     # A message that waited for the RIS would put the result before the last one in the last one's place.
