@@ -237,6 +237,25 @@ def test_the_old_report_is_marked_only_when_the_new_one_is_there(site: Site, mon
     assert delivered(site, Pacs(), monkeypatch, hours=2)["rejection"] == "completed"
 
 
+def test_an_old_report_that_is_late_is_marked_when_it_is_there(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The PACS was away when it was made: what comes after its note would stand beside the new report, and look as good."""
+    site.receive()
+    tell(site.store, ADA, crp(5.0))
+    site.analyze()
+    assert delivered(site, Pacs(refuses="sr"), monkeypatch)["sr"] == "available"
+    corrected_value(site)
+    site.analyze()
+    with site.store.begin() as conn:
+        old = sa.select(document.c.id).where(document.c.kind == "sr", document.c.input_version == 1)
+        conn.execute(sa.update(job).where(job.c.document_id.in_(old)).values(not_before=NOW + timedelta(hours=2)))
+    delivered(site, Pacs(), monkeypatch)
+    states = delivered(site, first := Pacs(), monkeypatch, hours=1)
+    assert (states["sr"], states["rejection"], "rejection" in first.taken) == ("completed", "available", False)
+    delivered(site, late := Pacs(), monkeypatch, hours=3)
+    assert late.taken == ["sr"]
+    assert delivered(site, Pacs(), monkeypatch, hours=4)["rejection"] == "completed"
+
+
 def test_the_old_report_stays_unmarked_where_the_new_one_was_given_up(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """A person looks at one dead letter and finds both; `synoptic retry` puts both back."""
     site.receive()

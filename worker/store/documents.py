@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from worker.domain import Code, Document, Finding, Job, Patient, PatientKey, Saliency
-from worker.store.schema import AnyRow, document, finding, job, study
+from worker.store.schema import UNFINISHED, AnyRow, document, finding, job, study
 from worker.store.studies import insert_or_ignore
 
 #: Of all forms of one result the root report stands for it.
@@ -107,6 +107,13 @@ def root_delivery(conn: Connection, one: Job) -> str:
     of_root = sa.select(job.c.state).join(document, document.c.id == job.c.document_id).where(*same, _IS_ROOT)
     state = conn.execute(of_root.where(job.c.kind == "deliver", job.c.destination == one.destination).order_by(job.c.id.desc())).scalar()
     return str(state or "completed")
+
+
+def is_older_on_its_way(conn: Connection, one: Job) -> bool:
+    """Whether something of the bundle on an earlier version of the study is still to come to the same destination."""
+    earlier = (job.c.study_id == one.study_id, job.c.bundle == one.bundle, job.c.input_version < one.input_version)
+    waiting = (job.c.kind == "deliver", job.c.destination == one.destination, job.c.state.in_(UNFINISHED))
+    return conn.execute(sa.select(job.c.id).where(*earlier, *waiting).limit(1)).first() is not None
 
 
 def delivered(conn: Connection, *, destination: str, since: datetime) -> list[AnyRow]:
