@@ -32,9 +32,9 @@ from worker.intake import assembly
 from worker.joining import MUST_AGREE
 from worker.report import codes, forms
 from worker.report.result import Result
-from worker.store import documents, ledger, queue, studies
+from worker.store import commitments, documents, ledger, queue, studies
 from worker.store.database import Store
-from worker.store.schema import document, job
+from worker.store.schema import commitment, document, job
 
 __all__ = ["bundle"]  # a fixture
 
@@ -254,6 +254,36 @@ def test_an_old_report_that_is_late_is_marked_when_it_is_there(site: Site, monke
     delivered(site, late := Pacs(), monkeypatch, hours=3)
     assert late.taken == ["sr"]
     assert delivered(site, Pacs(), monkeypatch, hours=4)["rejection"] == "completed"
+
+
+def test_what_a_note_has_marked_is_not_missed_and_not_sent_again(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An archive hides it as it was asked to: to a query it is lost, and it will not have it back."""
+    study_id = site.receive()
+    tell(site.store, ADA, crp(5.0))
+    site.analyze()
+    delivered(site, Pacs(), monkeypatch)
+    with site.store.begin() as conn:
+        (old,) = (one for one in documents.delivered(conn, destination="pacs", since=NOW) if kind_of(conn, one.document_id) == "sr")
+        owed = sa.select(job).where(job.c.id == old.id)
+        held = conn.execute(owed).one()
+        conn.execute(sa.insert(commitment).values(job_id=held.id, transaction_uid="2.25.7", state="asked", asked_at=NOW, look_at=NOW))
+    corrected_value(site)
+    site.analyze()
+    delivered(site, Pacs(), monkeypatch)
+    with site.store.read() as conn:
+        assert len(documents.delivered(conn, destination="pacs", since=NOW)) == len(KINDS) - 1 + len(KINDS) - 1
+    assert delivered(site, Pacs(), monkeypatch, hours=1)["rejection"] == "completed"
+    with site.store.begin() as conn:
+        there = documents.delivered(conn, destination="pacs", since=NOW)
+        assert sorted(kind_of(conn, one.document_id) for one in there) == sorted(KINDS)
+        (late,) = commitments.overdue(conn, destination="pacs", limit=9, now=NOW)
+        commitments.looked(conn, late[0], is_found=False, now=NOW)
+        assert conn.execute(owed).one().state == "completed"
+        assert study_id == old.study_id
+
+
+def kind_of(conn: sa.Connection, document_id: int) -> str:
+    return documents.load(conn, document_id).kind
 
 
 def test_the_old_report_stays_unmarked_where_the_new_one_was_given_up(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
