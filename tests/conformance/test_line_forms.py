@@ -282,6 +282,28 @@ def test_what_a_note_has_marked_is_not_missed_and_not_sent_again(site: Site, mon
         assert study_id == old.study_id
 
 
+def test_a_dead_letter_that_is_put_back_after_its_note_is_not_sent(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`synoptic retry` puts back all of a study: an old report would come last, unmarked."""
+    study_id = site.receive()
+    tell(site.store, ADA, crp(5.0))
+    site.analyze()
+    assert delivered(site, Pacs(refuses="sr"), monkeypatch)["sr"] == "available"
+    old = sa.select(document.c.id).where(document.c.kind == "sr", document.c.input_version == 1)
+    with site.store.begin() as conn:
+        conn.execute(sa.update(job).where(job.c.document_id.in_(old)).values(state="discarded"))
+    corrected_value(site)
+    site.analyze()
+    delivered(site, Pacs(), monkeypatch)
+    assert delivered(site, Pacs(), monkeypatch, hours=1)["rejection"] == "completed"
+    with site.store.begin() as conn:
+        assert queue.operator_retry(conn, study_id, now=NOW) == 1
+    delivered(site, door := Pacs(), monkeypatch, hours=2)
+    assert door.taken == []
+    with site.store.read() as conn:
+        assert conn.execute(sa.select(job.c.state).where(job.c.document_id.in_(old))).scalars().all() == ["cancelled"]
+        assert conn.execute(sa.select(ledger.standing().c.account)).scalars().all() == ["delivered"]
+
+
 def kind_of(conn: sa.Connection, document_id: int) -> str:
     return documents.load(conn, document_id).kind
 

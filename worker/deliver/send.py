@@ -91,6 +91,8 @@ def _stop(conn: Connection, job: Job, document: Document) -> Reject | Retry | Su
     # A message that waited for the RIS would put the result before the last one in the last one's place.
     if document.kind == "oru" and documents.is_superseded(conn, job.document_id or 0):
         return Superseded("A later result of the study is sent instead.")
+    if documents.is_marked(conn, job.id):  # a dead letter that was put back, or one that the archive was found not to have
+        return Superseded("A note there says already that it is outdated: it would stand beside the report that replaces it.")
     return _stop_of_note(conn, job) if document.kind == "rejection" else None
 
 
