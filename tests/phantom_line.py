@@ -72,7 +72,7 @@ class PhantomLine:
             store=self.store,
             models={model.name: model},
             decoders=self.pool,
-            destinations=("pacs",),
+            destinations={"pacs": ("sr",)},
             zone=ZONE,
             clock=lambda: self.now,
             instances=self.config.spool / "instances",

@@ -14,7 +14,9 @@ from pydicom import Dataset, FileDataset, dcmread
 
 from tests import factories
 from worker.domain import Code, Document, Finding, Inputs, Patient, PatientKey, Series, Study, UsedText, UsedValue
-from worker.report.sr import Algorithm, build_report
+from worker.report import sr
+from worker.report.content import Algorithm
+from worker.report.result import Result, result_of
 from worker.report.tree import lines
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -89,7 +91,29 @@ def report(
     predecessor: Document | None = None,
 ) -> Example:
     """Build the report of `sources`, the rest as usual."""
-    document = build_report(
+    made_of = {
+        "algorithm": algorithm,
+        "study": study,
+        "inputs": inputs,
+        "findings": findings,
+        "failure": failure,
+        "predecessor": predecessor,
+    }
+    return Example(sr.build(result(sources, **made_of)), tuple(sources))  # type: ignore[arg-type]
+
+
+def result(
+    sources: Sequence[Path],
+    *,
+    algorithm: Algorithm = ALGORITHM,
+    study: Study | None = None,
+    inputs: Inputs | None = INPUTS,
+    findings: Sequence[Finding] = FINDINGS,
+    failure: str = "",
+    predecessor: Document | None = None,
+) -> Result:
+    """What all documents of `sources` are written from, the rest as usual."""
+    return result_of(
         study or study_of(sources[0]),
         algorithm=algorithm,
         evidence=sources,
@@ -100,7 +124,6 @@ def report(
         failure=failure,
         predecessor=predecessor,
     )
-    return Example(document, tuple(sources))
 
 
 def radiograph(folder: Path, *, change: Callable[[Dataset], object] = lambda _: None) -> Path:

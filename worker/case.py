@@ -21,7 +21,8 @@ class Line:
     store: Store
     models: Mapping[str, Model]
     decoders: DecoderPool
-    destinations: tuple[str, ...]
+    #: Destination → the kinds of documents (report/forms.py) that it is sent.
+    destinations: Mapping[str, tuple[str, ...]]
     zone: tzinfo
     clock: Callable[[], datetime]
     #: Below which the instances' files lie.
@@ -30,6 +31,11 @@ class Line:
     must_agree: tuple[str, ...] = joining.MUST_AGREE
     #: Brings a patient's record from where it is kept; raises Retry where that is away.
     pull: Callable[[PatientKey], None] | None = None
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """All that is to be authored."""
+        return frozenset(kind for kinds in self.destinations.values() for kind in kinds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +51,8 @@ class Case:
     places: Mapping[str, Place] = field(default_factory=dict)
     findings: tuple[Finding, ...] = ()
     report: Document | None = None
+    #: The other forms of the same result.
+    companions: tuple[Document, ...] = ()
     input_sha256: str = ""
     #: Of the record's patient: who else they were known to be when we looked.
     stamp: str = ""

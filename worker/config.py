@@ -1,6 +1,6 @@
 """The one configuration: a TOML file and the environment, read once, frozen.
 
-Every key of a section is a field of its class, so the class is the reference; deploy/synoptic.toml
+Every key of a section is a field of its class (config_sections.py), so the class is the reference; deploy/synoptic.toml
 shows each with a comment. An unknown key is an error that names the nearest right one. The environment overrides single
 keys: ``SYNOPTIC_RECEIVE__PORT=11112`` is ``[receive] port``, ``SYNOPTIC_DESTINATIONS__PACS__STOW_SECRET`` a key of the destination "pacs".
 Secrets belong there. Nothing here reads a database or opens a socket.
@@ -20,224 +20,50 @@ from typing import Any, Final
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from worker.config_checks import check
-from worker.config_tables import ConfigError as ConfigError
-from worker.config_tables import Text, build
+from worker.config_sections import (
+    Assembly,
+    Audit,
+    CodeMapping,
+    Deliver,
+    Destination,
+    FhirServer,
+    Log,
+    PatientIds,
+    Receive,
+    Records,
+    Retention,
+    Run,
+    Sender,
+    Site,
+    Table,
+)
+from worker.config_tables import ConfigError, Text, build
+
+__all__ = [
+    "ENVIRONMENT_PREFIX",
+    "Assembly",
+    "Audit",
+    "CodeMapping",
+    "Config",
+    "ConfigError",
+    "Deliver",
+    "Destination",
+    "FhirServer",
+    "Log",
+    "PatientIds",
+    "Receive",
+    "Records",
+    "Retention",
+    "Run",
+    "Sender",
+    "Site",
+    "Table",
+    "config_file",
+    "parse_zone",
+    "read",
+]
 
 ENVIRONMENT_PREFIX: Final = "SYNOPTIC_"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Site:
-    """What is true of the whole installation."""
-
-    data: Path = Path("var")
-    database: str = field(default="", repr=False)
-    timezone: str = "UTC"
-    issuer: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Receive:
-    """The Storage SCP."""
-
-    host: str = "127.0.0.1"
-    port: int = 11112
-    ae_title: str = "SYNOPTIC"
-    processes: int = 1
-    max_associations: int = 50
-    max_per_address: int = 25
-    max_pdu_bytes: int = 131072
-    pdu_deadline_s: float = 30.0
-    idle_s: float = 60.0
-    accept_unknown_sop_classes: bool = False
-    low_water_mb: int = 2048
-    tls_certificate: str = ""
-    tls_key: str = ""
-    tls_client_ca: str = ""
-    verify_mb_per_h: float = 1024.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sender:
-    """Somebody who may send to us; with ports, it is asked how many images a study has, and may ask us to commit to what it sent."""
-
-    ae_title: str
-    addresses: tuple[str, ...] = ("127.0.0.1",)
-    query_host: str = ""
-    query_port: int = 0
-    query_tls: bool = False
-    tls_ca: str = ""
-    tls_certificate: str = ""
-    tls_key: str = ""
-    tls_server_name: str = ""
-    tls_names: tuple[str, ...] = ()
-    commitment_port: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Assembly:
-    """When a study is complete."""
-
-    quiet_s: float = 60.0
-    quiet_by_modality: Mapping[str, float] = field(default_factory=lambda: {"CR": 15.0, "DX": 15.0})
-    sweep_s: float = 0.25
-    ask_sender_after_s: float = 0.5
-    incomplete_limit_s: float = 1800.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PatientIds:
-    """How patient IDs are compared: exactly, unless this says otherwise. A change counts for what comes after it."""
-
-    strip_leading_zeros: bool = False
-    upper_case: bool = False
-    narrow_digits: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CodeMapping:
-    """One code of the site's own and the code that bundles ask for."""
-
-    local: tuple[str, ...]
-    standard: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Records:
-    """The HL7 v2 listener, how identifiers are read, and what follows from a change."""
-
-    enabled: bool = True
-    host: str = "127.0.0.1"
-    port: int = 2575
-    addresses: tuple[str, ...] = ("127.0.0.1",)
-    encoding: str = "utf-8"
-    issuers: Mapping[str, str] = field(default_factory=dict)
-    schemes: Mapping[str, str] = field(default_factory=dict)
-    mappings: tuple[CodeMapping, ...] = ()
-    patient_ids: PatientIds = field(default_factory=PatientIds)
-    must_agree: tuple[str, ...] = ("birth_date", "sex", "name")
-    max_message_mb: int = 8
-    max_connections: int = 32
-    idle_s: float = 600.0
-    tls_certificate: str = ""
-    tls_key: str = ""
-    tls_client_ca: str = ""
-    silent_after_s: float = 0.0
-    reissue: bool = True
-    reissue_within_h: float = 720.0
-    keep_raw_days: int = 30
-    keep_values_days: int = 0
-    keep_texts_days: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FhirServer:
-    """A FHIR R4 server that is asked for a patient's record just before a study is analysed. The secret belongs in the environment."""
-
-    url: str = ""
-    issuer_system: str = ""
-    token_url: str = ""
-    client_id: str = ""
-    client_secret: str = field(default="", repr=False)
-    key_file: str = ""
-    key_id: str = ""
-    scope: str = "system/*.read"
-    ca: str = ""
-    timeout_s: float = 10.0
-    fresh_s: float = 300.0
-    full_every_h: float = 24.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Table:
-    """A view or query of the site's data warehouse, read again and again from where it ended; not at all where `every_s` is 0."""
-
-    name: str
-    database: str = field(repr=False)
-    query: str
-    mapping: Path
-    every_s: float = 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """Inference."""
-
-    bundles: tuple[Path, ...] = ()
-    device: str = "cpu"
-    processes: int = 1
-    threads: int = 1
-    batch: int = 8
-    decoders: int = 2
-    decoder_memory_mb: int = 2048
-    decoder_timeout_s: float = 60.0
-    lease_s: float = 60.0
-    poll_s: float = 0.1
-    study_limit_s: float = 600.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Retention:
-    """After how many days the files of a study go, by where it stands; 0: never."""
-
-    delivered_days: int = 0
-    excluded_days: int = 0
-    failed_days: int = 0
-    quarantine_days: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Destination:
-    """A PACS that gets the reports: by C-STORE to AE title, host and port, or by STOW-RS. The secret belongs in the environment."""
-
-    name: str
-    ae_title: str = ""
-    host: str = ""
-    port: int = 0
-    own_ae_title: str = ""
-    read_back: bool = True
-    commitment: bool = False
-    commitment_wait_s: float = 600.0
-    timeout_s: float = 30.0
-    tls: bool = False
-    tls_ca: str = ""
-    tls_certificate: str = ""
-    tls_key: str = ""
-    tls_server_name: str = ""
-    stow_url: str = ""
-    stow_secret: str = field(default="", repr=False)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Deliver:
-    """Delivery."""
-
-    lease_s: float = 120.0
-    poll_s: float = 0.1
-    batch: int = 16
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Log:
-    """The log: JSON lines on standard output."""
-
-    level: str = "INFO"
-    format: str = "json"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Audit:
-    """The audit trail, apart from the log: files, and an Audit Record Repository where a host is named."""
-
-    enabled: bool = True
-    limit_mb: int = 4096
-    keep_days: int = 0
-    syslog_host: str = ""
-    syslog_port: int = 6514
-    tls_ca: str = ""
-    tls_certificate: str = ""
-    tls_key: str = ""
-    tls_server_name: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from worker.config_tables import ConfigError
+from worker.domain import KINDS_OF_DOOR
 
 if TYPE_CHECKING:
     from worker.config import Config, Destination, Sender
@@ -25,7 +26,7 @@ def check(config: Config) -> None:
         _check_door(peer)
     titles = [("receive.ae_title", config.receive.ae_title)]
     titles += [("senders.ae_title", sender.ae_title) for sender in config.senders]
-    titles += [("destinations.ae_title", peer.ae_title) for peer in config.destinations if not peer.stow_url]
+    titles += [("destinations.ae_title", peer.ae_title) for peer in config.destinations if peer.door == "dicom"]
     for where, title in titles:
         # PS3.5 §6.2, VR AE: at most 16 characters, not all spaces, no backslash or control characters.
         if not title.strip() or len(title) > 16 or "\\" in title or not title.isprintable() or not title.isascii():
@@ -48,20 +49,41 @@ def check(config: Config) -> None:
 def _check_door(peer: Destination) -> None:
     """A destination has one door, and a secret goes only where it cannot be read on the way."""
     where = f"destinations {peer.name}"
-    if not peer.stow_url:
-        if not (peer.ae_title and peer.host):
-            raise ConfigError(f"{where} needs ae_title, host and port, or stow_url.")
-        if peer.stow_secret:
-            raise ConfigError(f"{where}: stow_secret without stow_url.")
-        return
-    if peer.ae_title or peer.host or peer.port or peer.commitment:
-        raise ConfigError(f"{where}: with stow_url there is no ae_title, host, port or commitment: those are of C-STORE.")
-    if peer.stow_secret and not (peer.stow_secret.isprintable() and peer.stow_secret.isascii()):
-        raise ConfigError(f"{where}: stow_secret is a token, or user:password, in printable ASCII.")
-    _check_url(where, peer.stow_url)
+    keys = {
+        "ae_title, host, port or commitment": peer.ae_title or peer.host or peer.port or peer.commitment,
+        "stow_url": peer.stow_url,
+        "hl7_host": peer.hl7_host,
+        "fhir_url": peer.fhir_url,
+        "webhook_url": peer.webhook_url,
+        "mail_to": peer.mail_to,
+    }
+    given = [key for key, value in keys.items() if value]
+    if not given or (peer.door == "dicom" and not (peer.ae_title and peer.host)):
+        raise ConfigError(f"{where} needs ae_title, host and port, or stow_url, hl7_host, fhir_url, webhook_url or mail_to.")
+    if len(given) > 1:
+        raise ConfigError(f"{where}: with {given[1]} there is no {given[0]}: a destination has one door, write one for each.")
+    _check_secrets(peer, where)
+    known = KINDS_OF_DOOR[peer.door]
+    if strange := [kind for kind in peer.documents if kind not in known]:
+        raise ConfigError(f"{where}: documents: {strange[0]!r} is none of {', '.join(known)}.")
 
 
-def _check_url(where: str, text: str) -> None:
+def _check_secrets(peer: Destination, where: str) -> None:
+    for key in ("stow", "fhir", "webhook", "smtp"):
+        secret = getattr(peer, f"{key}_secret")
+        door = "mail_to" if key == "smtp" else f"{key}_url"
+        if secret and not getattr(peer, door):
+            raise ConfigError(f"{where}: {key}_secret without {door}.")
+        if not (secret.isprintable() and secret.isascii()):
+            raise ConfigError(f"{where}: {key}_secret is a token, or user:password, in printable ASCII.")
+    for door in ("stow", "fhir", "webhook"):
+        if url := getattr(peer, f"{door}_url"):
+            _check_url(f"{where}: {door}_url", url, ends_with="/studies" if door == "stow" else "", secret=f"{door}_secret")
+    if peer.mail_to and not (peer.mail_from and peer.smtp_host):
+        raise ConfigError(f"{where}: mail_to needs mail_from and smtp_host.")
+
+
+def _check_url(where: str, text: str, *, ends_with: str, secret: str) -> None:
     try:
         url = urlsplit(text)
         is_url = bool(url.hostname) and url.port != 0
@@ -69,9 +91,10 @@ def _check_url(where: str, text: str) -> None:
         is_url = False
     is_near = is_url and url.scheme == "http" and url.hostname in ("localhost", "127.0.0.1", "::1")
     if not is_url or not (text.startswith("https:") or is_near):  # as written: peers.py and tls.py go by it
-        raise ConfigError(f"{where}: stow_url must begin with https://; http:// is for a server on this very machine.")
-    if "@" in url.netloc or url.query or url.fragment or not url.path.endswith("/studies") or not text.isascii() or " " in text:
-        raise ConfigError(f"{where}: stow_url must end with /studies; user name and password belong in stow_secret.")
+        raise ConfigError(f"{where} must begin with https://; http:// is for a server on this very machine.")
+    if "@" in url.netloc or url.query or url.fragment or not url.path.endswith(ends_with) or not text.isascii() or " " in text:
+        ending = f"must end with {ends_with}" if ends_with else "is a plain address"
+        raise ConfigError(f"{where} {ending}; user name and password belong in {secret}.")
 
 
 def _check_commitment(config: Config) -> None:
@@ -108,7 +131,7 @@ def _check_tls(config: Config) -> None:
         if not one.tls_certificate and (one.tls_key or one.tls_client_ca):
             raise ConfigError(f"{section}: tls_key or tls_client_ca without tls_certificate; the port would be plain.")
     called: list[tuple[str, str, bool, Destination | Sender]]
-    called = [(f"destinations {peer.name}", "tls", peer.tls or peer.stow_url.startswith("https:"), peer) for peer in config.destinations]
+    called = [(f"destinations {peer.name}", "tls", peer.is_tls, peer) for peer in config.destinations]
     called += [(f"senders {sender.ae_title}", "query_tls", sender.query_tls, sender) for sender in config.senders]
     for where, key, is_on, given in called:
         if not is_on and (given.tls_ca or given.tls_certificate or given.tls_key or given.tls_server_name):
@@ -137,7 +160,9 @@ def _check_numbers(config: Config) -> None:
 
 def _check_ports(config: Config) -> None:
     ports = [("receive", config.receive.port), ("records", config.records.port)]
-    ports += [(f"destinations {peer.name}", peer.port) for peer in config.destinations if not peer.stow_url]
+    ports += [(f"destinations {peer.name}", peer.port) for peer in config.destinations if peer.door == "dicom"]
+    ports += [(f"destinations {peer.name}", peer.hl7_port) for peer in config.destinations]
+    ports += [(f"destinations {peer.name}", peer.smtp_port) for peer in config.destinations]
     ports += [(f"senders {sender.ae_title}", sender.commitment_port) for sender in config.senders if sender.commitment_port]
     for where, port in ports:
         if not 1 <= port <= 65535:

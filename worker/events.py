@@ -40,6 +40,7 @@ NAMES: Final = frozenset(
         "report.outdated",  # the record changed after it
         "record.expired",  # retention
         "images.removed",  # retention
+        "document.failed",  # one form of a result could not be written; the root report is sent without it
         "explanation.failed",  # the findings are reported all the same
         "spool.swept",
         "file.damaged",  # found by reading it again, once each time round

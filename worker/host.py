@@ -53,8 +53,8 @@ def exposed(config: Config, config_file: Path | None) -> list[str]:
 
 
 def secrets(config: Config) -> set[str]:
-    """What must never be shown: the passwords within URLs of databases, the secrets for the FHIR server and for STOW-RS."""
-    told = [one.stow_secret for one in config.destinations]
+    """What must never be shown: the passwords within URLs of databases, the secrets for the FHIR server and for destinations."""
+    told = [secret for one in config.destinations for secret in one.secrets]
     urls = [config.site.database, *(table.database for table in config.tables)]
     return {secret for secret in (config.fhir.client_secret, *told, *(told_by(url)[0] for url in urls)) if secret}
 

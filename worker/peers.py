@@ -27,19 +27,22 @@ def peer_of(destination: Destination, *, own_ae_title: str) -> Peer:
     """A destination as the network part takes it."""
     from worker.deliver.cstore import Peer
 
-    url = urlsplit(destination.stow_url)
+    url = urlsplit(destination.url)
+    secret = destination.stow_secret or destination.fhir_secret
     return Peer(
         name=destination.name,
         ae_title=destination.ae_title,
-        host=url.hostname or destination.host,
-        port=url.port or {"https": 443, "http": 80}.get(url.scheme, destination.port),
+        host=url.hostname or destination.host or destination.hl7_host or destination.smtp_host,
+        port=url.port or {"https": 443, "http": 80}.get(url.scheme, 0) or destination.own_port,
         own_ae_title=destination.own_ae_title or own_ae_title,
         timeout_s=destination.timeout_s,
         read_back=destination.read_back,
         tls=client_context(destination),
         tls_server_name=destination.tls_server_name,
         stow_url=destination.stow_url,
-        authorization=_authorization(destination.stow_secret),
+        url=destination.url,
+        door=destination.door,
+        authorization=_authorization(secret),
     )
 
 

@@ -40,7 +40,9 @@ from worker.imaging.decoding import DecoderPool
 from worker.infer import places
 from worker.inputs import select_inputs
 from worker.ops.log import places as places_of
-from worker.report.sr import Algorithm, build_report
+from worker.report import forms
+from worker.report.content import Algorithm
+from worker.report.result import result_of
 from worker.selection import takes
 from worker.settling import is_repeated, settle
 from worker.store import documents, studies
@@ -210,7 +212,7 @@ def explain(line: Line, case: Case) -> Case:
 
 
 def report(line: Line, case: Case) -> Case:
-    """Author the report: the findings, or why there are none."""
+    """Author the documents: the findings, or why there are none, in each form that a destination wants."""
     assert case.study is not None  # noqa: S101  gather filled it
     model, study = line.models[case.job.bundle], case.study
     bundle = model.bundle
@@ -238,7 +240,7 @@ def report(line: Line, case: Case) -> Case:
         quality_statement=bundle.quality_statement,
         research_use=bundle.research_use,
     )
-    document = build_report(
+    result = result_of(
         study,
         algorithm=algorithm,
         evidence=[i.path for i in analysed],
@@ -249,4 +251,5 @@ def report(line: Line, case: Case) -> Case:
         predecessor=case.predecessor,
         zone=line.zone,
     )
-    return replace(case, report=document, input_sha256=input_sha256)
+    *companions, root = forms.author(result, line.kinds)
+    return replace(case, report=root, companions=tuple(companions), input_sha256=input_sha256)

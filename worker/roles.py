@@ -106,7 +106,7 @@ def run(config: Config, store: Store, stop: threading.Event) -> None:
             store=store,
             models={model.name: model for model in loaded},
             decoders=pool,
-            destinations=tuple(peer.name for peer in config.destinations),
+            destinations={peer.name: peer.wanted for peer in config.destinations},
             zone=config.zone,
             clock=clock,
             instances=config.spool / "instances",

@@ -130,27 +130,31 @@ def _file(conn: Connection, line: Line, case: Case, *, failure: str, now: dateti
         queue.complete(conn, job, now=now, findings=_summary(case), failure=failure, is_repeated=True)
         return False
     assert case.report is not None  # noqa: S101  asked by the caller
-    document_id = documents.add(
-        conn,
-        job,
-        report=case.report,
-        findings=case.findings,
-        input_sha256=case.input_sha256,
-        record_sha256=record_digest(case.inputs),
-        failure=failure,
-        now=now,
-    )
-    for destination in line.destinations:
-        queue.enqueue_deliver(
+    # The root report last: what it refers to goes before it.
+    for document in (*case.companions, case.report):
+        document_id = documents.add(
             conn,
-            job.study_id,
-            document_id=document_id,
-            bundle=job.bundle,
-            input_version=job.input_version,
-            destination=destination,
-            priority=job.priority,
+            job,
+            report=document,
+            findings=case.findings if document is case.report else (),
+            input_sha256=case.input_sha256,
+            record_sha256=record_digest(case.inputs),
+            failure=failure,
             now=now,
         )
+        for destination, kinds in line.destinations.items():
+            if document.kind not in kinds:
+                continue
+            queue.enqueue_deliver(
+                conn,
+                job.study_id,
+                document_id=document_id,
+                bundle=job.bundle,
+                input_version=job.input_version,
+                destination=destination,
+                priority=job.priority,
+                now=now,
+            )
     queue.complete(conn, job, now=now, findings=_summary(case), failure=failure)
     return True
 

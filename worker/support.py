@@ -99,7 +99,7 @@ class _Mask:
 
     def __init__(self, config: Config, config_file: Path | None) -> None:
         self._names = dict.fromkeys(host.secrets(config), "[secret]")
-        urls = [config.site.database, *(one.database for one in config.tables), *(one.stow_url for one in config.destinations)]
+        urls = [config.site.database, *(one.database for one in config.tables), *(one.url for one in config.destinations)]
         for url in (*urls, config.fhir.url, config.fhir.token_url):
             self._names |= dict.fromkeys(told_by(url)[1], "[url]")
         self._learn("", dataclasses.asdict(config))

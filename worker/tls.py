@@ -140,9 +140,7 @@ def client_context(settings: Destination | Sender | Audit) -> Credentials | None
         A file is missing or is not what it should be.
     """
     match settings:
-        case Destination(tls=False, stow_url=url) if not url.startswith("https:"):
-            return None
-        case Sender(query_tls=False) | Audit(syslog_host=""):
+        case Destination(is_tls=False) | Sender(query_tls=False) | Audit(syslog_host=""):
             return None
     return Credentials(
         _where(settings),

@@ -41,7 +41,8 @@ def show(out: Console, store: Store, study_id: int, *, with_report: bool) -> Non
     if jobs:
         out.print(_jobs(jobs))
     for document, findings in reports:
-        out.print(f"report {document.sop_instance_uid}  version {document.input_version}  {escape(document.failure)}", soft_wrap=True)
+        name = "report" if document.kind == "sr" else document.kind
+        out.print(f"{name} {document.sop_instance_uid}  version {document.input_version}  {escape(document.failure)}", soft_wrap=True)
         for asked in promised[document.id]:
             out.print(f"  {asked.destination}: {_promise(asked)}", soft_wrap=True, markup=False)
         for one in findings:

@@ -95,7 +95,7 @@ def register(app: typer.Typer, opener: Opener) -> None:
         if with_archives:
             since = clock() - timedelta(days=days)
             record_audit(settings)
-            for destination in settings.destinations:
+            for destination in filter(lambda one: one.is_archive, settings.destinations):
                 peer = peers.peer_of(destination, own_ae_title=settings.receive.ae_title)
                 is_well &= _check_archive(store, peer, since=since, is_repair=is_repair)
             _count_at_senders(settings, store, since=since)

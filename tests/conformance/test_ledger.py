@@ -58,13 +58,15 @@ def settled(store: Store, job: Job, verdict: str, *, now: datetime, destinations
 def _report(conn: sa.Connection, job: Job, *, now: datetime, destinations: int, input_sha256: str) -> None:
     before = {"bundle": job.bundle, "before_version": job.input_version}
     if not documents.is_repeated(conn, job.study_id, input_sha256=input_sha256, **before):  # type: ignore[arg-type]
-        report = Document(f"2.{job.id}.{job.input_version}", "1.2.840.10008.5.1.4.1.1.88.34", "SR", b"sr", "")
-        added = documents.add(conn, job, report=report, findings=(), input_sha256=input_sha256, failure="", now=now)
-        for number in range(destinations):
+        report = Document(f"2.{job.id}.{job.input_version}", "1.2.840.10008.5.1.4.1.1.88.34", "sr", b"sr", "")
+        picture = Document(f"2.{job.id}.{job.input_version}.1", "1.2.840.10008.5.1.4.1.1.7", "summary", b"picture", "")
+        said = {"input_sha256": input_sha256, "failure": "", "now": now}
+        added = [documents.add(conn, job, report=one, findings=(), **said) for one in (picture, report)]  # type: ignore[arg-type]
+        for number in range(destinations):  # the second takes pictures alone
             queue.enqueue_deliver(
                 conn,
                 job.study_id,
-                document_id=added,
+                document_id=added[1 - number],
                 bundle=job.bundle,
                 input_version=job.input_version,
                 destination=f"pacs {number}",
@@ -293,7 +295,7 @@ FILL = (
     " SELECT i, {at}, CASE WHEN i % 10 = 0 THEN 'study.excluded' ELSE 'study.completed' END, '{{}}' FROM n",
     "INSERT INTO document"
     " (id, study_id, sop_instance_uid, sop_class_uid, kind, bundle, input_version, input_sha256, sha256, data, created_at)"
-    " SELECT i, i, '2.' || i, '1', 'SR', 'b', 1, 'x', 'y', {data}, {at} FROM n WHERE i % 10 > 0",
+    " SELECT i, i, '2.' || i, '1', 'sr', 'b', 1, 'x', 'y', {data}, {at} FROM n WHERE i % 10 > 0",
     "INSERT INTO job (kind, study_id, bundle, input_version, unique_key, priority, state, not_before, created_at)"
     " SELECT 'infer', i, 'b', 1, 'i' || i, 1, 'completed', {at}, {at} FROM n WHERE i % 10 > 0",
     "INSERT INTO job"

@@ -38,7 +38,7 @@ from worker.infer import Model
 from worker.intake import assembly
 from worker.intake.hl7 import parse
 from worker.joining import MUST_AGREE
-from worker.report.sr import report_uids
+from worker.report.result import report_uids
 from worker.store import documents, history, persons, queue, records, studies
 from worker.store.database import Connection, Store
 from worker.store.schema import message
@@ -58,7 +58,7 @@ def bundle() -> Bundle:
 
 def line(store: Store, bundle: Bundle, *, now: datetime = NOW, must_agree: tuple[str, ...] = MUST_AGREE) -> pipeline.Line:
     model = cast("Model", SimpleNamespace(bundle=bundle, digest="b"))
-    return cast("pipeline.Line", SimpleNamespace(store=store, models={NAME: model}, destinations=("pacs",), clock=lambda: now,
+    return cast("pipeline.Line", SimpleNamespace(store=store, models={NAME: model}, destinations={"pacs": ("sr",)}, clock=lambda: now,
                                                  instances=Path(), must_agree=must_agree, pull=None))  # fmt: skip
 
 
@@ -117,7 +117,7 @@ def reported(case: pipeline.Case) -> pipeline.Case:
     before = case.predecessor.sop_instance_uid if case.predecessor else ""
     made_of = digest("b", case.inputs, [], "")
     uid = report_uids("2.25.1", bundle_sha256="b", input_sha256=made_of, predecessor_uid=before).sop_instance_uid
-    return replace(case, report=Document(uid, "1.2.840.10008.5.1.4.1.1.88.34", "SR", b"report", before), input_sha256=made_of)
+    return replace(case, report=Document(uid, "1.2.840.10008.5.1.4.1.1.88.34", "sr", b"report", before), input_sha256=made_of)
 
 
 def names(store: Store, study_id: int) -> list[str]:

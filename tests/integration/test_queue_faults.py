@@ -130,7 +130,7 @@ def analyzed(folder: Path, files: list[Path], *, now: datetime, times: int = 1) 
                 store=store,
                 models={NAME: model},
                 decoders=pool,
-                destinations=("pacs",),
+                destinations={"pacs": ("sr",)},
                 zone=timezone(timedelta(hours=1)),
                 clock=repeat(at).__next__,
                 instances=config.spool / "instances",

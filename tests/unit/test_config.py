@@ -50,7 +50,7 @@ STOW = "[[destinations]]\nname = 'web'\nstow_url = '{}'\n"
         ("[receive]\nprot = 1", "Unknown key 'prot' in [receive]. Did you mean 'port'?"),
         ('[receive]\nport = "eleven"', "receive.port must be a whole number, not text in quotes."),
         ('[receive]\nae_title = "MUCH-TOO-LONG-A-TITLE"', "is no AE title"),
-        ("[[destinations]]\nname = 'x'", "destinations x needs ae_title, host and port, or stow_url."),
+        ("[[destinations]]\nname = 'x'", "destinations x needs ae_title, host and port, or stow_url, hl7_host"),
         (STOW.format("http://pacs.example/studies"), "stow_url must begin with https://"),
         (STOW.format("https://user:secret@pacs/studies"), "user name and password belong in stow_secret"),
         (STOW.format("HTTPS://pacs.example/studies"), "stow_url must begin with https://"),

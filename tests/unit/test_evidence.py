@@ -16,8 +16,8 @@ from tests import factories, reports
 from tests.reports import ALGORITHM, ANALYSED_AT, FINDINGS
 from worker.domain import PatientKey
 from worker.errors import PatientConflict, PixelError
-from worker.report import evidence
-from worker.report.sr import build_report
+from worker.report import evidence, sr
+from worker.report.result import result_of
 
 
 @pytest.mark.parametrize(
@@ -182,9 +182,10 @@ def test_one_offset_holds_for_all_times_of_the_document(own: str, expected: str,
 
     source = reports.radiograph(tmp_path, change=change)
     in_july = replace(reports.study_of(source), study_at=datetime(2024, 7, 2, 10, 30, tzinfo=_Summer()))
-    document = build_report(
+    made_of = result_of(
         in_july, algorithm=ALGORITHM, evidence=[source], inputs=None, findings=FINDINGS, analysed_at=ANALYSED_AT, zone=_Summer()
     )
+    document = sr.build(made_of)
     ds = dcmread(BytesIO(document.data))
     assert (ds.TimezoneOffsetFromUTC, ds.ContentTime[:6]) == (expected, clock)
 

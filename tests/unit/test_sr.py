@@ -17,7 +17,7 @@ from tests import reports
 from tests.reports import ALGORITHM, CRP, DRAWN_AT, EXAMPLES, FINDINGS, INPUTS, ZONE, Example
 from worker.domain import Code, Inputs, UsedValue
 from worker.report import codes, content, tree
-from worker.report.sr import report_uids
+from worker.report.result import report_uids
 
 
 def items(ds: Dataset) -> Iterator[Dataset]:

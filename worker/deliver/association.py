@@ -56,8 +56,8 @@ class Peer:
     ``read_back`` off is for archives without C-FIND: Success alone then counts as delivered.
     ``tls`` gives the context for a new connection; with it nothing is ever sent in the clear. The peer's certificate
     must be for ``tls_server_name``, or where that is empty for ``host``.
-    With a ``stow_url`` it is called by DICOMweb there (stow.py), ``authorization`` is the header's value, and nothing here has a meaning
-    but name, host, port, time-out, read-back and TLS.
+    ``door`` says how it is called (config_sections.Destination); with a ``stow_url`` by DICOMweb there (stow.py). Of a door with a URL,
+    ``url`` is that, ``authorization`` the header's value, and nothing here has a meaning but name, host, port, time-out, read-back and TLS.
     """
 
     name: str
@@ -70,6 +70,8 @@ class Peer:
     tls: Callable[[], ssl.SSLContext] | None = None
     tls_server_name: str = ""
     stow_url: str = ""
+    url: str = ""
+    door: str = "dicom"
     authorization: str = field(default="", repr=False)
 
 

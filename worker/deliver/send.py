@@ -7,9 +7,10 @@ Destinations do not know of each other: one that is down holds up nobody else's 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from io import BytesIO
+from typing import Final
 
 from pydicom import dcmread
 from pydicom.uid import generate_uid
@@ -22,25 +23,32 @@ from worker.ops import audit
 from worker.store import commitments, documents, queue
 from worker.store.database import Store
 
+Door = Callable[..., list[cstore.Outcome]]
+
+#: By the door of a destination: each takes documents and the peer, and gives one outcome each, in order.
+DOORS: Final[Mapping[str, Door]] = {"dicom": cstore.send, "stow": stow.send}
+
 
 def deliver(
     jobs: Sequence[Job], *, store: Store, peer: cstore.Peer, clock: Callable[[], datetime], commitment_wait_s: float | None = None
 ) -> list[cstore.Outcome]:
-    """Send leased jobs' documents by their door, C-STORE or STOW-RS, and settle each on its own; returns the outcomes of the sent.
+    """Send leased jobs' documents by the peer's door and settle each on its own; returns the outcomes of the sent.
 
     With `commitment_wait_s` the peer is asked to commit to what it took, and its report is waited for so long.
     """
     with store.read() as conn:
         loaded = [documents.load(conn, job.document_id or 0) for job in jobs]
+        whose = [documents.owner(conn, job.study_id) for job in jobs]
         stops = [_stop(document, documents.hold_of(conn, job.study_id)) for job, document in zip(jobs, loaded, strict=True)]
     fit = [document for document, stop in zip(loaded, stops, strict=True) if stop is None]
+    owners = [owner for owner, stop in zip(whose, stops, strict=True) if stop is None]
     subjects: list[audit.Subject] = []
-    to = audit.Party(peer.stow_url or peer.ae_title, peer.host, is_ae=not peer.stow_url)
+    to = audit.Party(peer.url or peer.stow_url or peer.ae_title or peer.name, peer.host, is_ae=bool(peer.ae_title))
     try:
-        for document in fit:
-            subjects.append(_subject(document))
+        for document, owner in zip(fit, owners, strict=True):
+            subjects.append(_subject(document) if document.sop_class_uid else audit.Subject(*owner, {}))
             audit.begun(subjects[-1], destination=to)
-        sent = stow.send(fit, peer=peer) if peer.stow_url else cstore.send(fit, peer=peer)
+        sent = DOORS["stow" if peer.stow_url else peer.door](fit, peer=peer)
     except Exception as exc:  # noqa: BLE001  one document must not end the deliveries of a destination
         sent = [cstore.Outcome(document.sop_instance_uid, error=Retry(commitment.unforeseen(exc))) for document in fit]
     for subject, outcome in zip(subjects, sent, strict=False):

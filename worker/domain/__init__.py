@@ -10,11 +10,14 @@ Frame: LPS, millimetres. Times: aware datetimes. Digests: sha256, lower hex.
 """
 
 from worker.domain.answers import (
+    DICOM_KINDS,
+    KINDS_OF_DOOR,
     CommitmentReport,
     CommitmentRequest,
     Document,
     Finding,
     Inputs,
+    Region,
     Saliency,
     UsedHistory,
     UsedText,
@@ -41,6 +44,8 @@ from worker.domain.record import (
 
 __all__ = [
     "CLOCKS",
+    "DICOM_KINDS",
+    "KINDS_OF_DOOR",
     "ROUTINE",
     "STAT",
     "Code",
@@ -65,6 +70,7 @@ __all__ = [
     "PatientRecord",
     "Received",
     "RecordUpdate",
+    "Region",
     "Saliency",
     "Series",
     "Study",

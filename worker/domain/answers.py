@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Literal
+from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,17 @@ from worker.domain.images import Series
 from worker.domain.record import Code
 
 Verdict = Literal["positive", "negative", "uncertain"]
+
+#: Kinds of documents, as `[[destinations]] documents` names them: those that an archive takes, and those of the other doors.
+DICOM_KINDS: Final = ("sr", "seg", "map", "summary", "pdf", "gsps", "keys", "basic", "rejection")
+KINDS_OF_DOOR: Final = {
+    "dicom": DICOM_KINDS,
+    "stow": DICOM_KINDS,
+    "hl7": ("oru",),
+    "fhir": ("fhir",),
+    "webhook": ("notice",),
+    "mail": ("notice",),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +100,53 @@ class Saliency:
     sop_instance_uids: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Region:
+    """Where in one image a finding has its place: voxels of the analysed image itself, cut to their bounding box.
+
+    ``mask`` (K, J, I) bool, (1, rows, columns) of a radiograph, with something True; ``origin`` (k, j, i) of its first voxel in the
+    image, ``shape`` (K, J, I) that of the whole image. ``affine`` (4, 4): index (i, j, k, 1) of the image → LPS mm; None without patient
+    coordinates. ``image`` is the bundle's name of it; ``sop_instance_uids`` and ``frame_numbers`` (from 1) name its planes, k by k. Equal
+    only to itself.
+    """
+
+    mask: NDArray[np.bool_]
+    origin: tuple[int, int, int]
+    shape: tuple[int, int, int]
+    affine: NDArray[np.float64] | None
+    image: str
+    sop_instance_uids: tuple[str, ...]
+    frame_numbers: tuple[int, ...]
+
+    @property
+    def centre_index(self) -> NDArray[np.float64]:
+        """The centre of mass, (i, j, k) in voxels of the whole image; (0, 0, 0) is the middle of its first voxel."""
+        inside = np.argwhere(self.mask).mean(axis=0) + np.asarray(self.origin)
+        return np.ascontiguousarray(inside[::-1])
+
+    @property
+    def centre_mm(self) -> NDArray[np.float64] | None:
+        """The centre of mass, LPS mm; None without patient coordinates."""
+        return None if self.affine is None else (self.affine @ np.append(self.centre_index, 1.0))[:3]
+
+    @property
+    def volume_mm3(self) -> float | None:
+        """None without patient coordinates."""
+        return None if self.affine is None else float(self.mask.sum() * abs(np.linalg.det(self.affine[:3, :3])))
+
+    @property
+    def key_plane(self) -> int:
+        """The k, in the whole image, of the plane that has most of it; the first of several."""
+        return int(self.mask.sum(axis=(1, 2)).argmax()) + self.origin[0]
+
+
 @dataclass(frozen=True, slots=True)
 class Finding:
     """One coded answer of the network: how probable, what that means, what it rests on.
 
     ``shapley`` holds each modality's exact share of the log-odds ("image", "values", "text"), ``attributions`` that of each
-    used value and text by its name. ``is_atypical``: the study is unlike those the network learned from.
+    used value and text by its name. ``is_atypical``: the study is unlike those the network learned from. ``regions`` are made of
+    ``saliency``, and are not kept with it.
     """
 
     name: str
@@ -106,11 +158,15 @@ class Finding:
     attributions: Mapping[str, float] = field(default_factory=dict)
     is_atypical: bool = False
     saliency: tuple[Saliency, ...] = field(default=(), compare=False, repr=False)
+    regions: tuple[Region, ...] = field(default=(), compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """An object we authored: encoded DICOM, ready to be sent as it is."""
+    """An object we authored, ready to be sent as it is: encoded DICOM, or with an empty ``sop_class_uid`` a message of another kind.
+
+    ``kind`` is one of `KINDS_OF_DOOR`; ``sop_instance_uid`` is derived from what it was made of, and is its own whatever it is.
+    """
 
     sop_instance_uid: str
     sop_class_uid: str

@@ -33,6 +33,7 @@ WARNINGS: Final = frozenset(
         "job.fenced",
         "role.restarted",
         "clock.jumped",
+        "document.failed",
         "explanation.failed",
         "feed.silent",
         "commitment.denied",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -108,9 +108,10 @@ class Evidence:
     """What the analysed instances say of patient, study, order and equipment.
 
     ``instances`` hold UIDs and SOP class each, in the order of their UIDs; the rest is the first one's.
-    ``stand_in`` is an image for highdicom, with nobody's name in it.
+    ``paths`` are their files by SOP Instance UID. ``stand_in`` is an image for highdicom, with nobody's name in it.
     """
 
+    paths: Mapping[str, Path]
     instances: tuple[Dataset, ...]
     stand_in: Dataset
     copied: tuple[DataElement, ...]
@@ -170,6 +171,7 @@ def read(paths: Sequence[Path], *, study: Study) -> Evidence:
         requests = _requests(header)
     copied = tuple(header[keyword] for keyword in _COPIED if keyword in header)
     return Evidence(
+        paths={uid: path for uid, (_, path) in found.items()},
         instances=instances,
         stand_in=stand_in,
         copied=copied,

@@ -6,14 +6,18 @@ import hashlib
 import io
 from collections.abc import Sequence
 from datetime import datetime
+from typing import Final
 
 import numpy as np
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from worker.domain import Code, Document, Finding, Job, Saliency
+from worker.domain import Code, Document, Finding, Job, Patient, PatientKey, Saliency
 from worker.store.schema import AnyRow, document, finding, job, study
 from worker.store.studies import insert_or_ignore
+
+#: Of all forms of one result the root report stands for it.
+_IS_ROOT: Final = document.c.kind == "sr"
 
 
 def add(
@@ -27,7 +31,7 @@ def add(
     now: datetime,
     record_sha256: str = "",
 ) -> int:
-    """Store a report and its findings; returns the document's row.
+    """Store a root report and its findings, or another form of them without; returns the document's row.
 
     The UID is derived from the input and the predecessor, so a job run twice finds its document there already.
     """
@@ -83,6 +87,12 @@ def hold_of(conn: Connection, study_id: int) -> str:
     return str(conn.execute(sa.select(study.c.hold).where(study.c.id == study_id)).scalar_one())
 
 
+def owner(conn: Connection, study_id: int) -> tuple[str, Patient, str]:
+    """Study Instance UID, patient and accession number: of whom a document says something that is no DICOM object."""
+    row = conn.execute(sa.select(study).where(study.c.id == study_id)).one()
+    return row.study_instance_uid, Patient(PatientKey(row.issuer, row.patient_id), row.patient_name), row.accession_number
+
+
 def delivered(conn: Connection, *, destination: str, since: datetime) -> list[AnyRow]:
     """Job, study and document of each delivery to `destination` since then, the newest first."""
     done = (job.c.kind == "deliver", job.c.state == "completed", job.c.destination == destination, job.c.finished_at >= since)
@@ -94,7 +104,7 @@ def predecessor(conn: Connection, study_id: int, *, bundle: str, before_version:
     """The last report of this bundle on an earlier input version of the study."""
     row = conn.execute(
         sa.select(document)
-        .where(document.c.study_id == study_id, document.c.bundle == bundle, document.c.input_version < before_version)
+        .where(document.c.study_id == study_id, document.c.bundle == bundle, document.c.input_version < before_version, _IS_ROOT)
         .order_by(document.c.input_version.desc(), document.c.id.desc())
         .limit(1)
     ).first()
@@ -105,7 +115,7 @@ def is_repeated(conn: Connection, study_id: int, *, bundle: str, before_version:
     """Whether the bundle's last report, on whatever earlier version, rests on this very input: the same would be said again."""
     last = (
         sa.select(document.c.input_sha256)
-        .where(document.c.study_id == study_id, document.c.bundle == bundle, document.c.input_version < before_version)
+        .where(document.c.study_id == study_id, document.c.bundle == bundle, document.c.input_version < before_version, _IS_ROOT)
         .order_by(document.c.input_version.desc(), document.c.id.desc())
         .limit(1)
     )
@@ -116,7 +126,7 @@ def record_digests(conn: Connection, study_id: int) -> dict[str, str | None]:
     """Bundle → what its last report on the study, of whatever version, was made from of the patient's record; None: not known."""
     rows = conn.execute(
         sa.select(document.c.bundle, document.c.record_sha256)
-        .where(document.c.study_id == study_id)
+        .where(document.c.study_id == study_id, _IS_ROOT)
         .order_by(document.c.input_version, document.c.id)
     )
     return dict(rows.tuples().all())

@@ -1,0 +1,43 @@
+"""Which documents are made of one result: the root report, and the forms that viewers, the RIS and the EHR show.
+
+::
+
+    Result ─▶ companions, each by its builder ─▶ root report (sr.py), which refers to them
+
+A builder that has nothing to say gives none. One that fails costs its own document: the root report is sent all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Final
+
+from worker import events
+from worker.domain import Document
+from worker.ops.log import places
+from worker.report import sr
+from worker.report.result import Result
+
+Builder = Callable[[Result], Sequence[Document]]
+
+#: By the kind that `[[destinations]] documents` names; the root, "sr", is made always.
+BUILDERS: Final[Mapping[str, Builder]] = {}
+
+
+def author(result: Result, kinds: Collection[str]) -> tuple[Document, ...]:
+    """Write the documents of `kinds`; the root report is always made, and is the last.
+
+    Raises
+    ------
+    ReportInvalid, PatientConflict, ValueError
+        As `sr.build`: of the root report alone.
+    """
+    companions: list[Document] = []
+    for kind, build in BUILDERS.items():
+        if kind not in kinds:
+            continue
+        try:
+            companions += build(result)
+        except Exception as exc:  # noqa: BLE001  the root report says it all, and must not wait for a picture
+            events.emit("document.failed", kind=kind, bundle=result.algorithm.name, reason=type(exc).__name__, places=places(exc))
+    return (*companions, sr.build(result, companions))
