@@ -10,7 +10,8 @@ from pathlib import Path
 from worker import joining
 from worker.domain import Document, Finding, Inputs, Job, PatientKey, Study
 from worker.imaging.decoding import DecoderPool
-from worker.infer import Model, Place, Prepared
+from worker.infer import Model, Prepared
+from worker.regions import Place
 from worker.store.database import Store
 
 

@@ -43,6 +43,7 @@ from models.transforms import (
 from worker import checks, selection
 from worker.domain import Code, Finding, Inputs, Saliency, Verdict, Volume
 from worker.errors import BundleError, DeviceLost, DeviceOutOfMemory, GeometryError, PixelError, Reject
+from worker.regions import Place, regions
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,15 +51,6 @@ class Prepared:
     """One study as tensors on the CPU, ready to be batched."""
 
     tensors: Sample
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Of one image: the shape (K, J, I) or (rows, columns) of its array, index → LPS mm if it has one, and its instances."""
-
-    shape: tuple[int, ...]
-    affine: NDArray[np.float64] | None
-    sop_instance_uids: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +152,7 @@ class Model:
         return Raw(logits, shapley(game.double()).cpu().numpy(), far, heard.cpu().numpy())
 
     def explain(self, prepared: Prepared, findings: Sequence[Finding], places: Mapping[str, Place]) -> tuple[Finding, ...]:
-        """The same findings with the share of each value, and with maps of those that are not negative.
+        """The same findings with the share of each value, and with maps and regions of those that are not negative.
 
         `places` says of each image what its array was and where it lies in the patient.
         """
@@ -171,7 +163,8 @@ class Model:
             maps: tuple[Saliency, ...] = ()
             if finding.verdict != "negative":
                 maps = tuple(self._map(sample, spec, index, places[spec.name]) for spec in self.bundle.images if spec.name in places)
-            explained.append(replace(finding, attributions={name: share[index] for name, share in shares.items()}, saliency=maps))
+            told = {name: share[index] for name, share in shares.items()}
+            explained.append(replace(finding, attributions=told, saliency=maps, regions=regions(maps, places)))
         return tuple(explained)
 
     @torch.inference_mode()
@@ -304,7 +297,12 @@ def places(bundle: Bundle, volumes: Mapping[str, Volume]) -> dict[str, Place]:
     """What `explain` needs to know of the images once their pixels are gone."""
     kind = {spec.name: spec.kind for spec in bundle.images}
     return {
-        name: Place(one.array.shape[1:] if kind[name] == "radiograph" else one.array.shape, one.affine, one.sop_instance_uids)
+        name: Place(
+            one.array.shape[1:] if kind[name] == "radiograph" else one.array.shape,
+            one.affine,
+            one.sop_instance_uids,
+            one.frame_numbers or (1,) * len(one.sop_instance_uids),
+        )
         for name, one in volumes.items()
     }
 

@@ -48,7 +48,7 @@ _TERMS: Final = frozenset({"ORIGINAL", "DERIVED", "PRIMARY", "SECONDARY", "AXIAL
 
 #: Body Part Examined and Anatomic Region, each line one part: defined terms and what is written for them, SNOMED CT, SNOMED RT
 # (PS3.16 Annex L, CID 4; codes as pydicom knows them, and those that CT has retired).
-_PARTS: Final = (
+PARTS: Final = (
     ("CHEST", "THORAX", "51185008", "816094009", "T-D3000"),
     ("ABDOMEN", "818981001", "818983003", "113345001", "T-D4000"),
     ("PELVIS", "816092008", "12921003", "T-D6000"),
@@ -80,7 +80,7 @@ _PARTS: Final = (
     ("FOOT", "56459004", "T-D9700"),
     ("WHOLEBODY", "WHOLE BODY", "WHOLE_BODY", "38266002", "T-D0010"),
 )
-_PART_OF: Final = {word: words[0] for words in _PARTS for word in words}
+_PART_OF: Final = {word: words[0] for words in PARTS for word in words}
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from worker.domain import Document, Job, Patient, PatientKey
 from worker.errors import PatientConflict, Reject, ReportInvalid, Retry
 from worker.ops import audit
 from worker.store import commitments, documents, queue
-from worker.store.database import Store
+from worker.store.database import Connection, Store
 
 Door = Callable[..., list[cstore.Outcome]]
 
@@ -39,7 +39,7 @@ def deliver(
     with store.read() as conn:
         loaded = [documents.load(conn, job.document_id or 0) for job in jobs]
         whose = [documents.owner(conn, job.study_id) for job in jobs]
-        stops = [_stop(document, documents.hold_of(conn, job.study_id)) for job, document in zip(jobs, loaded, strict=True)]
+        stops = [_stop(conn, job, document) for job, document in zip(jobs, loaded, strict=True)]
     fit = [document for document, stop in zip(loaded, stops, strict=True) if stop is None]
     owners = [owner for owner, stop in zip(whose, stops, strict=True) if stop is None]
     subjects: list[audit.Subject] = []
@@ -71,13 +71,19 @@ def deliver(
     return list(sent)
 
 
-def _stop(document: Document, hold: str) -> Reject | None:
-    """Why a document is not sent at all: what was true when it was written may not be any more."""
-    if hold:
+def _stop(conn: Connection, job: Job, document: Document) -> Reject | Retry | None:
+    """Why a document is not sent at all, or not yet: what was true when it was written may not be any more."""
+    if hold := documents.hold_of(conn, job.study_id):
         return PatientConflict(f"The study is held, its report is not sent: {hold}")
-    return (
-        None if document.is_whole else ReportInvalid("The stored report is not as it was written, its sha256 is another: it is not sent.")
-    )
+    if not document.is_whole:
+        return ReportInvalid("The stored report is not as it was written, its sha256 is another: it is not sent.")
+    if document.kind != "rejection":
+        return None
+    # The old report must not vanish before the new one is there.
+    state = documents.root_delivery(conn, job)
+    if state in {"discarded", "cancelled"}:
+        return ReportInvalid(f"The delivery of the report that replaces the old one was {state}: the old one is not marked.")
+    return None if state == "completed" else Retry("The report that replaces the old one is not delivered yet: the old one is not marked.")
 
 
 def _subject(document: Document) -> audit.Subject:

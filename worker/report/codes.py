@@ -38,6 +38,8 @@ YES: Final = Code("373066001", "SCT", "Yes")
 NO: Final = Code("373067005", "SCT", "No")
 PERCENT: Final = Code("%", "UCUM", "percent")
 NO_UNITS: Final = Code("1", "UCUM", "no units")
+SQUARE_MM: Final = Code("mm2", "UCUM", "square millimeter")
+CUBIC_MM: Final = Code("mm3", "UCUM", "cubic millimeter")
 
 # PS3.16 CID 250; 82334004 from CID 4220.
 VERDICTS: Final[dict[Verdict, Code]] = {
@@ -57,13 +59,25 @@ SERIES: Final = Code("ai-results", OWN, "Results of an algorithm")
 THRESHOLD: Final = Code("threshold", OWN, "Operating threshold of the probability")
 VERDICT: Final = Code("verdict", OWN, "Verdict at the operating threshold")
 COMPARATOR: Final = Code("comparator", OWN, "The true value, compared with this number, is")
+REPLACES: Final = Code("replaces", OWN, "Replaced report")
 INTENDED_USE: Final = Code("intended-use", OWN, "Intended use")
 QUALITY: Final = Code("quality", OWN, "Statement of model quality")
 ATYPICAL: Final = Code("atypical", OWN, "Atypical input")
 RECORD_FOUND: Final = Code("record-found", OWN, "Patient record found at the time of analysis")
 RECORD_MISSING: Final = Code("record-missing", OWN, "Not available to the network")
 GROUP_ROLE: Final = Code("group-role", OWN, "What this group holds")
+# What an answer rests on (worker/regions.py): never Image Region, Volume or Area, which beside a finding would be read as the lesion's.
+SALIENCY: Final = Code("saliency", OWN, "Saliency, as a share of its peak")
+REGION: Final = Code("saliency-region", OWN, "Region the answer rests on (saliency), not an outlined lesion")
+REGION_VOLUME: Final = Code("saliency-volume", OWN, "Volume of the saliency region")
+REGION_AREA: Final = Code("saliency-area", OWN, "Area of the saliency region on the key image")
+REGION_CENTRE: Final = Code("saliency-centre", OWN, "Center of the saliency region")
 RECORD_INPUT: Final = Code("record-input", OWN, "Values of the patient record, given to the network")
+
+# PS3.16 CID 7010; what IHE RAD TF-3 4.66 (RAD-66) has a rejection note called.
+OF_INTEREST: Final = Code("113000", "DCM", "Of Interest")
+REJECTED: Final = Code("113001", "DCM", "Rejected for Quality Reasons")
+KEY_DESCRIPTION: Final = Code("113012", "DCM", "Key Object Description")
 
 _SHAPLEY: Final = {
     "image": Code("shapley-image", OWN, "Share of the image in the log-odds"),

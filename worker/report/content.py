@@ -77,9 +77,28 @@ class ReportUids:
     device_uid: str
 
 
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """What a report says of where a finding has its place (places.py): parts of its measurement group."""
+
+    sites: Sequence[sr.FindingSite] = ()
+    measurements: Sequence[sr.Measurement] = ()
+    items: Sequence[sr.ContentItem] = ()
+
+
 def derive_uid(kind: str, *parts: str) -> str:
     """Derive the UID that `kind` and `parts` always have."""
     return str(generate_uid(entropy_srcs=[f"synoptic/{kind}", *(f"|{part}" for part in parts)]))
+
+
+def tracking_uid(study: Study, algorithm: Algorithm, finding: Finding) -> str:
+    """Derive the UID by which `finding` is tracked: it outlives a new version of the bundle, for it is still the same question."""
+    return derive_uid("tracking", study.study_instance_uid, algorithm.name, finding.code.scheme, finding.code.value)
+
+
+def versions(algorithm: Algorithm) -> list[str]:
+    """Software Versions of what we author."""
+    return [codes.short(algorithm.version), codes.short(f"code {algorithm.code_version}")]
 
 
 def tree(
@@ -92,19 +111,27 @@ def tree(
     findings: Sequence[Finding],
     zone: tzinfo,
     failure: str,
+    placed: Sequence[Placed],
+    replaces: str = "",
 ) -> sr.ContainerContentItem:
-    """Build the root container. Times are written in `zone`, with their offset."""
-    groups = [_finding_group(finding, study=study, algorithm=algorithm) for finding in findings]
-    said = [*_outcome(findings, failure=failure), *_statements(algorithm)]
+    """Build the root container. Times are written in `zone`, with their offset.
+
+    `placed` is what is known of where each finding is; `replaces` says which report this one stands for, and why.
+    """
+    made = [(_finding_group(one, where, study=study, algorithm=algorithm), where) for one, where in zip(findings, placed, strict=True)]
+    groups = [group for group, where in made if not where.items]
+    said = [*_outcome(findings, failure=failure), *([_text(codes.REPLACES, replaces)] if replaces else []), *_statements(algorithm)]
     if any(finding.is_atypical for finding in findings):
         said.append(_text(codes.ATYPICAL, ATYPICAL_STATEMENT))
     if inputs is not None and not failure:
         groups += _value_groups(_given(inputs), study=study, algorithm=algorithm, zone=zone)
         said += _record(inputs, zone=zone)
+    # Groups with coordinates come last: OHIF 3.13 draws from the end, and stops at the first group without.
+    groups += [group for group, where in made if where.items]
     root = sr.ContainerContentItem(standard.cid7021.ImagingMeasurementReport, template_id="1500")
     root.ContentSequence = sr.ContentSequence()
     root.ContentSequence.extend(sr.LanguageOfContentItemAndDescendants(concept(codes.ENGLISH)))
-    root.ContentSequence.extend(_observer(algorithm, device_uid=uids.device_uid))
+    root.ContentSequence.extend(observer(algorithm, device_uid=uids.device_uid))
     root.ContentSequence.append(
         sr.CodeContentItem(standard.DCM.ProcedureReported, concept(codes.reported(algorithm.procedure)), _HAS_CONCEPT_MOD)
     )
@@ -131,7 +158,8 @@ def codes_of(algorithm: Algorithm, findings: Sequence[Finding], inputs: Inputs |
         yield from inputs.missing
 
 
-def _observer(algorithm: Algorithm, *, device_uid: str) -> sr.ObservationContext:
+def observer(algorithm: Algorithm, *, device_uid: str) -> sr.ObservationContext:
+    """Say that an algorithm observed, and which (TID 1001)."""
     device = sr.DeviceObserverIdentifyingAttributes(
         uid=device_uid,
         name=f"{MANUFACTURER} {algorithm.name}",
@@ -157,24 +185,24 @@ def _image_library(source: Evidence) -> list[sr.ContainerContentItem]:
     return [_container(standard.DCM.ImageLibrary, [_container(standard.DCM.ImageLibraryGroup, images)])]
 
 
-def _finding_group(finding: Finding, *, study: Study, algorithm: Algorithm) -> sr.MeasurementsAndQualitativeEvaluations:
-    """Say one finding. Its tracking UID outlives a new version of the bundle: it is still the same question."""
-    code = finding.code
-    shares = [_measurement(codes.shapley(part), round(share, 4), codes.NO_UNITS) for part, share in finding.shapley.items()]
-    return sr.MeasurementsAndQualitativeEvaluations(
-        tracking_identifier=sr.TrackingIdentifier(
-            uid=derive_uid("tracking", study.study_instance_uid, algorithm.name, code.scheme, code.value),
-            identifier=finding.name,
-        ),
-        finding_type=concept(code),
+def _finding_group(finding: Finding, where: Placed, *, study: Study, algorithm: Algorithm) -> sr.MeasurementsAndQualitativeEvaluations:
+    """Say one finding, and where it is."""
+    shares = [measurement(codes.shapley(part), round(share, 4), codes.NO_UNITS) for part, share in finding.shapley.items()]
+    group = sr.MeasurementsAndQualitativeEvaluations(
+        tracking_identifier=sr.TrackingIdentifier(uid=tracking_uid(study, algorithm, finding), identifier=finding.name),
+        finding_type=concept(finding.code),
+        finding_sites=list(where.sites),
         algorithm_id=_identification(algorithm),
         measurements=[
-            _measurement(codes.PROBABILITY, percent(finding.probability), codes.PERCENT),
-            _measurement(codes.THRESHOLD, percent(finding.threshold), codes.PERCENT),
+            measurement(codes.PROBABILITY, percent(finding.probability), codes.PERCENT),
+            measurement(codes.THRESHOLD, percent(finding.threshold), codes.PERCENT),
+            *where.measurements,
             *shares,
         ],
         qualitative_evaluations=[sr.QualitativeEvaluation(concept(codes.VERDICT), concept(codes.VERDICTS[finding.verdict]))],
     )
+    group[0].ContentSequence.extend(where.items)
+    return group
 
 
 def percent(probability: float) -> float:
@@ -224,24 +252,24 @@ def _value_group(
 def _value(value: UsedValue, *, zone: tzinfo) -> sr.Measurement:
     """Write one value, with its own time. A comparator is both qualifier and modifier: no viewer shows "3" for "<3"."""
     comparator = codes.COMPARATORS[value.comparator] if value.comparator else None
-    measurement = _measurement(value.code, value.value, codes.unit(value.unit), qualifier=comparator)
-    item = measurement[0]
+    made = measurement(value.code, value.value, codes.unit(value.unit), qualifier=comparator)
+    item = made[0]
     _observed(item, value.at, zone=zone)
     if comparator:
         # PS3.16 TID 300 row 2: a modifier of the concept.
         modifier = sr.CodeContentItem(concept(codes.COMPARATOR), concept(comparator), _HAS_CONCEPT_MOD)
         item.ContentSequence = sr.ContentSequence([modifier])
-    return measurement
+    return made
 
 
-def _measurement(name: Code, value: float, unit: Code, *, qualifier: Code | None = None) -> sr.Measurement:
+def measurement(name: Code, value: float, unit: Code, *, qualifier: Code | None = None) -> sr.Measurement:
     """Write a number as people write it: highdicom makes "3.0" of 3, which claims a digit that nobody measured."""
     if not math.isfinite(value):
         raise ValueError("A number in a report must be finite.")
-    measurement = sr.Measurement(concept(name), float(value), concept(unit), qualifier=concept(qualifier) if qualifier else None)
+    made = sr.Measurement(concept(name), float(value), concept(unit), qualifier=concept(qualifier) if qualifier else None)
     # PS3.5 §6.2: a DS has 16 characters; the exact value stands beside it as Floating Point Value.
-    measurement[0].MeasuredValueSequence[0].NumericValue = f"{value:.10g}"
-    return measurement
+    made[0].MeasuredValueSequence[0].NumericValue = f"{value:.10g}"
+    return made
 
 
 def _identification(algorithm: Algorithm, *more: str) -> sr.AlgorithmIdentification:
@@ -283,6 +311,12 @@ def _clause(sentence: str) -> str:
     """Turn "No series fits." into what can follow "because"; "CT" stays as it is."""
     bare = sentence.strip().rstrip(".")
     return bare if bare[1:2].isupper() else bare[:1].lower() + bare[1:]
+
+
+def verdict_in_words(algorithm: Algorithm, finding: Finding) -> str:
+    """Say "Pneumonia: positive, 73.21 % (research)"."""
+    use = "research" if algorithm.research_use else "not verified"
+    return codes.one_line(f"{finding.code.meaning or finding.name}: {finding.verdict}, {percent(finding.probability):g} % ({use})")
 
 
 def _named(heading: str, findings: Sequence[Finding], verdict: Verdict) -> str:

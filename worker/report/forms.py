@@ -15,13 +15,20 @@ from typing import Final
 from worker import events
 from worker.domain import Document
 from worker.ops.log import places
-from worker.report import sr
+from worker.report import basic, gsps, keys, parametric, seg, sr
 from worker.report.result import Result
 
 Builder = Callable[[Result], Sequence[Document]]
 
 #: By the kind that `[[destinations]] documents` names; the root, "sr", is made always.
-BUILDERS: Final[Mapping[str, Builder]] = {}
+BUILDERS: Final[Mapping[str, Builder]] = {
+    "seg": seg.build,
+    "map": parametric.build,
+    "gsps": gsps.build,
+    "keys": keys.build,
+    "basic": basic.build,
+    "rejection": keys.reject,
+}
 
 
 def author(result: Result, kinds: Collection[str]) -> tuple[Document, ...]:
