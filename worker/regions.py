@@ -68,18 +68,18 @@ def region(saliency: Saliency, place: Place) -> Region | None:
     inside = labels == labels[np.unravel_index(int(values.argmax()), values.shape)]
     if inside.mean() > _MOST:
         return None
-    nearest = [
-        np.floor((np.arange(length) - start) / step + 0.5).astype(np.int64)
-        for length, (step, start) in zip(place.shape, _steps(saliency, place), strict=True)
-    ]
-    seen = [(index >= 0) & (index < length) for index, length in zip(nearest, inside.shape, strict=True)]
-    first = [int(np.argmax(one)) for one in seen]  # what is seen along an axis is one stretch of it
-    mask = inside[np.ix_(*(index[one] for index, one in zip(nearest, seen, strict=True)))]
-    if not mask.any() or mask.sum() > _MOST * np.prod(place.shape):
+    (box,) = ndimage.find_objects(inside.astype(np.uint8))
+    origin, nearest = [], []  # along each axis: the first voxel of the image that is in the box, and what each of them is nearest to
+    for length, cut, (step, start) in zip(place.shape, box, _steps(saliency, place), strict=True):
+        index = np.floor((np.arange(length) - start) / step + 0.5).astype(np.int64)
+        within = np.flatnonzero((index >= cut.start) & (index < cut.stop))
+        origin.append(int(within[0]) if len(within) else 0)
+        nearest.append(index[within])
+    mask, shape = inside[np.ix_(*nearest)], place.shape
+    if not mask.any() or mask.sum() > _MOST * np.prod(shape):
         return None
-    (box,) = ndimage.find_objects(mask.astype(np.uint8))
-    origin, shape = [low + cut.start for low, cut in zip(first, box, strict=True)], place.shape
-    mask = mask[box]
+    (box,) = ndimage.find_objects(mask.astype(np.uint8))  # smaller, where the image ends within the region
+    mask, origin = mask[box], [low + cut.start for low, cut in zip(origin, box, strict=True)]
     if mask.ndim == 2:  # a radiograph is one plane
         mask, origin, shape = mask[np.newaxis], [0, *origin], (1, *shape)
     return Region(
@@ -95,9 +95,9 @@ def region(saliency: Saliency, place: Place) -> Region | None:
 
 def _steps(saliency: Saliency, place: Place) -> list[tuple[float, float]]:
     """Along each axis of the arrays: how many voxels of the image one of the map spans, and the image's index of the map's first."""
-    to_image = saliency.affine if place.affine is None else np.linalg.inv(place.affine) @ saliency.affine
-    if to_image is None:
+    if saliency.affine is None:
         raise ValueError(f"The map of image {saliency.image!r} has no place in it.")
+    to_image = saliency.affine if place.affine is None else np.linalg.inv(place.affine) @ saliency.affine
     linear = to_image[:-1, :-1]
     if np.abs(linear - np.diag(np.diag(linear))).max() > _PARALLEL * np.abs(linear).max() or np.diag(linear).min() <= 0:
         raise ValueError(f"The map of image {saliency.image!r} is not parallel to it.")

@@ -28,6 +28,7 @@ BUILDERS: Final[Mapping[str, Builder]] = {
     "keys": keys.build,
     "basic": basic.build,
     "rejection": keys.reject,
+    "regions": sr.build_regions,
 }
 
 

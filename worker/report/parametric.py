@@ -42,8 +42,7 @@ def _document(result: Result, finding: Finding, region: Region, saliency: Salien
     assert saliency.affine is not None  # noqa: S101  that of an image with patient coordinates
     label = codes.short(finding.code.meaning or finding.name, 50)
     ds = ParametricMap(
-        source_images=stand_ins(result, region, range(region.shape[0]))[:1],
-        further_source_images=None,
+        source_images=stand_ins(result, region, [region.key_plane]),
         pixel_array=np.rint(saliency.array.astype(np.float32) * _STEPS).astype(np.uint16),
         contains_recognizable_visual_features=False,
         real_world_value_mappings=[
@@ -65,5 +64,6 @@ def _document(result: Result, finding: Finding, region: Region, saliency: Salien
         **grid(saliency.affine),
         **about(result, _KIND, region.image, finding.name, number=number, what="saliency"),
     )
+    ds.Laterality = ""  # required where the body part may be paired (PS3.3 §C.7.3.1); highdicom has no argument for it
     own_dimensions(ds, result)
     return result.document(ds, _KIND)

@@ -20,7 +20,7 @@ from pydicom.dataset import Dataset
 from worker.domain import Finding, Region
 from worker.report.result import Result
 
-_FRAME: Final = ["Rows", "Columns", "NumberOfFrames", "FrameOfReferenceUID", "PositionReferenceIndicator"]
+_FRAME: Final = ["Rows", "Columns", "NumberOfFrames", "FrameOfReferenceUID", "PositionReferenceIndicator", "PatientOrientation"]
 _SPACING: Final = ["PixelSpacing", "ImagerPixelSpacing"]
 _COMPRESSED: Final = ["LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod"]
 #: Where a frame stands that was not analysed, mm: it must match no plane.
@@ -66,12 +66,13 @@ def stand_ins(result: Result, region: Region, planes: Sequence[int]) -> list[Dat
     for k in planes:
         frames.setdefault(region.sop_instance_uids[k], {})[region.frame_numbers[k]] = k
     said = header(result, region.sop_instance_uids[planes[0]])
-    return [_stand_in(result, uid, region.affine, numbers, said) for uid, numbers in frames.items()]
+    references = {str(one.SOPInstanceUID): one for one in result.source.instances}
+    return [_stand_in(result, references[uid], region.affine, numbers, said) for uid, numbers in frames.items()]
 
 
-def _stand_in(result: Result, uid: str, affine: NDArray[np.float64] | None, frames: dict[int, int], said: Dataset) -> Dataset:
+def _stand_in(result: Result, reference: Dataset, affine: NDArray[np.float64] | None, frames: dict[int, int], said: Dataset) -> Dataset:
     ds = deepcopy(result.source.stand_in)
-    ds.update(next(one for one in result.source.instances if one.SOPInstanceUID == uid))
+    ds.update(reference)
     ds.Modality = result.source.modality
     ds.update({element.tag: element for element in said if element.keyword not in _SPACING})
     if affine is None:  # a radiograph: its frame of reference, if it names one, says nothing of where its pixels lie

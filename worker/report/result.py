@@ -45,6 +45,7 @@ SERIES_NUMBERS: Final = {
     "keys": 9007,
     "basic": 9008,
     "rejection": 9009,
+    "regions": 9010,
 }
 #: All that another object needs to know of one to refer to it.
 REFERENCE: Final = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")

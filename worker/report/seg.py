@@ -77,6 +77,8 @@ def _document(result: Result, name: str, found: list[tuple[Finding, Region]], nu
         **about(result, _KIND, name, number=number, what="regions"),
         **place,
     )
+    if any_region.affine is None:  # required where no Image Orientation (Patient) is (PS3.3 §C.7.6.1): as the film says it
+        ds.PatientOrientation = sources[0].get("PatientOrientation", "")
     own_dimensions(ds, result)
     return result.document(ds, _KIND)
 

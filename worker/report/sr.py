@@ -7,6 +7,7 @@ Not here: what is said (content.py), its codes (codes.py), what the images say o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from io import BytesIO
 
 from highdicom import sr
@@ -20,13 +21,15 @@ from worker.report.places import placed
 from worker.report.result import REFERENCE, Result, about
 
 
-def build(result: Result, companions: Sequence[Document] = ()) -> Document:
+def build(result: Result, companions: Sequence[Document] = (), *, kind: str = "sr") -> Document:
     """Write the root report: the same result and companions give the same bytes.
 
     Parameters
     ----------
     companions
         The other documents of the result, which it refers to.
+    kind
+        What the document is, beside the root report that which viewers draw (`build_regions`).
 
     Raises
     ------
@@ -43,16 +46,29 @@ def build(result: Result, companions: Sequence[Document] = ()) -> Document:
         [placed(result, finding, {one.sop_instance_uid for one in companions}) for finding in result.findings],
         replaces=replacing.sentence(result),
     )
-    ds = written(result, sr.Comprehensive3DSR, root, "sr")
+    ds = written(result, sr.Comprehensive3DSR, root, kind, what="" if kind == "sr" else kind)
     # Whatever was made for the requested procedure, and all that the tree names (PS3.3 §C.17.2).
     ds.CurrentRequestedProcedureEvidenceSequence = references([*result.source.instances, *_objects(companions)])
     if result.previous is not None:
         ds.PredecessorDocumentsSequence = references([result.previous])
     result.finish(ds)
     ds.SeriesDescriptionCodeSequence = [codes.concept(codes.SERIES)]
-    document = result.document(ds, "sr")
+    document = result.document(ds, kind)
     gate.check(document.data, study=result.study)
     return document
+
+
+def build_regions(result: Result) -> tuple[Document, ...]:
+    """Write the findings that have a region, alone, in a series of their own: what viewers draw.
+
+    OHIF (3.13.2) draws nothing of a report in which one measurement group has no coordinates, as a negative finding and the values of
+    the record have none.
+    """
+    found = tuple(one for one in result.findings if one.regions)
+    if not found:
+        return ()
+    given = replace(result.inputs, values=(), histories=(), texts=()) if result.inputs else None
+    return (build(replace(result, findings=found, inputs=given, previous=None), kind="regions"),)
 
 
 def written(
