@@ -81,6 +81,8 @@ def checks(config: Config, config_file: Path | None) -> Iterator[Check]:
     yield _tried("spool", lambda: _spool(config))
     yield from _bundles(config)
     yield from _reached(config)
+    if any({"summary", "pdf"} & {*one.documents} for one in config.destinations):
+        yield _tried("fonts", _fonts)
     yield from _peers(config)
     yield from _certificates(config)
     if config.fhir.url:
@@ -101,6 +103,15 @@ def _codecs() -> str:
     if missing := unloadable(versions):
         raise DecoderMissing(" ".join(missing))
     return ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def _fonts() -> str:
+    """Whether summary pages can say any name."""
+    from worker.report import page
+
+    if missing := page.scripts_without_font():
+        raise ValueError(f"no installed font shows {', '.join(missing)}: names in it become � on summary pages. Install the Noto fonts.")
+    return f"summary pages are set in {page.families()[0]}; every script that is tried has a font"
 
 
 def _database(config: Config) -> str:

@@ -31,6 +31,9 @@ QUALITATIVE_EVALUATIONS: Final = Code("C0034375", "UMLS", "Qualitative Evaluatio
 # PS3.16 TID 1204.
 ENGLISH: Final = Code("en-US", "RFC5646", "English (United States)")
 SOURCE: Final = Code("260753009", "SCT", "Source")
+# PS3.16 CID 7202 and CID 7021.
+SOURCE_IMAGE: Final = Code("121322", "DCM", "Source image for image processing operation")
+REPORT: Final = Code("126000", "DCM", "Imaging Measurement Report")
 LABORATORY_FINDING: Final = Code("118246004", "SCT", "Laboratory test finding")
 PROCESSING_EQUIPMENT: Final = Code("109102", "DCM", "Processing Equipment")
 # PS3.16 CID 230.

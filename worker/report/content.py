@@ -290,7 +290,7 @@ def _identification(algorithm: Algorithm, *more: str) -> sr.AlgorithmIdentificat
 def _outcome(findings: Sequence[Finding], *, failure: str) -> list[sr.ContentItem]:
     """Say how it ended, in code and in words: silence is not an answer."""
     if failure:
-        outcome, words = codes.FAILED, f"Could not be analysed, because {_clause(failure)}. No finding is stated."
+        outcome, words = codes.FAILED, f"Could not be analysed, because {clause(failure)}. No finding is stated."
     elif all(finding.verdict == "negative" for finding in findings):
         outcome, words = codes.NOTHING_FOUND, f"Nothing found. {_named('Negative', findings, 'negative')}"
     else:
@@ -307,7 +307,7 @@ def _outcome(findings: Sequence[Finding], *, failure: str) -> list[sr.ContentIte
     ]
 
 
-def _clause(sentence: str) -> str:
+def clause(sentence: str) -> str:
     """Turn "No series fits." into what can follow "because"; "CT" stays as it is."""
     bare = sentence.strip().rstrip(".")
     return bare if bare[1:2].isupper() else bare[:1].lower() + bare[1:]

@@ -15,7 +15,7 @@ from typing import Final
 from worker import events
 from worker.domain import Document
 from worker.ops.log import places
-from worker.report import basic, gsps, keys, parametric, seg, sr
+from worker.report import basic, capture, gsps, keys, parametric, seg, sr
 from worker.report.result import Result
 
 Builder = Callable[[Result], Sequence[Document]]
@@ -24,6 +24,8 @@ Builder = Callable[[Result], Sequence[Document]]
 BUILDERS: Final[Mapping[str, Builder]] = {
     "seg": seg.build,
     "map": parametric.build,
+    "summary": capture.summary,
+    "pdf": capture.pdf,
     "gsps": gsps.build,
     "keys": keys.build,
     "basic": basic.build,

@@ -9,8 +9,8 @@ Not here: what a document says (content.py and the builders), which are made (fo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone, tzinfo
 from functools import partial
 from io import BytesIO
@@ -27,12 +27,15 @@ from pydicom.uid import ExplicitVRLittleEndian
 from pydicom.valuerep import DA, DT, TM
 
 from worker.domain import Document, Finding, Inputs, Study
+from worker.imaging.decoding import DecoderPool
 from worker.report import codes, content
 from worker.report.content import MANUFACTURER, Algorithm, Placed, ReportUids, derive_uid, versions
 from worker.report.evidence import Evidence, read
 
 # A misspelt keyword would otherwise be dropped from a document without a word (STANDARDS.md §0.11).
 config.INVALID_KEYWORD_BEHAVIOR = "RAISE"
+
+Planes = Mapping[str, tuple[tuple[str, int], ...]]
 
 #: Series Number by kind: one series a kind and bundle, behind the images.
 SERIES_NUMBERS: Final = {
@@ -78,6 +81,7 @@ class Result:
 
     ``analysed_at`` is in the one zone that all dates of its documents are in; ``zone`` is the site's, that of the times in a text.
     ``previous`` is the root report that this one replaces; None if it is the first.
+    ``planes`` are those of each image that was loaded, and ``decoders`` read a plane again; without either there is no picture.
     """
 
     study: Study
@@ -90,6 +94,8 @@ class Result:
     failure: str
     previous: Dataset | None
     uids: ReportUids
+    planes: Planes = field(default_factory=dict)
+    decoders: DecoderPool | None = None
 
     def uid(self, kind: str, *more: str) -> str:
         """Derive the SOP Instance UID of a document of `kind`; `more` tells several apart."""
@@ -156,6 +162,8 @@ def result_of(
     zone: tzinfo,
     failure: str = "",
     predecessor: Document | None = None,
+    planes: Planes | None = None,
+    decoders: DecoderPool | None = None,
 ) -> Result:
     """Read what the images say and put all of one analysis together.
 
@@ -173,6 +181,10 @@ def result_of(
         Why there are no findings, as words that follow "because"; empty if the analysis succeeded.
     predecessor
         The last root report on an earlier version of this study, which this one replaces.
+    planes
+        By image name, plane by plane: SOP Instance UID and frame number (from 1).
+    decoders
+        What reads their files.
 
     Raises
     ------
@@ -208,6 +220,8 @@ def result_of(
         failure=failure,
         previous=previous,
         uids=uids,
+        planes=planes or {},
+        decoders=decoders,
     )
 
 
