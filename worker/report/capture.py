@@ -19,10 +19,9 @@ from pydicom.uid import EncapsulatedPDFStorage, ExplicitVRLittleEndian, RLELossl
 
 from worker.domain import Document
 from worker.report import codes, page
-from worker.report.content import MANUFACTURER
+from worker.report.content import MANUFACTURER, versions
 from worker.report.picture import Picture, key_picture
 from worker.report.result import SERIES_NUMBERS, Result
-from worker.report.sr import versions
 
 _PDF: Final = "application/pdf"
 
