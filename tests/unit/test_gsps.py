@@ -158,7 +158,7 @@ def test_on_a_radiograph_the_outline_is_in_its_pixels_and_says_the_finding(tmp_p
     (text,) = annotation.TextObjectSequence
     assert text.UnformattedTextValue == "Pneumonia: positive, 73.21 % (research)"
     assert text.TrackingUID == annotation.GraphicObjectSequence[0].TrackingUID
-    assert state.SeriesDescription == "AI chest-fusion 0.1.0 regions: research, not for diagnosis"
+    assert state.SeriesDescription == "AI chest-fusion 0.1.0 outlines: research, not for diagnosis"
     assert gsps.build(result) == gsps.build(result)
 
 

@@ -40,12 +40,9 @@ def build(result: Result) -> tuple[Document, ...]:
     tree = result.tree([placed(result, finding, ()) for finding in result.findings], replaces=replacing.sentence(result))
     root = sr.ContainerContentItem(tree.name)
     root.ContentSequence = sr.ContentSequence(_in_words(tree, images=len(result.source.instances)))
-    previous = [] if result.previous is None else [*replacing.companions(result.previous, "basic"), result.previous]
     ds = written(result, sr.EnhancedSR, root, "basic", what="as text")
     ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = BasicTextSRStorage  # of the same modules, PS3.3 Table A.1-4
     ds.CurrentRequestedProcedureEvidenceSequence = references(result.source.instances)
-    if previous:
-        ds.PredecessorDocumentsSequence = references(previous[:1])
     result.finish(ds)
     return (result.document(ds, "basic"),)
 

@@ -26,11 +26,11 @@ BUILDERS: Final[Mapping[str, Builder]] = {
     "map": parametric.build,
     "summary": capture.summary,
     "pdf": capture.pdf,
+    "regions": sr.build_regions,
     "gsps": gsps.build,
     "keys": keys.build,
     "basic": basic.build,
     "rejection": keys.reject,
-    "regions": sr.build_regions,
 }
 
 

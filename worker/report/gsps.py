@@ -199,7 +199,7 @@ def _document(result: Result, shown: Sequence[_Frame], *, number: int) -> Docume
         presentation_lut_transformation=PresentationLUTTransformation(
             presentation_lut_shape=_SHAPES[shown[0].header.PhotometricInterpretation]
         ),
-        **about(result, "gsps", str(number), number=number, what="regions"),
+        **about(result, "gsps", str(number), number=number, what="outlines"),
     )
     # highdicom was given stand-ins of another class, and knows no frames.
     ds.ReferencedSeriesSequence[0].ReferencedImageSequence = _references(shown)

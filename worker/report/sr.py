@@ -21,7 +21,7 @@ from worker.report.places import placed
 from worker.report.result import REFERENCE, Result, about
 
 
-def build(result: Result, companions: Sequence[Document] = (), *, kind: str = "sr") -> Document:
+def build(result: Result, companions: Sequence[Document] = (), *, kind: str = "sr", replaces: str | None = None) -> Document:
     """Write the root report: the same result and companions give the same bytes.
 
     Parameters
@@ -44,13 +44,11 @@ def build(result: Result, companions: Sequence[Document] = (), *, kind: str = "s
     """
     root = result.tree(
         [placed(result, finding, {one.sop_instance_uid for one in companions}) for finding in result.findings],
-        replaces=replacing.sentence(result),
+        replaces=replacing.sentence(result) if replaces is None else replaces,
     )
     ds = written(result, sr.Comprehensive3DSR, root, kind, what="" if kind == "sr" else kind)
     # Whatever was made for the requested procedure, and all that the tree names (PS3.3 §C.17.2).
     ds.CurrentRequestedProcedureEvidenceSequence = references([*result.source.instances, *_objects(companions)])
-    if result.previous is not None:
-        ds.PredecessorDocumentsSequence = references([result.previous])
     result.finish(ds)
     ds.SeriesDescriptionCodeSequence = [codes.concept(codes.SERIES)]
     document = result.document(ds, kind)
@@ -68,13 +66,17 @@ def build_regions(result: Result) -> tuple[Document, ...]:
     if not found:
         return ()
     given = replace(result.inputs, values=(), histories=(), texts=()) if result.inputs else None
-    return (build(replace(result, findings=found, inputs=given, previous=None), kind="regions"),)
+    part = replace(result, findings=found, inputs=given)
+    return (build(part, kind="regions", replaces=replacing.sentence(result)),)
 
 
 def written(
     result: Result, document: type[sr.Comprehensive3DSR | sr.EnhancedSR], root: sr.ContainerContentItem, kind: str, *, what: str = ""
 ) -> Dataset:
-    """Make an unverified, complete, preliminary report of `root`; evidence, predecessor and patient are the caller's."""
+    """Make an unverified, complete, preliminary report of `root`; evidence and patient are the caller's.
+
+    Its predecessor is that of its kind, or where there was none the root report.
+    """
     ds = document(
         evidence=[result.source.stand_in],
         content=_bare(root),
@@ -88,6 +90,8 @@ def written(
         **about(result, kind, what=what),
     )
     ds.ContentSequence = root.ContentSequence
+    if result.previous is not None:
+        ds.PredecessorDocumentsSequence = references([*replacing.companions(result.previous, kind), result.previous][:1])
     return ds
 
 
