@@ -160,7 +160,16 @@ def test_report_and_segmentation_name_each_other(case: Case) -> None:
         for one in series.ReferencedSOPSequence
     }
     assert {case.seg.SOPInstanceUID, case.map.SOPInstanceUID} <= evidence
-    assert group is [one for one in items(case.sr) if one.ConceptNameCodeSequence[0].CodeValue == "125007"][-1]
+
+
+def test_every_group_has_coordinates_and_those_with_a_place_come_first(case: Case) -> None:
+    """A viewer opens the first group, and shows nothing at all where one has none: the others name the corners of the key image."""
+    groups = [one for one in items(case.sr) if one.ConceptNameCodeSequence[0].CodeValue == "125007"]
+    assert len(groups) == 4  # two findings, two times at which blood was drawn
+    drawn = [next(one for one in group.ContentSequence if one.ValueType == "SCOORD") for group in groups]
+    assert [one.ConceptNameCodeSequence[0].CodeValue for one in drawn] == ["saliency-region", *["whole-image"] * 3]
+    assert len({str(one.ContentSequence[0].ReferencedSOPSequence[0]) for one in drawn}) == 1
+    assert len(drawn[0].GraphicData) > 10  # of four or five points OHIF makes a rectangle of its own
 
 
 def test_the_map_has_its_peak_on_the_lesion(case: Case) -> None:

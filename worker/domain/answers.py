@@ -17,7 +17,7 @@ from worker.domain.record import Code
 Verdict = Literal["positive", "negative", "uncertain"]
 
 #: Kinds of documents, as `[[destinations]] documents` names them: those that an archive takes, and those of the other doors.
-DICOM_KINDS: Final = ("sr", "seg", "map", "regions", "summary", "pdf", "gsps", "keys", "basic", "rejection")
+DICOM_KINDS: Final = ("sr", "seg", "map", "summary", "pdf", "gsps", "keys", "basic", "rejection")
 KINDS_OF_DOOR: Final = {
     "dicom": DICOM_KINDS,
     "stow": DICOM_KINDS,

@@ -75,6 +75,7 @@ REGION: Final = Code("saliency-region", OWN, "Region the answer rests on (salien
 REGION_VOLUME: Final = Code("saliency-volume", OWN, "Volume of the saliency region")
 REGION_AREA: Final = Code("saliency-area", OWN, "Area of the saliency region on the key image")
 REGION_CENTRE: Final = Code("saliency-centre", OWN, "Center of the saliency region")
+WHOLE_IMAGE: Final = Code("whole-image", OWN, "Whole image: no place in it is meant")
 RECORD_INPUT: Final = Code("record-input", OWN, "Values of the patient record, given to the network")
 
 # PS3.16 CID 7010; what IHE RAD TF-3 4.66 (RAD-66) has a rejection note called.

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from datetime import datetime, tzinfo
 from itertools import groupby
@@ -112,22 +113,24 @@ def tree(
     zone: tzinfo,
     failure: str,
     placed: Sequence[Placed],
+    whole: sr.ContentItem | None = None,
     replaces: str = "",
 ) -> sr.ContainerContentItem:
     """Build the root container. Times are written in `zone`, with their offset.
 
-    `placed` is what is known of where each finding is; `replaces` says which report this one stands for, and why.
+    `placed` is what is known of where each finding is; those with a place come first. `whole` is what a group without one refers to.
+    `replaces` says which report this one stands for, and why.
     """
-    made = [(_finding_group(one, where, study=study, algorithm=algorithm), where) for one, where in zip(findings, placed, strict=True)]
-    groups = [group for group, where in made if not where.items]
+    told = sorted(zip(findings, placed, strict=True), key=lambda one: not one[1].items)
+    groups = [_finding_group(finding, where, study=study, algorithm=algorithm) for finding, where in told]
     said = [*_outcome(findings, failure=failure), *([_text(codes.REPLACES, replaces)] if replaces else []), *_statements(algorithm)]
     if any(finding.is_atypical for finding in findings):
         said.append(_text(codes.ATYPICAL, ATYPICAL_STATEMENT))
     if inputs is not None and not failure:
         groups += _value_groups(_given(inputs), study=study, algorithm=algorithm, zone=zone)
         said += _record(inputs, zone=zone)
-    # Groups with coordinates come last: OHIF 3.13 draws from the end, and stops at the first group without.
-    groups += [group for group, where in made if where.items]
+    for group in groups[sum(bool(where.items) for where in placed) :] if whole is not None else ():
+        group[0].ContentSequence.append(deepcopy(whole))
     root = sr.ContainerContentItem(standard.cid7021.ImagingMeasurementReport, template_id="1500")
     root.ContentSequence = sr.ContentSequence()
     root.ContentSequence.extend(sr.LanguageOfContentItemAndDescendants(concept(codes.ENGLISH)))

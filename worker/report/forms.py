@@ -26,7 +26,6 @@ BUILDERS: Final[Mapping[str, Builder]] = {
     "map": parametric.build,
     "summary": capture.summary,
     "pdf": capture.pdf,
-    "regions": sr.build_regions,
     "gsps": gsps.build,
     "keys": keys.build,
     "basic": basic.build,

@@ -27,10 +27,10 @@ from numpy.typing import NDArray
 from pydicom import config
 from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes as standard
-from pydicom.uid import SegmentationStorage
+from pydicom.uid import UID, SegmentationStorage
 from skimage.measure import approximate_polygon, find_contours
 
-from worker.domain import Finding, Region
+from worker.domain import Code, Finding, Region
 from worker.report import codes, sites
 from worker.report.codes import concept
 from worker.report.content import Placed, measurement
@@ -54,6 +54,34 @@ def placed(result: Result, finding: Finding, written: Collection[str]) -> Placed
         measurements=[one for region, said in found for one in _measured(result, region, said, written)],
         items=[item for region, said in found for item in _coordinates(result, region, said)],
     )
+
+
+def whole_image(result: Result) -> sr.ContentItem | None:
+    """The corners of one analysed image, for the groups that have no place; None where there is no image.
+
+    OHIF (3.13.2) shows a black viewport for a report in which one measurement group has no coordinates, as a negative finding and the
+    values of the record have none. Of points in the corners it draws four dots, and the image (measured).
+    """
+    images = [(str(one.SOPInstanceUID), 0) for one in result.source.instances if "Image Storage" in UID(one.SOPClassUID).name]
+    keys = [(one.sop_instance_uids[one.key_plane], one.frame_numbers[one.key_plane]) for f in result.findings for one in f.regions]
+    if not images:
+        return None
+    uid, number = keys[0] if keys else images[len(images) // 2]
+    said = header(result, uid)
+    if not (said.get("Rows") and said.get("Columns")):
+        return None
+    frame = number or int(said.get("NumberOfFrames", 1)) // 2 + 1
+    right, bottom = said.Columns - 0.5, said.Rows - 0.5
+    corners = np.array([[0.5, 0.5], [right, 0.5], [right, bottom], [0.5, bottom]])
+    return _on(result, uid, frame if "NumberOfFrames" in said else None, codes.WHOLE_IMAGE, "MULTIPOINT", corners)
+
+
+def _on(result: Result, uid: str, frame: int | None, name: Code, kind: str, points: NDArray[np.float64]) -> sr.ContentItem:
+    """Graphic `points` (N, 2) of column and row on one image, or on one frame of it."""
+    item = sr.ScoordContentItem(concept(name), kind, points, relationship_type=_CONTAINS)
+    sop_class = next(one.SOPClassUID for one in result.source.instances if uid == one.SOPInstanceUID)
+    item.ContentSequence = [sr.SourceImageForRegion(sop_class, uid, referenced_frame_numbers=[frame] if frame else None)]
+    return item
 
 
 def outline(region: Region) -> NDArray[np.float64]:
@@ -98,12 +126,9 @@ def in_patient(region: Region, edge: NDArray[np.float64]) -> NDArray[np.float64]
 
 
 def _coordinates(result: Result, region: Region, said: Dataset) -> Iterator[sr.ContentItem]:
-    uid = region.sop_instance_uids[region.key_plane]
-    classes = {one.SOPInstanceUID: one.SOPClassUID for one in result.source.instances}
-    frames = [region.frame_numbers[region.key_plane]] if "NumberOfFrames" in said else None
-    flat = sr.ScoordContentItem(concept(codes.REGION), "POLYLINE", on_image(result, region, said), relationship_type=_CONTAINS)
-    flat.ContentSequence = [sr.SourceImageForRegion(classes[uid], uid, referenced_frame_numbers=frames)]
-    yield flat
+    k = region.key_plane
+    frame = region.frame_numbers[k] if "NumberOfFrames" in said else None
+    yield _on(result, region.sop_instance_uids[k], frame, codes.REGION, "POLYLINE", on_image(result, region, said))
     if region.affine is None or region.centre_mm is None or "FrameOfReferenceUID" not in said:
         return
     points = {

@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import highdicom as hd
 import pydicom
-from highdicom.sr import ContainerContentItem
+from highdicom.sr import ContainerContentItem, ContentItem
 from pydicom import config
 from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes as standard
@@ -48,7 +48,6 @@ SERIES_NUMBERS: Final = {
     "keys": 9007,
     "basic": 9008,
     "rejection": 9009,
-    "regions": 9010,
 }
 #: All that another object needs to know of one to refer to it.
 REFERENCE: Final = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")
@@ -105,7 +104,7 @@ class Result:
         """Derive the Series Instance UID of this result's documents of `kind`."""
         return self.uids.series_instance_uid if kind == "sr" else derive_uid("series", kind, self.uids.series_instance_uid)
 
-    def tree(self, placed: Sequence[Placed] = (), *, replaces: str = "") -> ContainerContentItem:
+    def tree(self, placed: Sequence[Placed] = (), *, whole: ContentItem | None = None, replaces: str = "") -> ContainerContentItem:
         """Build the content tree of the root report, without places where none are given."""
         return content.tree(
             self.study,
@@ -117,6 +116,7 @@ class Result:
             zone=self.zone,
             failure=self.failure,
             placed=placed or [Placed()] * len(self.findings),
+            whole=whole,
             replaces=replaces,
         )
 

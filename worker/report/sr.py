@@ -7,7 +7,6 @@ Not here: what is said (content.py), its codes (codes.py), what the images say o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from io import BytesIO
 
 from highdicom import sr
@@ -17,19 +16,17 @@ from pydicom.dataset import Dataset
 from worker.domain import Document
 from worker.report import codes, gate, replacing
 from worker.report.evidence import references
-from worker.report.places import placed
+from worker.report.places import placed, whole_image
 from worker.report.result import REFERENCE, Result, about
 
 
-def build(result: Result, companions: Sequence[Document] = (), *, kind: str = "sr", replaces: str | None = None) -> Document:
+def build(result: Result, companions: Sequence[Document] = ()) -> Document:
     """Write the root report: the same result and companions give the same bytes.
 
     Parameters
     ----------
     companions
         The other documents of the result, which it refers to.
-    kind
-        What the document is, beside the root report that which viewers draw (`build_regions`).
 
     Raises
     ------
@@ -44,30 +41,17 @@ def build(result: Result, companions: Sequence[Document] = (), *, kind: str = "s
     """
     root = result.tree(
         [placed(result, finding, {one.sop_instance_uid for one in companions}) for finding in result.findings],
-        replaces=replacing.sentence(result) if replaces is None else replaces,
+        whole=whole_image(result),
+        replaces=replacing.sentence(result),
     )
-    ds = written(result, sr.Comprehensive3DSR, root, kind, what="" if kind == "sr" else kind)
+    ds = written(result, sr.Comprehensive3DSR, root, "sr")
     # Whatever was made for the requested procedure, and all that the tree names (PS3.3 §C.17.2).
     ds.CurrentRequestedProcedureEvidenceSequence = references([*result.source.instances, *_objects(companions)])
     result.finish(ds)
     ds.SeriesDescriptionCodeSequence = [codes.concept(codes.SERIES)]
-    document = result.document(ds, kind)
+    document = result.document(ds, "sr")
     gate.check(document.data, study=result.study)
     return document
-
-
-def build_regions(result: Result) -> tuple[Document, ...]:
-    """Write the findings that have a region, alone, in a series of their own: what viewers draw.
-
-    OHIF (3.13.2) draws nothing of a report in which one measurement group has no coordinates, as a negative finding and the values of
-    the record have none.
-    """
-    found = tuple(one for one in result.findings if one.regions)
-    if not found:
-        return ()
-    given = replace(result.inputs, values=(), histories=(), texts=()) if result.inputs else None
-    part = replace(result, findings=found, inputs=given)
-    return (build(part, kind="regions", replaces=replacing.sentence(result)),)
 
 
 def written(
