@@ -1,17 +1,21 @@
-"""Debian's Chromium, and what may be asked of a viewer in it."""
+"""Debian's Chromium, and what may be asked of OHIF in it.
+
+A question waits until the viewer has drawn and stands still: two pictures of it are the same.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from io import BytesIO
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Locator, Page, sync_playwright
 
 from tests.peers import require
 from tests.viewers.fetch import FOLDER
@@ -30,6 +34,17 @@ _FLAGS: Final = (
     "--no-first-run",
 )
 _TIMEOUT_MS: Final = 90_000
+_STEP_MS: Final = 500
+_PANE: Final = '[data-cy="viewport-pane"]'
+#: By the viewer's own interface: how a person scrolls is not what is looked at.
+_GO_TO: Final = """number => {
+  const { cornerstoneViewportService, viewportGridService } = window.services;
+  const viewport = cornerstoneViewportService.getCornerstoneViewport(viewportGridService.getActiveViewportId());
+  const at = viewport.getImageIds().findIndex(id => cornerstone.metaData.get('instance', id).InstanceNumber == number);
+  return viewport.setImageIdIndex(at);
+}"""
+#: RGB (rows, columns, 3).
+Picture = NDArray[np.int16]
 
 
 @contextlib.contextmanager
@@ -40,6 +55,81 @@ def chromium() -> Iterator[Page]:
         try:
             page = browser.new_page(viewport={"width": 1600, "height": 1000})
             page.set_default_timeout(_TIMEOUT_MS)
+            # The tour for who comes for the first time.
+            page.add_init_script("localStorage.setItem('shownTours', '[\"basicViewerTour\"]')")
             yield page
         finally:
             browser.close()
+
+
+def picture(page: Page, name: str, where: Locator | None = None) -> Picture:
+    """Return what is on the screen once it stands still, and keep it for a person as `name`."""
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    last = b""
+    for _ in range(_TIMEOUT_MS // _STEP_MS):
+        page.wait_for_timeout(_STEP_MS)
+        now = (where or page).screenshot(animations="disabled")
+        if now == last:
+            break
+        last = now
+    page.screenshot(path=SCREENSHOTS / f"{name}.png")
+    with Image.open(BytesIO(last)) as image:
+        return np.asarray(image.convert("RGB")).astype(np.int16)
+
+
+@dataclass(frozen=True, slots=True)
+class Ohif:
+    """OHIF with one study open."""
+
+    page: Page
+    origin: str
+    study_instance_uid: str
+
+    def open(self) -> None:
+        """Open the study anew, and wait for its first image."""
+        self.page.goto(f"{self.origin}/viewer?StudyInstanceUIDs={self.study_instance_uid}", wait_until="domcontentloaded")
+        self.page.wait_for_selector(f"{_PANE} canvas")
+        self.page.wait_for_function("document.querySelector('[data-cy=\"viewport-overlay-bottom-right\"]')?.innerText.includes('/')")
+
+    def series(self) -> list[str]:
+        """What the list of series says of each, in one line."""
+        thumbnails = self.page.locator('[data-cy^="study-browser-thumbnail"]')
+        return [" ".join(text.split()) for text in thumbnails.all_inner_texts()]
+
+    def show(self, number: int) -> None:
+        """Open a series by its Series Number in the viewport, and answer its question with Yes."""
+        self.page.locator('[data-cy^="study-browser-thumbnail"]', has_text=f"S:{number}").first.dblclick()
+        self.page.wait_for_timeout(3 * _STEP_MS)
+        yes = self.page.get_by_role("button", name="Yes", exact=True)
+        with contextlib.suppress(Exception):
+            yes.first.click(timeout=4000)
+        self.page.wait_for_timeout(2 * _STEP_MS)
+
+    @property
+    def pane(self) -> Locator:
+        """The viewport."""
+        return self.page.locator(_PANE).first
+
+    def text(self) -> str:
+        """What can be read in the viewport."""
+        return self.pane.inner_text()
+
+    def drawn_text(self) -> list[str]:
+        """What is written on the image beside graphics."""
+        return [text for text in self.pane.locator("svg tspan").all_text_contents() if text]
+
+    def slice(self) -> int:
+        """The Instance Number of the image on the screen."""
+        shown = self.page.locator('[data-cy="viewport-overlay-bottom-right"]').first.inner_text()
+        found = re.search(r"I:\s*(\d+)", shown)
+        return int(found[1]) if found else 1
+
+    def go_to(self, instance_number: int) -> None:
+        """Bring this image of the open series to the screen."""
+        self.page.evaluate(_GO_TO, instance_number)
+        self.page.wait_for_timeout(_STEP_MS)
+
+    def open_panel(self, name: str) -> None:
+        """Open a panel at the right."""
+        self.page.locator(f'[data-cy="{name}-btn"]').first.click()
+        self.page.wait_for_timeout(_STEP_MS)

@@ -38,7 +38,7 @@ _KEPT: Final = frozenset({"CODE", "TEXT", "UIDREF", "DATETIME", "DATE", "TIME", 
 def build(result: Result) -> tuple[Document, ...]:
     """Write the report in words. Its predecessor is the old one in words where there was one, else the old root."""
     tree = result.tree([placed(result, finding, ()) for finding in result.findings], replaces=replacing.sentence(result))
-    root = sr.ContainerContentItem(tree.name)
+    root = sr.ContainerContentItem(concept(codes.SERIES))
     root.ContentSequence = sr.ContentSequence(_in_words(tree, images=len(result.source.instances)))
     ds = written(result, sr.EnhancedSR, root, "basic", what="as text")
     ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = BasicTextSRStorage  # of the same modules, PS3.3 Table A.1-4
