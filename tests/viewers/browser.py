@@ -19,6 +19,7 @@ from playwright.sync_api import Locator, Page, sync_playwright
 
 from tests.peers import require
 from tests.viewers.fetch import FOLDER
+from worker.report.result import SERIES_NUMBERS
 
 SCREENSHOTS: Final = FOLDER / "screenshots"
 #: WebGL in software, and nothing that calls home (STANDARDS.md §10).
@@ -37,12 +38,13 @@ _TIMEOUT_MS: Final = 90_000
 _STEP_MS: Final = 500
 _PANE: Final = '[data-cy="viewport-pane"]'
 #: By the viewer's own interface: how a person scrolls is not what is looked at.
-_GO_TO: Final = """number => {
-  const { cornerstoneViewportService, viewportGridService } = window.services;
-  const viewport = cornerstoneViewportService.getCornerstoneViewport(viewportGridService.getActiveViewportId());
+_VIEWPORT: Final = "services.cornerstoneViewportService.getCornerstoneViewport(services.viewportGridService.getActiveViewportId())"
+_IS_READY: Final = f"{_VIEWPORT}?.getImageIds().length > 0"
+_GO_TO: Final = f"""number => {{
+  const viewport = {_VIEWPORT};
   const at = viewport.getImageIds().findIndex(id => cornerstone.metaData.get('instance', id).InstanceNumber == number);
   return viewport.setImageIdIndex(at);
-}"""
+}}"""
 #: RGB (rows, columns, 3).
 Picture = NDArray[np.int16]
 
@@ -90,20 +92,19 @@ class Ohif:
         self.page.goto(f"{self.origin}/viewer?StudyInstanceUIDs={self.study_instance_uid}", wait_until="domcontentloaded")
         self.page.wait_for_selector(f"{_PANE} canvas")
         self.page.wait_for_function("document.querySelector('[data-cy=\"viewport-overlay-bottom-right\"]')?.innerText.includes('/')")
+        self.page.wait_for_function(_IS_READY)
 
     def series(self) -> list[str]:
         """What the list of series says of each, in one line."""
         thumbnails = self.page.locator('[data-cy^="study-browser-thumbnail"]')
         return [" ".join(text.split()) for text in thumbnails.all_inner_texts()]
 
-    def show(self, number: int) -> None:
-        """Open a series by its Series Number in the viewport, and answer its question with Yes."""
-        self.page.locator('[data-cy^="study-browser-thumbnail"]', has_text=f"S:{number}").first.dblclick()
-        self.page.wait_for_timeout(3 * _STEP_MS)
-        yes = self.page.get_by_role("button", name="Yes", exact=True)
-        with contextlib.suppress(Exception):
-            yes.first.click(timeout=4000)
-        self.page.wait_for_timeout(2 * _STEP_MS)
+    def show(self, kind: str) -> None:
+        """Open the series of one form in the viewport; of a segmentation, which it asks about, say Yes."""
+        self.page.locator('[data-cy^="study-browser-thumbnail"]', has_text=f"S:{SERIES_NUMBERS[kind]}").first.dblclick()
+        if kind == "seg":
+            self.page.get_by_role("button", name="Yes", exact=True).first.click()
+        self.page.wait_for_timeout(4 * _STEP_MS)
 
     @property
     def pane(self) -> Locator:
