@@ -27,6 +27,7 @@ from worker.imaging.decoding import DecoderPool
 from worker.regions import Place
 from worker.report import codes, forms
 from worker.report.result import Result
+from worker.report.seg import segment_of
 
 KINDS = ("seg", "map")
 RADIUS_MM = 5.0
@@ -287,6 +288,31 @@ def test_each_region_of_an_image_is_a_segment_of_its_own(tmp_path: Path, pool: D
     read = hd.seg.Segmentation.from_dataset(seg).get_volume()
     for number, finding in enumerate(findings):
         assert read.array[..., number].sum() == finding.regions[0].mask.sum()
+
+
+def test_regions_too_large_for_one_object_are_written_in_several(tmp_path: Path) -> None:
+    """Ten findings that rest on most of a large CT would be gigabytes at once: the report names the object and the segment of each."""
+    large = Region(np.ones((600, 1, 1), np.bool_), (0, 0, 0), (600, 512, 512), np.eye(4), "image", ("1.2",) * 600, tuple(range(1, 601)))
+    small = replace(large, mask=np.ones((2, 1, 1), np.bool_))
+    regions = (large, replace(large), small, replace(small), replace(small, image="other"))
+    findings = [replace(reports.FINDINGS[0], regions=(one,)) for one in regions]
+    result = reports.result([reports.radiograph(tmp_path)], findings=findings)
+    named_by = [segment_of(result, one) for one in regions]
+    assert [number for _, number in named_by] == [1, 1, 1, 2, 1]
+    assert len({uid for uid, _ in named_by}) == 4
+
+
+def test_a_clip_has_its_region_on_the_frame_that_has_most_of_it(case: Case) -> None:
+    """Frames without a place: the outline names the frame; no segmentation, no map, no millimeters."""
+    found = replace(case.region, affine=None)
+    finding = replace(case.result.findings[0], regions=(found,))
+    (only,) = forms.author(located.result_with(case.series, [finding]), KINDS)
+    ds = dcmread(BytesIO(only.data))
+    (flat,) = named(ds, codes.REGION)
+    reference = flat.ContentSequence[0].ReferencedSOPSequence[0]
+    key = found.sop_instance_uids[found.key_plane], found.frame_numbers[found.key_plane]
+    assert (reference.ReferencedSOPInstanceUID, reference.get("ReferencedFrameNumber", 1)) == key
+    assert not [*named(ds, codes.REGION_VOLUME), *named(ds, codes.REGION_CENTRE)]
 
 
 def test_without_a_frame_of_reference_there_is_the_outline_on_the_image_alone(tmp_path: Path, pool: DecoderPool) -> None:

@@ -48,11 +48,11 @@ _INFERRED_FROM: Final = sr.RelationshipTypeValues.INFERRED_FROM
 
 def placed(result: Result, finding: Finding, written: Collection[str]) -> Placed:
     """What the group of `finding` says of its place; `written` are the SOP Instance UIDs of the result's other documents."""
-    shown = [site for image in (result.inputs.series if result.inputs else ()) if (site := sites.of_image(result, image))]
-    unique = {(site.region.value, site.laterality.value if site.laterality else ""): site for site in shown}
+    images = {one.image for one in finding.regions} or set(result.inputs.series if result.inputs else ())
+    site = sites.of_image(result, min(images)) if len(images) == 1 else None  # of several images none is known to be the one
     found = [(region, header(result, region.sop_instance_uids[region.key_plane])) for region in finding.regions]
     return Placed(
-        sites=[sr.FindingSite(site.region, laterality=site.laterality) for site in unique.values()],
+        sites=[sr.FindingSite(site.region, laterality=site.laterality)] if site else [],
         measurements=[one for region, said in found for one in _measured(result, region, said, written)],
         items=[item for region, said in found for item in _coordinates(result, region, said)],
     )
