@@ -132,7 +132,7 @@ def test_the_report_says_where_in_image_and_patient_coordinates(case: Case) -> N
     (center,) = [one for one in named(case.sr, codes.REGION_CENTRE) if one.ValueType == "SCOORD3D"]
     assert center.ReferencedFrameOfReferenceUID == case.seg.FrameOfReferenceUID
     case.near(np.array(center.GraphicData))
-    flat, solid = named(case.sr, codes.REGION)
+    flat, _, solid = named(case.sr, codes.REGION)
     assert (flat.ValueType, flat.GraphicType, solid.ValueType, solid.GraphicType) == ("SCOORD", "POLYLINE", "SCOORD3D", "POLYGON")
     curve = np.reshape(np.array(solid.GraphicData, float), (-1, 3))
     pixels = np.reshape(np.array(flat.GraphicData, float), (-1, 2))
@@ -149,11 +149,11 @@ def test_the_report_says_where_in_image_and_patient_coordinates(case: Case) -> N
 
 
 def test_report_and_segmentation_name_each_other(case: Case) -> None:
-    """The volume is inferred from the segment; its tracking UID and identifier are the group's; the segmentation is evidence."""
-    (number,) = named(case.sr, codes.REGION_VOLUME)
-    (segment,) = [one.ReferencedSOPSequence[0] for one in number.ContentSequence]
+    """The group shows the segment; its tracking UID and identifier are the group's; the segmentation is evidence."""
+    (shown,) = [one for one in named(case.sr, codes.REGION) if one.ValueType == "IMAGE"]
+    segment = shown.ReferencedSOPSequence[0]
     assert (segment.ReferencedSOPInstanceUID, segment.ReferencedSegmentNumber) == (case.seg.SOPInstanceUID, 1)
-    group = next(one for one in items(case.sr) if number in (one.get("ContentSequence") or ()))
+    group = next(one for one in items(case.sr) if shown in (one.get("ContentSequence") or ()))
     said = {one.ConceptNameCodeSequence[0].CodeValue: one for one in group.ContentSequence}
     described = case.seg.SegmentSequence[0]
     assert (said["112039"].TextValue, said["112040"].UID) == (described.TrackingID, described.TrackingUID)
@@ -258,7 +258,8 @@ def test_a_radiograph_has_its_region_in_pixels(modality: str, tmp_path: Path, va
     seg, sr = (dcmread(BytesIO(one.data)) for one in documents)
     found = finding.regions[0]
     np.testing.assert_array_equal(np.argwhere(seg.pixel_array), (np.argwhere(found.mask) + found.origin)[:, 1:])
-    (flat,) = named(sr, codes.REGION)
+    flat, segment = named(sr, codes.REGION)
+    assert segment.ReferencedSOPSequence[0].ReferencedSOPInstanceUID == seg.SOPInstanceUID
     pixels = np.reshape(np.array(flat.GraphicData, float), (-1, 2))
     assert np.abs((pixels.min(0) + pixels.max(0)) / 2 - 0.5 - np.array([30, 40])).max() < 3.5  # a pixel of the network is three of the film
     (area,) = named(sr, codes.REGION_AREA)
@@ -283,7 +284,7 @@ def test_each_region_of_an_image_is_a_segment_of_its_own(tmp_path: Path, pool: D
     assert [one.UID for one in items(sr) if one.ConceptNameCodeSequence[0].CodeValue == "112040"][:2] == [
         one.TrackingUID for one in seg.SegmentSequence
     ]
-    numbers = [one.ContentSequence[0].ReferencedSOPSequence[0].ReferencedSegmentNumber for one in named(sr, codes.REGION_VOLUME)]
+    numbers = [one.ReferencedSOPSequence[0].ReferencedSegmentNumber for one in named(sr, codes.REGION) if one.ValueType == "IMAGE"]
     assert numbers == [1, 2]
     read = hd.seg.Segmentation.from_dataset(seg).get_volume()
     for number, finding in enumerate(findings):
