@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import ipaddress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
 from worker.config_tables import ConfigError
@@ -12,6 +12,9 @@ from worker.domain import KINDS_OF_DOOR
 
 if TYPE_CHECKING:
     from worker.config import Config, Destination, Sender
+
+#: Hosts to which nothing travels that somebody else could read.
+_NEAR: Final = ("localhost", "127.0.0.1", "::1")
 
 
 def check(config: Config) -> None:
@@ -79,8 +82,16 @@ def _check_secrets(peer: Destination, where: str) -> None:
     for door in ("stow", "fhir", "webhook"):
         if url := getattr(peer, f"{door}_url"):
             _check_url(f"{where}: {door}_url", url, ends_with="/studies" if door == "stow" else "", secret=f"{door}_secret")
+    _check_mail(peer, where)
+
+
+def _check_mail(peer: Destination, where: str) -> None:
     if peer.mail_to and not (peer.mail_from and peer.smtp_host):
         raise ConfigError(f"{where}: mail_to needs mail_from and smtp_host.")
+    if peer.mail_to and not (peer.tls or peer.smtp_host in _NEAR):
+        raise ConfigError(f"{where}: mail_to needs tls = true (STARTTLS); without it only smtp_host on this very machine.")
+    if peer.smtp_secret and ":" not in peer.smtp_secret:
+        raise ConfigError(f"{where}: smtp_secret is user:password.")
 
 
 def _check_url(where: str, text: str, *, ends_with: str, secret: str) -> None:
@@ -89,7 +100,7 @@ def _check_url(where: str, text: str, *, ends_with: str, secret: str) -> None:
         is_url = bool(url.hostname) and url.port != 0
     except ValueError:
         is_url = False
-    is_near = is_url and url.scheme == "http" and url.hostname in ("localhost", "127.0.0.1", "::1")
+    is_near = is_url and url.scheme == "http" and url.hostname in _NEAR
     if not is_url or not (text.startswith("https:") or is_near):  # as written: peers.py and tls.py go by it
         raise ConfigError(f"{where} must begin with https://; http:// is for a server on this very machine.")
     if "@" in url.netloc or url.query or url.fragment or not url.path.endswith(ends_with) or not text.isascii() or " " in text:

@@ -81,6 +81,8 @@ def checks(config: Config, config_file: Path | None) -> Iterator[Check]:
     yield _tried("spool", lambda: _spool(config))
     yield from _bundles(config)
     yield from _reached(config)
+    if any({"summary", "pdf"} & {*one.documents} for one in config.destinations):
+        yield _tried("fonts", _fonts)
     yield from _peers(config)
     yield from _certificates(config)
     if config.fhir.url:
@@ -101,6 +103,15 @@ def _codecs() -> str:
     if missing := unloadable(versions):
         raise DecoderMissing(" ".join(missing))
     return ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def _fonts() -> str:
+    """Whether summary pages can say any name."""
+    from worker.report import page
+
+    if missing := page.scripts_without_font():
+        raise ValueError(f"no installed font shows {', '.join(missing)}: names in it become � on summary pages. Install the Noto fonts.")
+    return f"summary pages are set in {page.families()[0]}; every script that is tried has a font"
 
 
 def _database(config: Config) -> str:
@@ -172,9 +183,7 @@ def _peers(config: Config) -> Iterator[Check]:
     if not config.destinations:
         yield "destinations", "none is configured: reports stay in the database. Add [[destinations]].", False
     for one in config.destinations:
-        yield _tried(
-            f"{'DICOMweb' if one.stow_url else 'C-ECHO'} {one.name}", partial(_echo, partial(peers.peer_of, one, own_ae_title=own))
-        )
+        yield _tried(f"{_QUESTIONS[one.door]} {one.name}", partial(_echo, partial(peers.peer_of, one, own_ae_title=own)))
     for sender in config.senders:
         if sender.query_port:
             peer = partial(peers.peer_to_ask, sender, host=sender.addresses[0], own_ae_title=own)
@@ -183,13 +192,19 @@ def _peers(config: Config) -> Iterator[Check]:
         yield "senders", "none is configured: nobody may store. Add [[senders]].", False
 
 
+#: What each door is asked; HL7 and webhooks have no question without consequences, and are only connected to.
+_QUESTIONS: Final = {"dicom": "C-ECHO", "stow": "DICOMweb", "hl7": "HL7", "fhir": "FHIR", "webhook": "webhook", "mail": "mail"}
+
+
 def _echo(peer_of: Callable[[], Peer]) -> str:
-    from worker.deliver import cstore, stow
+    from worker.deliver import cstore, fhir, mllp, notice, stow
 
     peer = peer_of()
     if peer.stow_url:
         return f"{peer.stow_url} answers QIDO-RS, {stow.ask(peer) * 1000:.0f} ms"
-    return f"{peer.ae_title} at {peer.host}:{peer.port}{', by TLS' if peer.tls else ''}, {cstore.echo(peer) * 1000:.0f} ms"
+    ask = {"hl7": mllp.reach, "fhir": fhir.ask, "webhook": mllp.reach, "mail": notice.ask}.get(peer.door, cstore.echo)
+    who = f"{peer.ae_title} at " if peer.ae_title else ""
+    return f"{who}{peer.host}:{peer.port}{', by TLS' if peer.tls else ''}, {ask(peer) * 1000:.0f} ms"
 
 
 def _certificates(config: Config) -> Iterator[Check]:

@@ -42,6 +42,7 @@ NAMES: Final = frozenset(
         "images.removed",  # retention
         "document.failed",  # one form of a result could not be written; the root report is sent without it
         "explanation.failed",  # the findings are reported all the same
+        "glyphs.missing",  # no font here has some characters of a summary page; it says so itself
         "spool.swept",
         "file.damaged",  # found by reading it again, once each time round
         "destination.down",  # not reached several times in a row: left alone between tries

@@ -250,6 +250,8 @@ def report(line: Line, case: Case) -> Case:
         failure=failure,
         predecessor=case.predecessor,
         zone=line.zone,
+        planes={name: tuple(zip(one.sop_instance_uids, one.frame_numbers, strict=True)) for name, one in case.places.items()},
+        decoders=line.decoders,
     )
     *companions, root = forms.author(result, line.kinds)
     return replace(case, report=root, companions=tuple(companions), input_sha256=input_sha256)

@@ -8,10 +8,19 @@ from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import pytest
 from pydicom import dcmread
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, ImplicitVRLittleEndian, generate_uid
+from pydicom.uid import (
+    UID,
+    CTImageStorage,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    RLELossless,
+    SecondaryCaptureImageStorage,
+    generate_uid,
+)
 
 from tests import peers
 from worker.deliver import cstore
@@ -174,6 +183,27 @@ def test_a_peer_that_takes_implicit_vr_only_gets_the_same_values() -> None:
         assert outcome.delivered
         assert "Implicit VR" in outcome.warning
         assert pacs.kept[document.sop_instance_uid] == dcmread(BytesIO(document.data))
+
+
+@pytest.mark.parametrize("syntax", [RLELossless, ExplicitVRLittleEndian, ImplicitVRLittleEndian])
+def test_a_compressed_image_is_decompressed_for_a_peer_that_takes_it_no_other_way(syntax: UID) -> None:
+    """Lossless, so it stays the same object; whoever takes RLE gets a fifth of the bytes, as they are."""
+    document, pixels = make_document(sop_class_uid=SecondaryCaptureImageStorage), np.arange(8 * 6 * 3, dtype=np.uint8).reshape(8, 6, 3)
+    ds = dcmread(BytesIO(document.data))
+    ds.Rows, ds.Columns, ds.SamplesPerPixel, ds.PlanarConfiguration, ds.PhotometricInterpretation = 8, 6, 3, 0, "RGB"
+    ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation, ds.PixelData = 8, 8, 7, 0, pixels.tobytes()
+    ds.compress(RLELossless, generate_instance_uid=False)
+    stream = BytesIO()
+    ds.save_as(stream, enforce_file_format=True)
+    with peers.ScriptedPacs(syntaxes=[syntax], sop_classes=[SecondaryCaptureImageStorage]) as pacs:
+        [outcome] = cstore.send([replace(document, data=stream.getvalue())], peer=pacs.peer)
+        assert outcome.delivered
+        assert outcome.warning == ("" if syntax == RLELossless else f"sent in {syntax.name}")
+        kept = pacs.kept[document.sop_instance_uid]
+    if syntax == RLELossless:
+        assert pacs.received == [bytes(open_file(stream.getvalue()).data)]
+    else:
+        assert kept.PixelData == pixels.tobytes()
 
 
 @pytest.mark.requirement("L2")

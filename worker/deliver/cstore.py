@@ -27,7 +27,7 @@ from io import BytesIO
 from typing import Final
 
 from pydicom import dcmread
-from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from pydicom.uid import UID, ImplicitVRLittleEndian
 from pynetdicom.dsutils import encode
 
 from worker.deliver.association import NATIVE, STUDY_ROOT_FIND, VERIFICATION, Association, Peer, associate
@@ -227,14 +227,16 @@ def judged(sop_instance_uid: str, response: Response, *, note: str = "", peer: P
 
 
 def _store(line: Association, parcel: Parcel, *, peer: Peer) -> tuple[Response, str]:
-    """C-STORE the bytes as they are; in Implicit VR only for a peer that takes nothing else."""
+    """C-STORE the bytes as they are; decompressed, or in Implicit VR, only for a peer that takes nothing else."""
     item, note = parcel.item, ""
     context_id = line.context(item.sop_class_uid, [item.transfer_syntax_uid])
-    if context_id is None and item.transfer_syntax_uid == ExplicitVRLittleEndian:
-        context_id = line.context(item.sop_class_uid, [ImplicitVRLittleEndian])
-        if context_id is not None:
-            encoded = encode(dcmread(BytesIO(parcel.file)), True, True) or b""
-            item, note = replace(item, data=memoryview(encoded)), "sent in Implicit VR Little Endian"
+    for syntax in NATIVE if context_id is None else ():
+        if context_id is None and (context_id := line.context(item.sop_class_uid, [syntax])) is not None:
+            ds = dcmread(BytesIO(parcel.file))
+            if item.transfer_syntax_uid not in NATIVE:
+                ds.decompress(generate_instance_uid=False)  # it is lossless: the same object
+            encoded = encode(ds, syntax == ImplicitVRLittleEndian, True) or b""
+            item, note = replace(item, data=memoryview(encoded)), f"sent in {UID(syntax).name}"
     if context_id is None:
         what = f"{UID(item.sop_class_uid).name} in {UID(item.transfer_syntax_uid).name}"
         raise PeerRefused(f"{peer.name} accepts no presentation context for {what}.")
@@ -307,10 +309,10 @@ def open_document(document: Document) -> Parcel:
 def _proposals(items: Sequence[EncodedObject]) -> list[tuple[str, Sequence[str]]]:
     """One context for each class and syntax, so that the peer cannot choose for us, and the query's.
 
-    Native classes are offered in Implicit VR Little Endian too, as PS3.5 §10.1 asks of every requestor.
+    All are offered uncompressed and in Implicit VR Little Endian too, as PS3.5 §10.1 asks of every requestor.
     """
     pairs = dict.fromkeys((item.sop_class_uid, item.transfer_syntax_uid) for item in items)
-    pairs |= dict.fromkeys((sop_class, str(ImplicitVRLittleEndian)) for sop_class, syntax in list(pairs) if syntax in NATIVE)
+    pairs |= dict.fromkeys((item.sop_class_uid, syntax) for item in items for syntax in NATIVE)
     return [(sop_class, (syntax,)) for sop_class, syntax in pairs] + [(STUDY_ROOT_FIND, NATIVE)]
 
 

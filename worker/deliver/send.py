@@ -16,17 +16,24 @@ from pydicom import dcmread
 from pydicom.uid import generate_uid
 
 from worker import events
-from worker.deliver import commitment, cstore, stow
+from worker.deliver import commitment, cstore, fhir, mllp, notice, stow
 from worker.domain import Document, Job, Patient, PatientKey
-from worker.errors import PatientConflict, Reject, ReportInvalid, Retry
+from worker.errors import PatientConflict, Reject, ReportInvalid, Retry, Superseded
 from worker.ops import audit
 from worker.store import commitments, documents, queue
-from worker.store.database import Store
+from worker.store.database import Connection, Store
 
 Door = Callable[..., list[cstore.Outcome]]
 
 #: By the door of a destination: each takes documents and the peer, and gives one outcome each, in order.
-DOORS: Final[Mapping[str, Door]] = {"dicom": cstore.send, "stow": stow.send}
+DOORS: Final[Mapping[str, Door]] = {
+    "dicom": cstore.send,
+    "stow": stow.send,
+    "hl7": mllp.send,
+    "fhir": fhir.send,
+    "webhook": notice.send,
+    "mail": notice.send,
+}
 
 
 def deliver(
@@ -39,7 +46,7 @@ def deliver(
     with store.read() as conn:
         loaded = [documents.load(conn, job.document_id or 0) for job in jobs]
         whose = [documents.owner(conn, job.study_id) for job in jobs]
-        stops = [_stop(document, documents.hold_of(conn, job.study_id)) for job, document in zip(jobs, loaded, strict=True)]
+        stops = [_stop(conn, job, document) for job, document in zip(jobs, loaded, strict=True)]
     fit = [document for document, stop in zip(loaded, stops, strict=True) if stop is None]
     owners = [owner for owner, stop in zip(whose, stops, strict=True) if stop is None]
     subjects: list[audit.Subject] = []
@@ -71,13 +78,16 @@ def deliver(
     return list(sent)
 
 
-def _stop(document: Document, hold: str) -> Reject | None:
+def _stop(conn: Connection, job: Job, document: Document) -> Reject | Superseded | None:
     """Why a document is not sent at all: what was true when it was written may not be any more."""
-    if hold:
+    if hold := documents.hold_of(conn, job.study_id):
         return PatientConflict(f"The study is held, its report is not sent: {hold}")
-    return (
-        None if document.is_whole else ReportInvalid("The stored report is not as it was written, its sha256 is another: it is not sent.")
-    )
+    if not document.is_whole:
+        return ReportInvalid("The stored report is not as it was written, its sha256 is another: it is not sent.")
+    # A message that waited for the RIS would put the result before the last one in the last one's place.
+    if document.kind == "oru" and documents.is_superseded(conn, job.document_id or 0):
+        return Superseded("A later result of the study is sent instead.")
+    return None
 
 
 def _subject(document: Document) -> audit.Subject:
@@ -96,6 +106,9 @@ def _settle(job: Job, outcome: cstore.Outcome, *, store: Store, now: datetime, t
             queue.complete(conn, job, now=now, status=f"0x{outcome.status:04X}", warning=outcome.warning)
             if wait_s is not None:
                 commitments.ask(conn, job, transaction_uid=transaction_uid, wait_s=wait_s, now=now)
+        elif isinstance(error, Superseded):
+            name = "job.cancelled"
+            queue.cancel(conn, job, reason=str(error), now=now)
         elif isinstance(error, Reject):
             name = "job.discarded"
             queue.discard(conn, job, error=error, now=now)

@@ -28,6 +28,7 @@ from worker.domain.images import Header, ImageFacts, Instance, Orientation, Rece
 from worker.domain.jobs import Job, JobKind, JobState, Lease
 from worker.domain.record import (
     CLOCKS,
+    OWN_APPLICATION,
     ROUTINE,
     STAT,
     Code,
@@ -46,6 +47,7 @@ __all__ = [
     "CLOCKS",
     "DICOM_KINDS",
     "KINDS_OF_DOOR",
+    "OWN_APPLICATION",
     "ROUTINE",
     "STAT",
     "Code",

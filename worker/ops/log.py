@@ -35,6 +35,7 @@ WARNINGS: Final = frozenset(
         "clock.jumped",
         "document.failed",
         "explanation.failed",
+        "glyphs.missing",
         "feed.silent",
         "commitment.denied",
         "commitment.missing",

@@ -31,6 +31,9 @@ QUALITATIVE_EVALUATIONS: Final = Code("C0034375", "UMLS", "Qualitative Evaluatio
 # PS3.16 TID 1204.
 ENGLISH: Final = Code("en-US", "RFC5646", "English (United States)")
 SOURCE: Final = Code("260753009", "SCT", "Source")
+# PS3.16 CID 7202 and CID 7021.
+SOURCE_IMAGE: Final = Code("121322", "DCM", "Source image for image processing operation")
+REPORT: Final = Code("126000", "DCM", "Imaging Measurement Report")
 LABORATORY_FINDING: Final = Code("118246004", "SCT", "Laboratory test finding")
 PROCESSING_EQUIPMENT: Final = Code("109102", "DCM", "Processing Equipment")
 # PS3.16 CID 230.
@@ -59,6 +62,7 @@ SERIES: Final = Code("ai-results", OWN, "Results of an algorithm")
 THRESHOLD: Final = Code("threshold", OWN, "Operating threshold of the probability")
 VERDICT: Final = Code("verdict", OWN, "Verdict at the operating threshold")
 COMPARATOR: Final = Code("comparator", OWN, "The true value, compared with this number, is")
+REPLACES: Final = Code("replaces", OWN, "Replaced report")
 INTENDED_USE: Final = Code("intended-use", OWN, "Intended use")
 QUALITY: Final = Code("quality", OWN, "Statement of model quality")
 ATYPICAL: Final = Code("atypical", OWN, "Atypical input")
@@ -73,6 +77,11 @@ REGION_AREA: Final = Code("saliency-area", OWN, "Area of the saliency region on 
 REGION_CENTRE: Final = Code("saliency-centre", OWN, "Center of the saliency region")
 WHOLE_IMAGE: Final = Code("whole-image", OWN, "Whole image: no place in it is meant")
 RECORD_INPUT: Final = Code("record-input", OWN, "Values of the patient record, given to the network")
+
+# PS3.16 CID 7010; what IHE RAD TF-3 4.66 (RAD-66) has a rejection note called.
+OF_INTEREST: Final = Code("113000", "DCM", "Of Interest")
+REJECTED: Final = Code("113001", "DCM", "Rejected for Quality Reasons")
+KEY_DESCRIPTION: Final = Code("113012", "DCM", "Key Object Description")
 
 _SHAPLEY: Final = {
     "image": Code("shapley-image", OWN, "Share of the image in the log-odds"),

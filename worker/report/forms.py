@@ -15,7 +15,7 @@ from typing import Final
 from worker import events
 from worker.domain import Document
 from worker.ops.log import places
-from worker.report import parametric, seg, sr
+from worker.report import capture, fhir, notice, oru, parametric, seg, sr
 from worker.report.result import Result
 
 Builder = Callable[[Result], Sequence[Document]]
@@ -24,6 +24,11 @@ Builder = Callable[[Result], Sequence[Document]]
 BUILDERS: Final[Mapping[str, Builder]] = {
     "seg": seg.build,
     "map": parametric.build,
+    "summary": capture.summary,
+    "pdf": capture.pdf,
+    "oru": oru.build,
+    "fhir": fhir.build,
+    "notice": notice.build,
 }
 
 

@@ -9,8 +9,8 @@ Not here: what a document says (content.py and the builders), which are made (fo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone, tzinfo
 from functools import partial
 from io import BytesIO
@@ -23,11 +23,14 @@ from pydicom.dataset import Dataset
 from pydicom.valuerep import DA, DT, TM
 
 from worker.domain import Document, Finding, Inputs, Study
+from worker.imaging.decoding import DecoderPool
 from worker.report.content import Algorithm, ReportUids, derive_uid
 from worker.report.evidence import Evidence, read
 
 # A misspelt keyword would otherwise be dropped from a document without a word (STANDARDS.md §0.11).
 config.INVALID_KEYWORD_BEHAVIOR = "RAISE"
+
+Planes = Mapping[str, tuple[tuple[str, int], ...]]
 
 #: Series Number by kind: one series a kind and bundle, behind the images.
 SERIES_NUMBERS: Final = {
@@ -70,6 +73,7 @@ class Result:
 
     ``analysed_at`` is in the one zone that all dates of its documents are in; ``zone`` is the site's, that of the times in a text.
     ``previous`` refers to the root report that this one replaces (SOP class, instance, study and series UID); None if it is the first.
+    ``planes`` are those of each image that was loaded, and ``decoders`` read a plane again; without either there is no picture.
     """
 
     study: Study
@@ -82,6 +86,14 @@ class Result:
     failure: str
     previous: Dataset | None
     uids: ReportUids
+    planes: Planes = field(default_factory=dict)
+    decoders: DecoderPool | None = None
+
+    @property
+    def study_at(self) -> datetime | None:
+        """When the study was made, in the documents' zone; None where nobody said."""
+        at = self.study.study_at
+        return at.astimezone(self.analysed_at.tzinfo) if at.year >= _UNIX_EPOCH_YEAR else None
 
     def uid(self, kind: str, *more: str) -> str:
         """Derive the SOP Instance UID of a document of `kind` beside the root report; `more` tells several apart."""
@@ -133,6 +145,8 @@ def result_of(
     zone: tzinfo,
     failure: str = "",
     predecessor: Document | None = None,
+    planes: Planes | None = None,
+    decoders: DecoderPool | None = None,
 ) -> Result:
     """Read what the images say and put all of one analysis together.
 
@@ -150,6 +164,10 @@ def result_of(
         Why there are no findings, as words that follow "because"; empty if the analysis succeeded.
     predecessor
         The last root report on an earlier version of this study, which this one replaces.
+    planes
+        By image name, plane by plane: SOP Instance UID and frame number (from 1).
+    decoders
+        What reads their files.
 
     Raises
     ------
@@ -185,6 +203,8 @@ def result_of(
         failure=failure,
         previous=previous,
         uids=uids,
+        planes=planes or {},
+        decoders=decoders,
     )
 
 
