@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +26,7 @@ from worker.domain import Document, Region, Series, Volume
 from worker.imaging import volume
 from worker.imaging.decoding import DecoderPool
 from worker.regions import Place
-from worker.report import codes, forms
+from worker.report import codes, fhir, forms
 from worker.report.result import Result
 from worker.report.seg import segment_of
 
@@ -187,6 +188,19 @@ def test_the_map_has_its_peak_on_the_lesion(case: Case) -> None:
     start = case.map.PerFrameFunctionalGroupsSequence[int(frame)].PlanePositionSequence[0].ImagePositionPatient
     case.near(np.array([float(x) for x in start]) + column * column_mm * along + row * row_mm * down)
     assert stored.max() == 1000
+
+
+def test_the_observation_of_the_record_says_the_same_center_and_volume(case: Case) -> None:
+    """FHIR, SR and SEG are of one region: their numbers may be rounded, not other."""
+    (document,) = fhir.build(case.result)
+    found = next(
+        one["resource"]["component"]
+        for one in json.loads(document.data)["entry"]
+        if "region" in json.dumps(one["resource"].get("component"))
+    )
+    said = {one["code"]["coding"][0]["code"]: one["valueQuantity"]["value"] for one in found if "valueQuantity" in one}
+    case.near(np.array([said[f"{codes.REGION_CENTRE.value}-{axis}"] for axis in "xyz"]))
+    assert said[codes.REGION_VOLUME.value] == pytest.approx(segment_mm(case.seg)[1], rel=1e-3)
 
 
 def test_the_same_result_gives_the_same_bytes(case: Case) -> None:
