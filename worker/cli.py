@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from collections.abc import Callable
 from datetime import UTC
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, NoReturn
@@ -17,7 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from worker import __version__, config, host, lab, record_cli, watch_cli
+from worker import __version__, config, host, lab, record_cli, watch_cli, web_cli
 from worker.config import Config, ConfigError, config_file
 from worker.errors import WorkerError
 from worker.ops import log
@@ -44,8 +43,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 
 ConfigFile = Annotated[
     Path | None,
@@ -120,8 +118,8 @@ def _end() -> NoReturn:
 
 @app.command(name="all")
 def all_roles(given: ConfigFile = None) -> None:
-    """Every role in one: receive, HL7 listener, sweeps, inference, delivery. For one host."""
-    _serve(given, ("receive", "run", "deliver"))
+    """Every role in one: receive, HL7 listener, sweeps, inference, delivery; the page, where [web] is enabled. For one host."""
+    _serve(given, ("receive", "run", "deliver", "serve"))
 
 
 @app.command()
@@ -240,19 +238,29 @@ def select(
 
 @app.command()
 def retry(
-    study: StudyArg, given: ConfigFile = None, stat: Annotated[bool, typer.Option("--stat", help="Before everything else.")] = False
+    study: StudyArg,
+    given: ConfigFile = None,
+    stat: Annotated[bool, typer.Option("--stat", help="Before everything else.")] = False,
+    anew: Annotated[bool, typer.Option("--anew", help="Those that are done, too: after a new version of a bundle.")] = False,
 ) -> None:
-    """Put a study's failed, cancelled or waiting jobs back to the front of their wait."""
+    """Put a study's failed, cancelled or waiting jobs back to the front of their wait.
+
+    With --anew every bundle that analysed it does so again, and a report that says something new names the one that it replaces.
+    """
+    from worker import reissue
     from worker.record_feeds import clock
+    from worker.roles import read_bundles
     from worker.store import queue
 
-    _, store = _open(given)
+    settings, store = _open(given)
     study_id = _find(store, study)
+    bundles = {one.name for one in read_bundles(settings)} if anew else set()
     with store.begin() as conn:
-        changed = queue.operator_retry(conn, study_id, now=clock())
+        changed = reissue.anew(conn, study_id, bundles=bundles, now=clock()) if anew else queue.operator_retry(conn, study_id, now=clock())
         if stat:
-            queue.prioritize(conn, study_id)
-    out.print(f"{changed} jobs put back." if changed else "Nothing to retry: no job is discarded, cancelled or waiting.")
+            queue.prioritize(conn, study_id, now=clock())
+    nothing = "no bundle that is configured has analysed it" if anew else "no job is discarded, cancelled or waiting"
+    out.print(f"{changed} jobs put back." if changed else f"Nothing to retry: {nothing}.")
 
 
 @app.command()
@@ -290,8 +298,9 @@ def import_(
         _fail("--dry-run goes with --mapping.", EXIT_USAGE)
     spool = Spool(settings.spool, low_water_bytes=settings.receive.low_water_mb * 2**20)
     todo = list(importing.files(paths))
-    with bar("importing", len(todo)) as advance:
-        tally = importing.import_files(todo, config=settings, store=store, spool=spool, progress=advance)
+    with Progress(TextColumn("importing"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=err) as progress:
+        task = progress.add_task("importing", total=len(todo))
+        tally = importing.import_files(todo, config=settings, store=store, spool=spool, progress=lambda: progress.advance(task))
     _print_tally(tally)
 
 
@@ -321,21 +330,6 @@ def _print_tally(tally: importing.Tally | tables.Tally) -> None:
     out.print(table if tally.counts else "There is no file.")
     if tally.counts["refused"]:
         sys.exit(EXIT_FAILED)
-
-
-class bar:  # noqa: N801  used as a context manager, like a function
-    """A progress bar; inside the block, call what it gives once a step."""
-
-    def __init__(self, what: str, total: int) -> None:
-        self._progress = Progress(TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=err)
-        self._task = self._progress.add_task(what, total=total)
-
-    def __enter__(self) -> Callable[[], None]:
-        self._progress.start()
-        return lambda: self._progress.advance(self._task)
-
-    def __exit__(self, *_exc: object) -> None:
-        self._progress.stop()
 
 
 @app.command()
@@ -374,6 +368,7 @@ def support_bundle(
 lab.register(app)
 record_cli.register(app, _open)
 watch_cli.register(app, _open)
+web_cli.register(app, _open, _serve)
 
 
 @app.command()
