@@ -28,16 +28,16 @@ _MOST_VOXELS: Final = 2**27
 
 
 def build(result: Result) -> tuple[Document, ...]:
-    """Write the segmentation of each image that has regions; of one without patient coordinates only if it is one frame, a radiograph.
+    """Write the segmentation of each image in patient coordinates that has regions.
+
+    None of a radiograph, though PS3.3 has it: OHIF's (3.13.2) whole page goes black at one without plane orientation (measured).
 
     References
     ----------
     PS3.3 §A.51, §C.8.20.
     """
     return tuple(
-        _document(result, part, number)
-        for number, part in enumerate(_parts(result), start=1)
-        if part[0][1].shape[0] == 1 or in_frame_of_reference(result, part[0][1])
+        _document(result, part, number) for number, part in enumerate(_parts(result), start=1) if in_frame_of_reference(result, part[0][1])
     )
 
 
@@ -71,28 +71,25 @@ def _planes(part: Sequence[tuple[Finding, Region]]) -> range:
 
 def _document(result: Result, part: Sequence[tuple[Finding, Region]], number: int) -> Document:
     any_region, planes = part[0][1], _planes(part)
+    assert any_region.affine is not None  # noqa: S101  `build` looked
     pixels = np.zeros((len(planes), *any_region.shape[1:], len(part)), np.bool_)
     for segment, (_, region) in enumerate(part):
         k, j, i = (slice(low, low + n) for low, n in zip(region.origin, region.mask.shape, strict=True))
         pixels[k.start - planes.start : k.stop - planes.start, j, i, segment] = region.mask
-    place = {}
-    if any_region.affine is not None:
-        place = {**grid(any_region.affine), "plane_positions": [position(any_region.affine, k) for k in planes]}
     sources = stand_ins(result, any_region, planes)
     is_multiframe = frames_of(sources[0]) > 1
     ds = Segmentation(
         source_images=sources[:1] if is_multiframe else sources,
         further_source_images=sources[1:] if is_multiframe else None,
         pixel_array=pixels,
+        plane_positions=[position(any_region.affine, k) for k in planes],
         segmentation_type="BINARY",
         segment_descriptions=[_segment(result, finding, region, n) for n, (finding, region) in enumerate(part, start=1)],
         content_label="SALIENCY",
         content_description="Regions that the answers rest on, not outlined lesions",
         **about(result, _KIND, str(number), number=number, what="regions"),
-        **place,
+        **grid(any_region.affine),
     )
-    if any_region.affine is None:  # required where no Image Orientation (Patient) is (PS3.3 §C.7.6.1): as the film says it
-        ds.PatientOrientation = sources[0].get("PatientOrientation", "")
     return finished(result, ds, _KIND)
 
 
