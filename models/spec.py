@@ -152,6 +152,7 @@ class FindingSpec:
 
     `temperature` divides the logit; training sets it on studies the network did not learn from. `alpha` is the share of
     truly positive patients called negative, and the reverse, that the two thresholds were chosen to keep to; 0: no such claim.
+    `critical`: where it is positive, its documents go before others and people are notified.
     """
 
     name: str
@@ -160,6 +161,7 @@ class FindingSpec:
     negative_below: float | None = None
     temperature: float = 1.0
     alpha: float = 0.0
+    critical: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,8 @@
         server.script("GET /fhir/Observation", Reply(503, headers={"Retry-After": "1"}))   # answered once, then as usual
 
 It answers as HAPI does: a searchset per page, `link` next by an opaque URL, versions as weak ETags, `_lastUpdated=gt…`,
-`identifier=system|value` by GET and by POST `_search`, an OperationOutcome with every error. It is written from R4 §3.1, not
-from the client. Not here: writes, chained searches.
+`identifier=system|value` by GET and by POST `_search`, an OperationOutcome with every error; a transaction of conditional creates, with
+conditional references. It is written from R4 §3.1, not from the client. Not here: other writes, chained searches.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ class Asked:
     query: dict[str, str]
     headers: dict[str, str]
     form: dict[str, str]
+    body: str = ""
 
 
 class FhirServer:
@@ -155,7 +156,8 @@ class FhirServer:
         url = urlsplit(request.path)
         body = request.rfile.read(int(request.headers.get("Content-Length") or 0)).decode()
         query, form = ({name: values[-1] for name, values in parse_qs(text).items()} for text in (url.query, body))
-        asked = Asked(f"{request.command} {url.path}", query, {name.lower(): value for name, value in request.headers.items()}, form)
+        headers = {name.lower(): value for name, value in request.headers.items()}
+        asked = Asked(f"{request.command} {url.path}", query, headers, form, body)
         self.asked.append(asked)
         waiting = next((queue for line, queue in self.scripts.items() if asked.line.startswith(line) and queue), None)
         self._send(request, waiting.popleft() if waiting else self._answer(asked, url.path))
@@ -166,6 +168,10 @@ class FhirServer:
         token = asked.headers.get("authorization", "").removeprefix("Bearer ")
         if self.needs_token and self.tokens.get(token, 0.0) <= time.monotonic():
             return Reply(401, outcome(code="login"), {"WWW-Authenticate": "Bearer"})
+        if asked.line == "POST /fhir":
+            return self._transact(json.loads(asked.body))
+        if asked.line == "GET /fhir/metadata":
+            return Reply(200, {"resourceType": "CapabilityStatement", "fhirVersion": "4.0.1"})
         kind, _, rest = path.removeprefix("/fhir/").partition("/")
         if kind not in self.known_types:
             return Reply(404, outcome(code="not-supported"))
@@ -193,6 +199,37 @@ class FhirServer:
             link = self.next_link or f"{self.base}/{kind}?{urlencode({**query, '_offset': offset + size})}"
             links.append({"relation": "next", "url": link})
         return Reply(200, {"resourceType": "Bundle", "type": "searchset", "total": len(found), "link": links, "entry": entries})
+
+    def _transact(self, bundle: Json) -> Reply:
+        """R4 §3.1.0.11: all or nothing; names of entries and conditional references become the server's own."""
+        names: dict[str, str] = {}
+        said: list[Json] = []
+        new: list[Json] = []
+        for entry in bundle["entry"]:
+            resource, request = entry["resource"], entry["request"]
+            there = self._named(resource["resourceType"], request.get("ifNoneExist", ""))
+            if len(there) > 1:
+                return Reply(412, outcome(code="multiple-matches"))
+            own = there[0]["id"] if there else f"{len(self.resources) + len(new) + 1}"
+            names[entry["fullUrl"]] = f"{resource['resourceType']}/{own}"
+            said.append({"response": {"status": "200 OK" if there else "201 Created", "location": f"{names[entry['fullUrl']]}/_history/1"}})
+            new += [] if there else [resource | {"id": own}]
+        text = json.dumps(new)
+        for asked in set(re.findall(r'"reference": "([A-Za-z]+[?][^"]+)"', text)):
+            kind, query = asked.split("?")
+            found = self._named(kind, query)
+            if len(found) != 1:
+                return Reply(412 if found else 404, outcome(code="multiple-matches" if found else "not-found", diagnostics="ZZNAME"))
+            names[asked] = f"{kind}/{found[0]['id']}"
+        for url, name in names.items():
+            text = text.replace(json.dumps(url), json.dumps(name))
+        for resource in json.loads(text):
+            self.put(resource)
+        return Reply(200, {"resourceType": "Bundle", "type": "transaction-response", "entry": said})
+
+    def _named(self, kind: str, query: str) -> list[Json]:
+        wanted = {name: unquote_plus(value) for name, _, value in (part.partition("=") for part in query.split("&"))}
+        return [one for (own, _), one in self.resources.items() if own == kind and query and _matches(one, wanted)]
 
     def _token(self, asked: Asked) -> Reply:
         if not (self._knows_secret(asked) or self._knows_assertion(asked.form)):

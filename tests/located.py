@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from models.explanation import to_patient
 from models.spec import ImageSpec
 from tests import factories, reports
-from worker.domain import Finding, Inputs, Region, Saliency, Series, Volume
+from worker.domain import Finding, Region, Saliency, Series, Volume
 from worker.regions import Place, region
 from worker.report.result import Result
 
@@ -76,6 +76,3 @@ def voxels_mm(where: Region) -> NDArray[np.float64]:
 def film(folder: Path, *, rows: int = 96, columns: int = 80, modality: str = "DX") -> Series:
     """One radiograph as a series."""
     return factories.spool([factories.make_radiograph(rows=rows, columns=columns, modality=modality)], folder)
-
-
-__all__ = ["FILM", "SPEC", "Inputs", "film", "finding_at", "painted", "painted_on_film", "place_of", "result_with", "voxels_mm"]

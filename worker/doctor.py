@@ -183,9 +183,7 @@ def _peers(config: Config) -> Iterator[Check]:
     if not config.destinations:
         yield "destinations", "none is configured: reports stay in the database. Add [[destinations]].", False
     for one in config.destinations:
-        yield _tried(
-            f"{'DICOMweb' if one.stow_url else 'C-ECHO'} {one.name}", partial(_echo, partial(peers.peer_of, one, own_ae_title=own))
-        )
+        yield _tried(f"{_QUESTIONS[one.door]} {one.name}", partial(_echo, partial(peers.peer_of, one, own_ae_title=own)))
     for sender in config.senders:
         if sender.query_port:
             peer = partial(peers.peer_to_ask, sender, host=sender.addresses[0], own_ae_title=own)
@@ -194,13 +192,19 @@ def _peers(config: Config) -> Iterator[Check]:
         yield "senders", "none is configured: nobody may store. Add [[senders]].", False
 
 
+#: What each door is asked; HL7 and webhooks have no question without consequences, and are only connected to.
+_QUESTIONS: Final = {"dicom": "C-ECHO", "stow": "DICOMweb", "hl7": "HL7", "fhir": "FHIR", "webhook": "webhook", "mail": "mail"}
+
+
 def _echo(peer_of: Callable[[], Peer]) -> str:
-    from worker.deliver import cstore, stow
+    from worker.deliver import cstore, fhir, mllp, notice, stow
 
     peer = peer_of()
     if peer.stow_url:
         return f"{peer.stow_url} answers QIDO-RS, {stow.ask(peer) * 1000:.0f} ms"
-    return f"{peer.ae_title} at {peer.host}:{peer.port}{', by TLS' if peer.tls else ''}, {cstore.echo(peer) * 1000:.0f} ms"
+    ask = {"hl7": mllp.reach, "fhir": fhir.ask, "webhook": mllp.reach, "mail": notice.ask}.get(peer.door, cstore.echo)
+    who = f"{peer.ae_title} at " if peer.ae_title else ""
+    return f"{who}{peer.host}:{peer.port}{', by TLS' if peer.tls else ''}, {ask(peer) * 1000:.0f} ms"
 
 
 def _certificates(config: Config) -> Iterator[Check]:

@@ -212,6 +212,7 @@ class Model:
             # Of a study unlike all it learned from, the network may say how probable, not that it is sure.
             verdict="uncertain" if is_atypical else verdict(spec, probability),
             is_atypical=is_atypical,
+            is_critical=spec.critical,
             shapley={name: float(share) for name, share in zip(self.bundle.modalities, shares, strict=True)},
         )
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 
 #: A sender that is asked for a count has this long; the quiet period comes anyway.
 ASK_S: Final = 10.0
+NO_SYSTEMS: Final[Mapping[str, str]] = {}
 
 
-def peer_of(destination: Destination, *, own_ae_title: str) -> Peer:
-    """A destination as the network part takes it."""
+def peer_of(destination: Destination, *, own_ae_title: str, systems: Mapping[str, str] = NO_SYSTEMS) -> Peer:
+    """A destination as the network part takes it; `systems` as of `systems_of`."""
     from worker.deliver.cstore import Peer
 
     url = urlsplit(destination.url)
@@ -43,7 +44,18 @@ def peer_of(destination: Destination, *, own_ae_title: str) -> Peer:
         url=destination.url,
         door=destination.door,
         authorization=_authorization(secret),
+        systems=systems,
+        secret=destination.webhook_secret or destination.smtp_secret,
+        mail_from=destination.mail_from,
+        mail_to=destination.mail_to,
     )
+
+
+def systems_of(config: Config) -> dict[str, str]:
+    """Issuer of patient IDs → Identifier.system: what `[fhir] issuer_system` and `[records] issuers` say, the other way round."""
+    named = {config.fhir.issuer_system: config.site.issuer} if config.fhir.issuer_system else {}
+    # Of the names of an issuer one with a colon is a URI, as a system must be; the others are HL7's.
+    return {issuer: system for system, issuer in reversed([*named.items(), *config.records.issuers.items()]) if ":" in system}
 
 
 def _authorization(secret: str) -> str:
@@ -120,6 +132,6 @@ def peers_of(config: Config) -> list[Peer]:
     own = config.receive.ae_title
     asked = [sender for sender in config.senders if sender.query_port]
     return [
-        *(peer_of(one, own_ae_title=own) for one in config.destinations),
+        *(peer_of(one, own_ae_title=own, systems=systems_of(config)) for one in config.destinations),
         *(peer_to_ask(one, host=one.addresses[0], own_ae_title=own) for one in asked),
     ]

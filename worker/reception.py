@@ -122,8 +122,7 @@ def receive(config: Config, store: Store, listener: socket.socket, stop: threadi
     )
     scp.start()
     started("receive", port=scp.address[1])
-    while not stop.wait(1.0):  # a signal that another thread takes does not wake this one, and its handler runs here
-        continue
+    stop.wait()
     scp.stop(RECEIVE_GRACE_S)
 
 

@@ -28,7 +28,7 @@ from worker.domain import Job
 from worker.errors import BundleError, DeviceLost
 from worker.ops import audit
 from worker.ops.log import places
-from worker.peers import peer_of
+from worker.peers import peer_of, systems_of
 from worker.record_feeds import clock
 from worker.store import queue
 from worker.store.database import DatabaseUnavailable, Store
@@ -224,7 +224,7 @@ def _serve(config: Config, store: Store, stop: threading.Event, destination: Des
     from worker.deliver.send import deliver as send
 
     settings = config.deliver
-    peer = peer_of(destination, own_ae_title=config.receive.ae_title)
+    peer = peer_of(destination, own_ae_title=config.receive.ae_title, systems=systems_of(config))
     wait_s = destination.commitment_wait_s if destination.commitment else None
     breaker = Breaker()
     look = _now_and_then(lambda: commitment.look(store=store, peer=peer, clock=clock), LOOK_S)

@@ -17,6 +17,7 @@ from typing import Final
 
 from worker import events, joining
 from worker.case import Case, Line
+from worker.domain import STAT
 from worker.errors import (
     PatientConflict,
     RecordPending,
@@ -130,6 +131,7 @@ def _file(conn: Connection, line: Line, case: Case, *, failure: str, now: dateti
         queue.complete(conn, job, now=now, findings=_summary(case), failure=failure, is_repeated=True)
         return False
     assert case.report is not None  # noqa: S101  asked by the caller
+    priority = STAT if any(finding.is_alarming for finding in case.findings) else job.priority
     # The root report last: what it refers to goes before it.
     for document in (*case.companions, case.report):
         document_id = documents.add(
@@ -152,7 +154,7 @@ def _file(conn: Connection, line: Line, case: Case, *, failure: str, now: dateti
                 bundle=job.bundle,
                 input_version=job.input_version,
                 destination=destination,
-                priority=job.priority,
+                priority=priority,
                 now=now,
             )
     queue.complete(conn, job, now=now, findings=_summary(case), failure=failure)

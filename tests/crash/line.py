@@ -47,6 +47,8 @@ PHASES = ("receiving", "analysing", "delivering")
 READY = "ready"
 #: So long the moment is waited for that a kill is meant for.
 AIM_S = 5.0
+#: Children of a supervisor that was killed finish what they hold (worker/reception.py, worker/roles.py); none lives longer than this.
+ORPHANED_S = 180.0
 #: Of the starts after a kill of all or of the supervisor so many are waited for.
 WAITS = 0.7
 #: Radiographs on their way to a report, at most.
@@ -71,6 +73,7 @@ class Line:
     rng: random.Random
     kills: list[Kill] = field(default_factory=list)
     refused_starts: int = 0
+    refused_since: float = 0.0
     #: So many lines of readiness the log has when all roles are ready.
     ready: int = 0
     store: Store = field(init=False)
@@ -137,7 +140,13 @@ class Line:
         """Launch the daemon again if it has ended: children of the one before may hold its port for their last seconds."""
         if self.installation.process is None or self.installation.process.poll() is not None:
             self.refused_starts += 1
+            self.refused_since = self.refused_since or time.monotonic()
+            assert time.monotonic() - self.refused_since < ORPHANED_S, (
+                "the daemon is refused its port: something of the one before lives on"
+            )
             self.installation.launch()
+        elif len(self.installation.events("role.started")) >= self.ready:
+            self.refused_since = 0.0
 
     def until(self, is_so: Callable[[], object], what: str) -> None:
         """Wait, and launch the daemon again where it ends."""

@@ -32,7 +32,7 @@ from worker.deliver.association import Peer
 from worker.deliver.commitment import STORAGE_COMMITMENT
 from worker.deliver.send import deliver
 from worker.demo.pacs import forward
-from worker.domain import CommitmentReport, CommitmentRequest, PatientKey
+from worker.domain import CommitmentReport, CommitmentRequest, Document, PatientKey
 from worker.intake.negotiation import Peer as Caller
 from worker.store import commitments, documents, erasure, queue, schema
 from worker.store.commitments import SENDINGS
@@ -69,12 +69,12 @@ class Site:
             one = sa.insert(schema.study).values(study_instance_uid="1.2", **values).returning(schema.study.c.id)
             self.study_id = int(conn.execute(one).scalar_one())
 
-    def add(self, count: int = 1) -> list[str]:
-        """Queue so many new documents; returns their UIDs."""
-        made = [make_document() for _ in range(count)]
+    def add(self, count: int = 1, *documents: Document) -> list[str]:
+        """Queue so many new documents, or `documents`; returns their UIDs."""
+        made = documents or [make_document() for _ in range(count)]
         with self.store.begin() as conn:
             for one in made:
-                values = {"study_id": self.study_id, "kind": "sr", "input_version": 1, "sha256": "", "created_at": NOW}
+                values = {"study_id": self.study_id, "kind": one.kind, "input_version": 1, "sha256": "", "created_at": NOW}
                 values |= {"sop_instance_uid": one.sop_instance_uid, "sop_class_uid": one.sop_class_uid, "data": one.data}
                 number = conn.execute(sa.insert(schema.document).values(**values).returning(schema.document.c.id)).scalar_one()
                 queue.enqueue_deliver(

@@ -4,12 +4,33 @@ from __future__ import annotations
 
 import ctypes
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
 import pytest
 
 from tests.installation import Installation, wait_until
+
+#: A main thread that holds the lock of `stop` when it is told to end, as it does for an instant each time `stop.wait` runs out.
+HOLDING = """
+import os, signal, threading
+from worker.daemon import on_signal
+stop = threading.Event()
+on_signal(stop)
+with stop._cond:
+    os.kill(os.getpid(), signal.SIGTERM)
+    for _ in range(1000):
+        pass
+raise SystemExit(0 if stop.wait(30) else 3)
+"""
+
+
+@pytest.mark.requirement("S1")
+def test_a_signal_in_the_midst_of_a_wait_is_no_deadlock() -> None:
+    """A receiver stood still in its own handler, served on and held the port for three quarters of an hour: found by `make crash`."""
+    assert subprocess.run([sys.executable, "-c", HOLDING], timeout=90, check=False).returncode == 0
 
 
 @pytest.mark.requirement("S1")

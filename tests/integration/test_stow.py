@@ -30,6 +30,7 @@ from worker.deliver.association import Peer
 from worker.deliver.breaker import TRIES, Breaker, judge
 from worker.deliver.cstore import NO_RESPONSE, Outcome
 from worker.deliver.send import deliver
+from worker.deliver.web import MAX_BODY
 from worker.errors import NotReadBack, PatientConflict, PeerRefused, PeerUnavailable, PeerUnreachable, WorkerError
 from worker.peers import peer_of
 from worker.store import queue, schema
@@ -126,7 +127,7 @@ SILENT: list[Callable[[str], bytes]] = [
         + uid.encode()
     ),
     lambda _uid: response(stored="1.2.3.4"),
-    lambda uid: response(stored=uid) + b" " * stow.MAX_BODY,
+    lambda uid: response(stored=uid) + b" " * MAX_BODY,
 ]
 
 

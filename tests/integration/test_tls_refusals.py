@@ -22,7 +22,7 @@ from tests.integration.test_cstore import expect_error, make_document, send_one
 from tests.pki import Authority, Pair, calling, listening
 from tests.receivers import receiving
 from worker.config import Records
-from worker.deliver import association, cstore, stow
+from worker.deliver import association, cstore, web
 from worker.deliver.association import Peer
 from worker.errors import PeerUnavailable, PeerUnreachable
 from worker.intake.hl7 import ParsedMessage
@@ -290,7 +290,7 @@ def test_an_archive_that_is_cut_off_for_its_slowness_is_sent_nothing_in_the_clea
 
     with mine, theirs:
         monkeypatch.setattr(socket.socket, "shutdown", end_late)
-        stow._cut(mine)
+        web._cut(mine)
         monkeypatch.undo()
         assert b"report" not in socket.socket.recv(theirs, 65536)
 

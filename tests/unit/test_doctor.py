@@ -19,6 +19,7 @@ from tests.fhir_server import FhirServer, Reply
 from worker import doctor, support
 from worker.config import Config, Destination, Sender, Site
 from worker.config import FhirServer as Settings
+from worker.report import page
 from worker.store.database import Store
 
 STATEMENT = {"resourceType": "CapabilityStatement", "fhirVersion": "4.0.1"}
@@ -54,6 +55,20 @@ def test_the_fhir_server_is_asked_what_it_is(tmp_path: Path, reply: Reply, is_we
         found, was_well = _found(tmp_path, server.base)
     assert (was_well, words in found) == (is_well, True), found
     assert server.lines() == ["GET /fhir/metadata"]
+
+
+@pytest.mark.parametrize("is_bare", [False, True])
+def test_scripts_without_a_font_are_told_before_a_name_needs_one(is_bare: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where summary pages are wanted; without any font but ours a host has none for half of mankind."""
+    if is_bare:
+        monkeypatch.setattr(page, "families", lambda: ["DejaVu Sans"])
+    pacs = Destination(name="pacs", ae_title="PACS", host="127.0.0.1", port=1, documents=("sr", "summary"))
+    config = replace(Config(), site=Site(data=tmp_path), destinations=(pacs,))
+    found, is_well = next((said, well) for what, said, well in doctor.checks(config, tmp_path / "synoptic.toml") if what == "fonts")
+    if is_bare:
+        assert found.startswith("no installed font shows Devanagari, Thai, Han, Kana, Hangul:")
+    assert is_well == (not page.scripts_without_font())
+    assert "fonts" not in [what for what, *_ in doctor.checks(replace(Config(), site=Site(data=tmp_path)), tmp_path / "synoptic.toml")]
 
 
 def test_what_is_broken_is_a_line_of_the_table_and_not_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,7 +40,7 @@ def region_of(mask: NDArray[np.bool_], series: Series, *, affine: NDArray[np.flo
     uids = tuple(one.sop_instance_uid for one in series.instances) * (frames or 1)
     cut = mask[low[0] : high[0], low[1] : high[1], low[2] : high[2]]
     origin = (int(low[0]), int(low[1]), int(low[2]))
-    return Region(cut, origin, mask.shape, affine, "image", uids, tuple(range(1, frames + 1)) or (1,) * len(uids))  # type: ignore[arg-type]
+    return Region(cut, origin, mask.shape, affine, "image", uids, tuple(range(1, frames + 1)) or (1,) * len(uids))
 
 
 def marked(series: Series, *regions: Region, findings: Sequence[Finding] = reports.FINDINGS) -> Result:
@@ -60,10 +60,10 @@ def outlines(annotation: Dataset) -> list[NDArray[np.float64]]:
 
 
 def filled(lines: Sequence[NDArray[np.float64]], shape: tuple[int, int]) -> NDArray[np.bool_]:
-    """The pixels whose middle is within an odd number of `lines`; (0.5, 0.5) is the middle of the first (PS3.3 §C.10.5.1.2)."""
+    """The pixels whose middle is within an odd number of `lines`; (0.5, 0.5) is the middle of the first (PS3.3 §C.10.5)."""
     rows, columns = np.indices(shape) + 0.5
     middles = np.column_stack([columns.ravel(), rows.ravel()])
-    return np.logical_xor.reduce([Polygon(line).contains_points(middles) for line in lines]).reshape(shape)
+    return np.asarray(np.logical_xor.reduce([Polygon(line).contains_points(middles) for line in lines]).reshape(shape))
 
 
 def middle(lines: Sequence[NDArray[np.float64]]) -> tuple[NDArray[np.float64], float]:
@@ -174,6 +174,7 @@ def test_findings_on_the_same_place_have_lines_of_text_of_their_own(tmp_path: Pa
         for text in annotation.TextObjectSequence
     ]
     assert len(boxes) == 2
+    assert boxes[0][1] == 4
     assert boxes[0][3] <= boxes[1][1]
     assert all(0 <= left < right <= 80 and 0 <= top < bottom <= 96 for left, top, right, bottom in boxes)
 
@@ -263,9 +264,9 @@ def test_dcmtk_shows_the_same_pixels_with_the_state_and_without(photometric: str
     state, source = tmp_path / "state.dcm", series.instances[0].path
     state.write_bytes(made.data)
     shown = []
-    for options in ([], ["-p", state]):
+    for options in ([], ["-p", str(state)]):
         target = tmp_path / "shown.pgm"
-        subprocess.run(["dcmp2pgm", *options, source, target], check=True, capture_output=True)
+        subprocess.run(["dcmp2pgm", *options, str(source), str(target)], check=True, capture_output=True)
         shown.append(target.read_bytes())
     assert len(set(shown[0])) > 50
     assert shown[0] == shown[1]

@@ -265,7 +265,9 @@ def test_findings_come_with_the_share_of_each_value_and_a_map_in_patient_coordin
     ill, rare = model.explain(prepared, sure, places(model.bundle, read))
     assert set(ill.attributions) == {"crp"}
     assert ill.attributions["crp"] == pytest.approx(ill.shapley["values"], abs=1e-5)
-    assert rare.saliency == ()
+    assert (rare.saliency, rare.regions) == ((), ())
+    (found,) = ill.regions
+    assert (found.shape, found.image, found.sop_instance_uids, found.frame_numbers) == ((9, 11, 13), "image", ("1.2.3",), (1,))
     (where,) = ill.saliency
     assert (where.image, where.sop_instance_uids) == ("image", ("1.2.3",))
     assert where.array.max() == 1

@@ -16,7 +16,7 @@ from worker.domain import Document
 from worker.report import forms, keys
 from worker.report.result import Result
 
-COMPANIONS = ("seg", "map", "regions", "gsps", "keys", "basic", "rejection")
+COMPANIONS = ("seg", "map", "gsps", "keys", "basic", "rejection")
 
 
 def read(documents: Sequence[Document]) -> list[FileDataset]:

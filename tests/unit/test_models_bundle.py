@@ -54,6 +54,14 @@ def test_every_value_arrives_as_its_type(tmp_path: Path) -> None:
     assert bundle.modalities == ("image", "values", "text")
 
 
+def test_a_finding_is_critical_only_where_its_bundle_says_so(tmp_path: Path) -> None:
+    said = small_bundle.TOML.replace('name = "rare"\n', 'name = "rare"\ncritical = true\n')
+    bundle = Bundle.read(small_bundle.write(tmp_path, said), verify=False)
+    assert [finding.critical for finding in bundle.findings] == [False, True]
+    with pytest.raises(InvalidBundleError, match="critical"):
+        Bundle.read(small_bundle.write(tmp_path / "other", said.replace("critical = true", 'critical = "yes"')), verify=False)
+
+
 WAITLESS = "wait_s = 0\nlook_back_h = 24\n\n[[record.values]]\nneed = "
 
 

@@ -11,7 +11,7 @@ from tests import factories, reports
 from tests.reports import ALGORITHM, INPUTS
 from tests.unit.test_sr import named
 from worker.domain import Document, Inputs
-from worker.report import codes, replacing, sr
+from worker.report import codes, page, replacing, sr
 from worker.report.result import Result
 
 CRP, LDH, *_ = INPUTS.values
@@ -107,6 +107,7 @@ def test_the_new_report_says_it_in_a_series_that_viewers_tell_from_the_old(tmp_p
     second = reports.Example(sr.build(after([source], first.document, study=study)), first.sources).ds
     (item,) = named(second, codes.REPLACES)
     assert item.TextValue.startswith("Replaces the report of 2026-11-21 02:02 +0100, because ")
+    assert page.said(after([source], first.document), None)["notes"] == [item.TextValue]
     assert second.SeriesInstanceUID != first.ds.SeriesInstanceUID
     assert first.ds.SeriesDescription == "AI chest-fusion 0.1.0: research, not for diagnosis"
     assert second.SeriesDescription == "AI chest-fusion 0.1.0 #2: research, not for diagnosis"

@@ -265,7 +265,7 @@ def test_the_codes_of_body_parts_are_those_of_the_standard(name: str, part: str)
 
 
 def test_no_code_or_word_of_a_body_part_stands_for_two() -> None:
-    words_ = [word for line in selection._PARTS for word in line]
+    words_ = [word for line in selection.PARTS for word in line]
     assert len(set(words_)) == len(words_)
 
 

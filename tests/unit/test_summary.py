@@ -67,7 +67,7 @@ def region(mask: np.ndarray, datasets: Sequence[Dataset], affine: np.ndarray | N
     cut = mask[tuple(slice(a, b) for a, b in zip(low, high, strict=True))]
     k, j, i = (int(x) for x in low)
     uids = tuple(str(ds.SOPInstanceUID) for ds in datasets)
-    return Region(cut, (k, j, i), mask.shape, affine, "image", uids, (1,) * len(uids))  # type: ignore[arg-type]
+    return Region(cut, (k, j, i), mask.shape, affine, "image", uids, (1,) * len(uids))
 
 
 def result_of(
@@ -202,6 +202,17 @@ def test_in_a_gantry_that_was_put_straight_the_outline_lies_on_the_lesion_of_the
     np.testing.assert_allclose(middle[::-1], lit, atol=1.0)
 
 
+def test_of_an_enhanced_object_the_frame_is_shown_and_named(tmp_path: Path, pool: DecoderPool) -> None:
+    """All slices are of one instance: only the number tells which it is."""
+    one = factories.make_enhanced(factories.make_ct(slices=5))
+    made = replace(result_of([one], tmp_path, pool), planes={"image": tuple((str(one.SOPInstanceUID), n) for n in range(1, 6))})
+    picture = key_picture(made)
+    assert picture is not None
+    assert picture.caption == "Slice 3 of 5"
+    [source] = dcmread(BytesIO(capture.summary(made)[0].data)).SourceImageSequence
+    assert (source.ReferencedSOPInstanceUID, source.ReferencedFrameNumber) == (one.SOPInstanceUID, 3)
+
+
 def test_a_file_that_is_gone_costs_the_picture_not_the_page(tmp_path: Path, pool: DecoderPool) -> None:
     """What was found is worth saying without it."""
     made = result_of([radiograph()], tmp_path, pool)
@@ -296,10 +307,10 @@ def test_names_are_written_as_people_write_them(name: str, written: list[str]) -
     assert page.names(name) == written
 
 
-WILD = st.text(st.characters(exclude_categories=("Cs",), max_codepoint=0x2FFF), max_size=200)
+WILD = st.text(st.characters(exclude_categories=["Cs"], max_codepoint=0x2FFF), max_size=200)
 
 
-@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=2, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(words=st.lists(WILD, min_size=1, max_size=20), is_failure=st.booleans())
 @example(words=["much longer than any line of it " * 10] * 20, is_failure=False)
 def test_whatever_it_is_to_say_there_is_one_page(words: list[str], is_failure: bool, tmp_path: Path, pool: DecoderPool) -> None:
@@ -367,20 +378,20 @@ def test_a_destination_that_wants_the_page_gets_it_before_the_report_that_refers
     assert [one.kind for one in forms.author(made, ["sr"])] == ["sr"]
 
 
-def digests(folder: Path) -> list[str]:
-    """What both objects hash to."""
-    with DecoderPool(processes=1) as pool:
-        made = result_of([named(NAMES["Greek"])], folder, pool)
-        return [hashlib.sha256(build(made)[0].data).hexdigest() for build in (capture.summary, capture.pdf)]
-
-
-def test_the_same_result_gives_the_same_bytes_in_another_process_too(tmp_path: Path) -> None:
+def test_the_same_result_gives_the_same_bytes_in_another_process_too(tmp_path: Path, pool: DecoderPool) -> None:
     """A job that runs twice makes the same object; what hashes decide differs from process to process."""
-    script = "import pathlib, sys, tests.unit.test_summary as t; print(*t.digests(pathlib.Path(sys.argv[1])))"
+    first, second = (capture.summary(result_of([radiograph()], tmp_path / name, pool)) for name in ("first", "second"))
+    assert first == second
+    script = (
+        "import hashlib, pathlib, sys; from tests import reports; from worker.report import capture;"
+        "made = reports.result([reports.radiograph(pathlib.Path(sys.argv[1]))]);"
+        "print(*(hashlib.sha256(build(made)[0].data).hexdigest() for build in (capture.summary, capture.pdf)))"
+    )
     environment = os.environ | {"PYTHONHASHSEED": "7"}
-    command = [sys.executable, "-c", script, str(tmp_path / "there")]
+    command = [sys.executable, "-c", script, str(tmp_path)]
     there = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=Path(__file__).parents[2])
-    assert there.stdout.split() == digests(tmp_path / "here")
+    made = reports.result([reports.radiograph(tmp_path)])
+    assert there.stdout.split() == [hashlib.sha256(build(made)[0].data).hexdigest() for build in (capture.summary, capture.pdf)]
 
 
 @pytest.mark.peer

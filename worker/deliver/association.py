@@ -58,6 +58,8 @@ class Peer:
     must be for ``tls_server_name``, or where that is empty for ``host``.
     ``door`` says how it is called (config_sections.Destination); with a ``stow_url`` by DICOMweb there (stow.py). Of a door with a URL,
     ``url`` is that, ``authorization`` the header's value, and nothing here has a meaning but name, host, port, time-out, read-back and TLS.
+    ``systems``: issuer of patient IDs → the Identifier.system that a FHIR server keeps them under. ``secret``: the key that webhooks are
+    signed with, or ``user:password`` of a mail server; ``mail_from`` and ``mail_to`` are addresses.
     """
 
     name: str
@@ -73,6 +75,10 @@ class Peer:
     url: str = ""
     door: str = "dicom"
     authorization: str = field(default="", repr=False)
+    systems: Mapping[str, str] = field(default_factory=dict, hash=False)
+    secret: str = field(default="", repr=False)
+    mail_from: str = ""
+    mail_to: tuple[str, ...] = ()
 
 
 def connect(peer: Peer) -> socket.socket:

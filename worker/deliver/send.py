@@ -16,9 +16,9 @@ from pydicom import dcmread
 from pydicom.uid import generate_uid
 
 from worker import events
-from worker.deliver import commitment, cstore, stow
+from worker.deliver import commitment, cstore, fhir, mllp, notice, stow
 from worker.domain import Document, Job, Patient, PatientKey
-from worker.errors import PatientConflict, Reject, ReportInvalid, Retry
+from worker.errors import PatientConflict, Reject, ReportInvalid, Retry, Superseded
 from worker.ops import audit
 from worker.store import commitments, documents, queue
 from worker.store.database import Connection, Store
@@ -26,7 +26,14 @@ from worker.store.database import Connection, Store
 Door = Callable[..., list[cstore.Outcome]]
 
 #: By the door of a destination: each takes documents and the peer, and gives one outcome each, in order.
-DOORS: Final[Mapping[str, Door]] = {"dicom": cstore.send, "stow": stow.send}
+DOORS: Final[Mapping[str, Door]] = {
+    "dicom": cstore.send,
+    "stow": stow.send,
+    "hl7": mllp.send,
+    "fhir": fhir.send,
+    "webhook": notice.send,
+    "mail": notice.send,
+}
 
 
 def deliver(
@@ -71,19 +78,25 @@ def deliver(
     return list(sent)
 
 
-def _stop(conn: Connection, job: Job, document: Document) -> Reject | Retry | None:
+def _stop(conn: Connection, job: Job, document: Document) -> Reject | Retry | Superseded | None:
     """Why a document is not sent at all, or not yet: what was true when it was written may not be any more."""
     if hold := documents.hold_of(conn, job.study_id):
         return PatientConflict(f"The study is held, its report is not sent: {hold}")
     if not document.is_whole:
         return ReportInvalid("The stored report is not as it was written, its sha256 is another: it is not sent.")
-    if document.kind != "rejection":
+    # A message that waited for the RIS would put the result before the last one in the last one's place.
+    if document.kind == "oru" and documents.is_superseded(conn, job.document_id or 0):
+        return Superseded("A later result of the study is sent instead.")
+    return _stop_of_note(documents.root_delivery(conn, job)) if document.kind == "rejection" else None
+
+
+def _stop_of_note(state: str) -> Reject | Retry | None:
+    """Why the old report is not marked, by the `state` of the new one's delivery: it must not vanish before that one is there."""
+    if state == "completed":
         return None
-    # The old report must not vanish before the new one is there.
-    state = documents.root_delivery(conn, job)
     if state in {"discarded", "cancelled"}:
         return ReportInvalid(f"The delivery of the report that replaces the old one was {state}: the old one is not marked.")
-    return None if state == "completed" else Retry("The report that replaces the old one is not delivered yet: the old one is not marked.")
+    return Retry("The report that replaces the old one is not delivered yet: the old one is not marked.")
 
 
 def _subject(document: Document) -> audit.Subject:
@@ -102,6 +115,9 @@ def _settle(job: Job, outcome: cstore.Outcome, *, store: Store, now: datetime, t
             queue.complete(conn, job, now=now, status=f"0x{outcome.status:04X}", warning=outcome.warning)
             if wait_s is not None:
                 commitments.ask(conn, job, transaction_uid=transaction_uid, wait_s=wait_s, now=now)
+        elif isinstance(error, Superseded):
+            name = "job.cancelled"
+            queue.cancel(conn, job, reason=str(error), now=now)
         elif isinstance(error, Reject):
             name = "job.discarded"
             queue.discard(conn, job, error=error, now=now)

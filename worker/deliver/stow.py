@@ -6,50 +6,38 @@ what the archive answers        what becomes of the document
 it is among the Referenced      stored, whatever the HTTP status is; a Warning Reason is recorded: read back
 it is among the Failed          its Failure Reason is judged as the status of a C-STORE is (cstore.py), under 200 too
 no word of it, 2xx or 409       unknown: a query decides; if not found, again later (409: PeerRefused)
-no word of it, other 4xx        PeerRefused: sending again changes nothing
-no word of it, 408, 5xx         PeerUnavailable: again later
-3xx 401 403 404 405 429 502     PeerUnreachable: the URL, the secret or a proxy is at fault, not the document; no redirect
-503 504                         is followed, for reports and secrets go nowhere else
+no word of it, another status   as web.py says
 no answer, or cut off           unknown: asked at once; if not found, again later
 ==============================  =============================================================================
 
 A body that is too long, cannot be read or names other objects is no word of it. One document a request, so that each failure is its own.
-Why http.client: `connect` has our deadlines, TLS rules and sentences for both doors; the library then only speaks HTTP on its socket.
-Not here: jobs (send.py), what a status means (cstore.py).
+Not here: jobs (send.py), HTTP (web.py), what a status means (cstore.py).
 """
 
 from __future__ import annotations
 
-import contextlib
-import http.client
 import json
-import socket
-import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Final
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import urlencode
 from uuid import uuid4
 from xml.etree import ElementTree
 
 from pydicom.uid import generate_uid
 
-from worker.deliver.association import Peer, connect
-from worker.deliver.cstore import MAX_LOST, NO_RESPONSE, Outcome, Parcel, is_warning, judged, misfiled, open_document
+from worker.deliver import web
+from worker.deliver.association import Peer
+from worker.deliver.cstore import Outcome, Parcel, is_warning, judged, misfiled, open_document
 from worker.deliver.wire import Response
 from worker.domain import Document
-from worker.errors import NotReadBack, PeerRefused, PeerUnavailable, PeerUnreachable, WorkerError, cause_of
+from worker.errors import NotReadBack, PeerUnavailable, PeerUnreachable, WorkerError
 from worker.ops import audit
 
 Json = dict[str, Any]
 
-#: An answer about one object has a few hundred bytes.
-MAX_BODY: Final = 1 << 20
-#: Slowest line on which an object may still travel, as for C-STORE.
-_SLOWEST_BYTES_PER_S: Final = 65536
-#: Of these the document is not the cause (RFC 9110 §15): the wrong place, the wrong secret, a proxy before an archive that is down.
-_NOT_THE_DOCUMENT: Final = frozenset({*range(300, 400), 401, 403, 404, 405, 429, 502, 503, 504})
+_DICOM_JSON: Final = "application/dicom+json"
 _NOT_FOUND: Final = (204, 404)  # PS3.18 §10.6.3.1; older servers say 404
 # PS3.18 Table I.1-1 and PS3.6, as keys of PS3.18 Annex F.
 _FAILED, _REFERENCED, _OTHER_FAILURES = "00081198", "00081199", "0008119A"
@@ -61,19 +49,7 @@ _PROCESSING_FAILURE: Final = 0x0110
 
 def send(documents: Sequence[Document], *, peer: Peer) -> list[Outcome]:
     """Store `documents` in order and read each back; one outcome each, in order, as of `cstore.send`."""
-    outcomes: list[Outcome] = []
-    lost: list[WorkerError] = []
-    for document in documents:
-        if len(lost) >= MAX_LOST:
-            outcomes.append(Outcome(document.sop_instance_uid, error=lost[-1]))
-            continue
-        outcome = _deliver(open_document(document), peer=peer)
-        if isinstance(outcome.error, PeerUnreachable):
-            lost = [outcome.error] * MAX_LOST
-        elif isinstance(outcome.error, PeerUnavailable) and outcome.status == NO_RESPONSE:
-            lost.append(outcome.error)
-        outcomes.append(outcome)
-    return outcomes
+    return web.each(documents, lambda document: _deliver(open_document(document), peer=peer))
 
 
 def ask(peer: Peer) -> float:
@@ -100,7 +76,8 @@ def _deliver(parcel: Parcel, *, peer: Peer) -> Outcome:
     body = b"--%b\r\nContent-Type: application/dicom\r\n\r\n%b\r\n--%b--\r\n" % (boundary.encode(), parcel.file, boundary.encode())
     kind = f'multipart/related; type="application/dicom"; boundary={boundary}'
     try:
-        status, said = _exchange(peer, "POST", "", body=body, kind=kind)
+        headers = {"Accept": _DICOM_JSON, "Content-Type": kind}
+        status, said = web.exchange(peer, "POST", peer.stow_url, body=body, headers=headers)
     except PeerUnreachable as error:
         return Outcome(uid, error=error)
     except PeerUnavailable as error:
@@ -117,9 +94,7 @@ def _silence(status: int, *, peer: Peer) -> WorkerError:
     what = f"{peer.name} answers STOW-RS with HTTP status {status}"
     if status // 100 == 2:
         return NotReadBack(f"{what} and does not say what became of the object{'' if peer.read_back else ', and read_back is off'}.")
-    if status in _NOT_THE_DOCUMENT:
-        return PeerUnreachable(f"{what}{', a redirect, which is not followed' if status < 400 else ''}.")
-    return PeerUnavailable(f"{what}.") if status >= 500 or status == 408 else PeerRefused(f"{what}.")
+    return web.refusal(status, what)
 
 
 def _decided_by_query(parcel: Parcel, unknown: Outcome, *, peer: Peer) -> Outcome:
@@ -160,7 +135,7 @@ def _search(peer: Peer, below: str, **matching: str) -> list[Json]:
     """QIDO-RS below the URL of the studies (PS3.18 §10.6); PeerUnavailable where that gives no answer."""
     query = f"{below}?{urlencode(matching)}"
     with audit.asking(audit.Party(peer.stow_url, peer.host, is_ae=False), query.encode(), of=peer.stow_url):
-        status, body = _exchange(peer, "GET", query)
+        status, body = web.exchange(peer, "GET", f"{peer.stow_url}{query}", headers={"Accept": _DICOM_JSON})
     if status in _NOT_FOUND:
         return []
     found = _datasets(body) if status == 200 else None
@@ -229,49 +204,3 @@ def _number(ds: Json, tag: str) -> int:
         return int(values[0]) & 0xFFFF if values and isinstance(values[0], (int, str)) else 0
     except ValueError:
         return 0
-
-
-# --- HTTP
-
-
-def _exchange(peer: Peer, method: str, below: str, *, body: bytes = b"", kind: str = "") -> tuple[int, bytes]:
-    """Send one request, return status and body (empty where it is too long or was cut off); bounded in time as a whole.
-
-    Raises
-    ------
-    PeerUnreachable
-        Nothing was sent.
-    PeerUnavailable
-        It is not known what became of the request.
-    """
-    url = urlsplit(peer.stow_url)
-    headers = {"Host": url.netloc, "Accept": "application/dicom+json", "Connection": "close"}
-    headers |= {"Content-Type": kind} if kind else {}
-    headers |= {"Authorization": peer.authorization} if peer.authorization else {}
-    line = http.client.HTTPConnection(peer.host, peer.port)
-    line.sock = sock = connect(peer)
-    # The socket's own time-out is that of one piece: a peer that drips would never meet it.
-    end = threading.Timer(peer.timeout_s + len(body) / _SLOWEST_BYTES_PER_S, _cut, (sock,))
-    end.start()
-    try:
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # who has read enough answers before it has read all
-            line.request(method, url.path + below, body=body or None, headers=headers)
-        with line.getresponse() as response:
-            answer = b""
-            with contextlib.suppress(OSError, http.client.HTTPException):
-                answer = response.read(MAX_BODY + 1)
-            if end.finished.is_set():
-                raise TimeoutError(f"it takes longer than {end.interval:.3g} s")
-            return response.status, answer if len(answer) <= MAX_BODY else b""
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        reason = cause_of(error) if isinstance(error, OSError) else "what it sends is not HTTP"
-        raise PeerUnavailable(f"{peer.name} gives no answer by HTTP: {reason}.") from error
-    finally:
-        end.cancel()
-        line.close()
-        sock.close()
-
-
-def _cut(sock: socket.socket) -> None:
-    with contextlib.suppress(OSError):  # of the plain socket: a TLS socket's own would send the rest of a report in the clear
-        socket.socket.shutdown(sock, socket.SHUT_RDWR)

@@ -19,7 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from PIL import Image
 from pydicom import Dataset, dcmread
+from pydicom.uid import Comprehensive3DSRStorage, SecondaryCaptureImageStorage
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -65,6 +67,7 @@ name = "demo"
 ae_title = "DEMOPACS"
 host = "127.0.0.1"
 port = {pacs}
+documents = ["sr", "seg", "map", "summary", "pdf", "gsps", "keys", "basic"]
 """
 
 
@@ -96,6 +99,7 @@ def run(out: Console, err: Console, *, cases: int, folder: Path) -> bool:
         with _daemon(path, folder / "daemon.log"):
             _wait_ready(folder / "daemon.log", roles={"receive", "run", "deliver"})
             _drive(err, pacs, followed, receive=receive, records=records)
+        _pages(pacs, folder / "pages")
         _check(followed)
     _print(out, followed, folder)
     return not any(one.faults for one in followed)
@@ -169,7 +173,17 @@ def _wait_ready(log: Path, *, roles: set[str]) -> None:
 
 
 def _reports(pacs: DemoPacs) -> dict[str, tuple[Path, float]]:
-    return {s.study_instance_uid: (s.path, s.arrived_at) for s in pacs.instances() if s.modality == "SR"}
+    """The root report of each study that has one; whatever it refers to came before it."""
+    return {s.study_instance_uid: (s.path, s.arrived_at) for s in pacs.instances() if s.sop_class_uid == Comprehensive3DSRStorage}
+
+
+def _pages(pacs: DemoPacs, folder: Path) -> None:
+    """Keep each summary page as a picture, for who has no viewer at hand."""
+    folder.mkdir()
+    for one in pacs.instances():
+        if one.sop_class_uid == SecondaryCaptureImageStorage:
+            ds = dcmread(one.path)
+            Image.fromarray(ds.pixel_array).save(folder / f"{ds.AccessionNumber}.png")
 
 
 def findings(report: Dataset) -> dict[str, tuple[float, str]]:
@@ -249,6 +263,7 @@ def _print(out: Console, followed: list[Followed], folder: Path) -> None:
             out.print(text, soft_wrap=True, markup=False)
     faults = sum(bool(one.faults) for one in followed)
     out.print(f"\n{len(followed) - faults} of {len(followed)} reports are there and right.")
+    out.print(f"One page of each, as the PACS has it beside the report: {folder / 'pages'}", soft_wrap=True)
     out.print(
         f"Images and reports: {folder / 'pacs'}   log: {folder / 'daemon.log'}   database and spool: {folder / 'data'}", soft_wrap=True
     )

@@ -145,8 +145,8 @@ class Finding:
     """One coded answer of the network: how probable, what that means, what it rests on.
 
     ``shapley`` holds each modality's exact share of the log-odds ("image", "values", "text"), ``attributions`` that of each
-    used value and text by its name. ``is_atypical``: the study is unlike those the network learned from. ``regions`` are made of
-    ``saliency``, and are not kept with it.
+    used value and text by its name. ``is_atypical``: the study is unlike those the network learned from. ``is_critical``: the bundle says
+    that somebody must know at once if it is positive. ``regions`` are made of ``saliency``; neither of these two is kept.
     """
 
     name: str
@@ -159,6 +159,12 @@ class Finding:
     is_atypical: bool = False
     saliency: tuple[Saliency, ...] = field(default=(), compare=False, repr=False)
     regions: tuple[Region, ...] = field(default=(), compare=False, repr=False)
+    is_critical: bool = field(default=False, compare=False)
+
+    @property
+    def is_alarming(self) -> bool:
+        """Whether somebody must know at once."""
+        return self.is_critical and self.verdict == "positive"
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,8 @@ from typing import Final, Literal
 #: What an observation's value is: one number, a text, a code, a range (value to high) or a ratio (value : high).
 ValueKind = Literal["number", "text", "coded", "range", "ratio"]
 
+#: MSH-3 of our own messages: a RIS may forward them to whoever listens, to us too.
+OWN_APPLICATION: Final = "SYNOPTIC"
 #: Priorities, smallest first. HL7 v2 ORC-7/OBR-27 "S" and DICOM "STAT" map to STAT.
 STAT, ROUTINE = 0, 10
 #: How far clocks may differ before a time of after its own message is a wrong one.

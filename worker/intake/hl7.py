@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from datetime import datetime, tzinfo
 from typing import Final
 
-from worker.domain import Patient, RecordUpdate
+from worker.domain import OWN_APPLICATION, Patient, RecordUpdate
 from worker.errors import RecordError
 from worker.intake.envelope import read_envelope
 from worker.intake.facts import MAX_CONTROL_ID, MAX_SENDER, bounded
@@ -119,6 +119,8 @@ def _read_header(reader: Reader, msh: list[str]) -> None:
 def _update(reader: Reader, found: list[list[str]]) -> tuple[RecordUpdate | None, str]:
     """Read the segments that the trigger calls for; None, and why, where nothing is to be made of them."""
     trigger, sender = reader.envelope.trigger, reader.sender
+    if sender.partition("|")[0] == OWN_APPLICATION:
+        return None, "The message is a result of ours, sent back: it is no fact of the patient's record."
     if trigger not in READ:
         return None, CANCELLATIONS.get(trigger, "Messages of this trigger are not used.")
     reader.said_at = _said_at(reader, found)

@@ -113,7 +113,7 @@ def tree(
     zone: tzinfo,
     failure: str,
     placed: Sequence[Placed],
-    whole: sr.ContentItem | None = None,
+    whole: sr.ContentItem | None,
     replaces: str = "",
 ) -> sr.ContainerContentItem:
     """Build the root container. Times are written in `zone`, with their offset.
@@ -190,7 +190,7 @@ def _image_library(source: Evidence) -> list[sr.ContainerContentItem]:
 
 def _finding_group(finding: Finding, where: Placed, *, study: Study, algorithm: Algorithm) -> sr.MeasurementsAndQualitativeEvaluations:
     """Say one finding, and where it is."""
-    shares = [measurement(codes.shapley(part), round(share, 4), codes.NO_UNITS) for part, share in finding.shapley.items()]
+    shares = [measurement(codes.shapley(part), round(share, 4), codes.LOG_ODDS) for part, share in finding.shapley.items()]
     group = sr.MeasurementsAndQualitativeEvaluations(
         tracking_identifier=sr.TrackingIdentifier(uid=tracking_uid(study, algorithm, finding), identifier=finding.name),
         finding_type=concept(finding.code),
@@ -290,24 +290,23 @@ def _identification(algorithm: Algorithm, *more: str) -> sr.AlgorithmIdentificat
     )
 
 
-def _outcome(findings: Sequence[Finding], *, failure: str) -> list[sr.ContentItem]:
-    """Say how it ended, in code and in words: silence is not an answer."""
+def outcome(findings: Sequence[Finding], *, failure: str) -> tuple[Code, str]:
+    """How it ended, in code and in words: silence is not an answer."""
     if failure:
-        outcome, words = codes.FAILED, f"Could not be analysed, because {clause(failure)}. No finding is stated."
-    elif all(finding.verdict == "negative" for finding in findings):
-        outcome, words = codes.NOTHING_FOUND, f"Nothing found. {_named('Negative', findings, 'negative')}"
-    else:
-        by_verdict: tuple[tuple[str, Verdict], ...] = (
-            ("Positive", "positive"),
-            ("Uncertain", "uncertain"),
-            ("Negative", "negative"),
-        )
-        outcome = codes.FOUND
-        words = " ".join(filter(None, (_named(heading, findings, verdict) for heading, verdict in by_verdict)))
-    return [
-        sr.CodeContentItem(concept(codes.OUTCOME), concept(outcome), _CONTAINS),
-        _text(codes.SUMMARY, words),
-    ]
+        return codes.FAILED, f"Could not be analysed, because {clause(failure)}. No finding is stated."
+    if all(finding.verdict == "negative" for finding in findings):
+        return codes.NOTHING_FOUND, f"Nothing found. {_named('Negative', findings, 'negative')}"
+    by_verdict: tuple[tuple[str, Verdict], ...] = (
+        ("Positive", "positive"),
+        ("Uncertain", "uncertain"),
+        ("Negative", "negative"),
+    )
+    return codes.FOUND, " ".join(filter(None, (_named(heading, findings, verdict) for heading, verdict in by_verdict)))
+
+
+def _outcome(findings: Sequence[Finding], *, failure: str) -> list[sr.ContentItem]:
+    code, words = outcome(findings, failure=failure)
+    return [sr.CodeContentItem(concept(codes.OUTCOME), concept(code), _CONTAINS), _text(codes.SUMMARY, words)]
 
 
 def clause(sentence: str) -> str:
@@ -328,12 +327,15 @@ def _named(heading: str, findings: Sequence[Finding], verdict: Verdict) -> str:
     return f"{heading}: {', '.join(listed)}." if listed else ""
 
 
-def _statements(algorithm: Algorithm) -> list[sr.ContentItem]:
+def statements(algorithm: Algorithm) -> list[tuple[Code, str]]:
+    """What must be said with every result: what it may be used for, and how good the network is."""
     use = RESEARCH_STATEMENT if algorithm.research_use else CLINICAL_STATEMENT
-    stated: list[sr.ContentItem] = [_text(codes.INTENDED_USE, f"{algorithm.title}. {use}" if algorithm.title else use)]
-    if algorithm.quality_statement:
-        stated.append(_text(codes.QUALITY, algorithm.quality_statement))
-    return stated
+    stated = [(codes.INTENDED_USE, f"{algorithm.title}. {use}" if algorithm.title else use)]
+    return [*stated, (codes.QUALITY, algorithm.quality_statement)] if algorithm.quality_statement else stated
+
+
+def _statements(algorithm: Algorithm) -> list[sr.ContentItem]:
+    return [_text(code, words) for code, words in statements(algorithm)]
 
 
 def _record(inputs: Inputs, *, zone: tzinfo) -> list[sr.ContentItem]:

@@ -67,6 +67,8 @@ class _Frame:
     header: Dataset
     number: int
     marks: list[tuple[Finding, list[Outline]]] = field(default_factory=list)
+    #: Where lines of text stand on it already, rows.
+    lines: list[float] = field(default_factory=list)
 
     @property
     def look(self) -> str:
@@ -124,7 +126,8 @@ def _frames(result: Result) -> list[_Frame]:
     read: dict[str, Dataset] = {}
     for finding, region in ((one, region) for one in result.findings for region in one.regions):
         for plane in np.flatnonzero(region.mask.any(axis=(1, 2))).tolist():
-            uid, number = (named[plane + region.origin[0]] for named in (region.sop_instance_uids, region.frame_numbers))
+            k = plane + region.origin[0]
+            uid, number = region.sop_instance_uids[k], region.frame_numbers[k]
             if uid not in read:
                 read[uid] = _read(result, uid)
             one = frames.setdefault((region.image, uid, number), _Frame(region.image, _flat(read[uid], number), number))
@@ -153,7 +156,7 @@ def _flat(ds: Dataset, number: int) -> Dataset:
 
 
 def _on_frame(region: Region, plane: int, header: Dataset) -> list[Outline]:
-    """The outlines of one plane of `region` in the pixels of its frame, of which 0 is the first one's outer edge (PS3.3 §C.10.5.1.2).
+    """The outlines of one plane of `region` in the pixels of its frame, of which 0 is the first one's outer edge (PS3.3 §C.10.5).
 
     The planes of a tilted gantry were sheared to make the volume; there, and only there, they are put back by their place in the patient.
     """
@@ -175,7 +178,7 @@ def _on_frame(region: Region, plane: int, header: Dataset) -> list[Outline]:
 
 def _document(result: Result, shown: Sequence[_Frame], *, number: int) -> Document:
     """Write the state of frames that look alike."""
-    marked = [(one, finding, drawn, line) for one in shown for line, (finding, drawn) in enumerate(one.marks)]
+    marked = [(one, finding, drawn) for one in shown for finding, drawn in one.marks]
     layers = {
         finding.name: pr.GraphicLayer(
             f"FINDING_{order}",
@@ -184,7 +187,7 @@ def _document(result: Result, shown: Sequence[_Frame], *, number: int) -> Docume
             display_color=CIELabColor.from_rgb(*_COLORS[finding.verdict]),
         )
         for order, finding in enumerate(result.findings, start=1)
-        if any(finding is other for _, other, _, _ in marked)
+        if any(finding is other for _, other, _ in marked)
     }
     images = {one.header.SOPInstanceUID: _stand_in(result, one.header) for one in shown}
     ds = pr.GrayscaleSoftcopyPresentationState(
@@ -193,8 +196,8 @@ def _document(result: Result, shown: Sequence[_Frame], *, number: int) -> Docume
         content_description="Regions that the answers rest on, not outlined lesions",
         graphic_layers=list(layers.values()),
         graphic_annotations=[
-            pr.GraphicAnnotation([images[one.header.SOPInstanceUID]], layers[finding.name], **_drawn(result, one, finding, drawn, line))
-            for one, finding, drawn, line in marked
+            pr.GraphicAnnotation([images[one.header.SOPInstanceUID]], layers[finding.name], **_drawn(result, one, finding, drawn))
+            for one, finding, drawn in marked
         ],
         presentation_lut_transformation=PresentationLUTTransformation(
             presentation_lut_shape=_SHAPES[shown[0].header.PhotometricInterpretation]
@@ -211,10 +214,10 @@ def _document(result: Result, shown: Sequence[_Frame], *, number: int) -> Docume
     return result.document(ds, "gsps")
 
 
-def _drawn(result: Result, one: _Frame, finding: Finding, drawn: Sequence[Outline], line: int) -> dict[str, Any]:
+def _drawn(result: Result, one: _Frame, finding: Finding, drawn: Sequence[Outline]) -> dict[str, Any]:
     """The lines and the words of one finding on one frame."""
-    tracked = {"tracking_id": finding.name, "tracking_uid": tracking_uid(result.study, result.algorithm, finding)}
-    box = _box(np.concatenate(drawn), one.header, line=line)
+    tracked: dict[str, Any] = {"tracking_id": finding.name, "tracking_uid": tracking_uid(result.study, result.algorithm, finding)}
+    box = _box(one, np.concatenate(drawn))
     return {
         "graphic_objects": [pr.GraphicObject("POLYLINE", part, "PIXEL", **tracked) for corners in drawn for part in _short_enough(corners)],
         "text_objects": [
@@ -266,16 +269,15 @@ def _short_enough(corners: Outline) -> Iterator[Outline]:
         yield corners[start : start + _MOST_CORNERS]
 
 
-def _box(corners: Outline, header: Dataset, *, line: int) -> tuple[float, float, float, float]:
-    """Where the text of the `line`-th finding on a frame stands: above its outline, or below where there is no room."""
-    rows, columns = float(header.Rows), float(header.Columns)
+def _box(one: _Frame, corners: Outline) -> tuple[float, float, float, float]:
+    """Where a text stands: as near above its outline, or else below, as no other text of the frame does."""
+    rows, columns = float(one.header.Rows), float(one.header.Columns)
     height = rows / _LINES
     (left, top), bottom = corners.min(axis=0), corners[:, 1].max()
-    upper = top - (line + 1) * height
-    if upper < 0:
-        upper = min(bottom + line * height, rows - height)
-    left = min(left, columns / 2)
-    return float(left), float(upper), columns, float(upper + height)
+    near = (*(top - height * n for n in (1, 2, 3)), *(bottom + height * n for n in (0, 1, 2)), *(height * n for n in range(_LINES)))
+    free = (row for row in near if 0 <= row <= rows - height and all(abs(row - taken) >= height for taken in one.lines))
+    one.lines.append(upper := float(next(free, 0.0)))
+    return float(min(left, columns / 3)), upper, columns, upper + height
 
 
 def _stand_in(result: Result, header: Dataset) -> Dataset:

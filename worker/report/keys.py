@@ -5,7 +5,7 @@ Management, RAD-66). Of the four titles "Rejected for Quality Reasons" fits a re
 outdated: an archive hides it, or shows it where a site wants to see such. "Patient Safety" takes away for good what must never be
 seen, "Incorrect Modality Worklist Entry" says another patient, "Data Retention Policy Expired" deletes.
 
-References: PS3.3 §A.35.4, §C.17.6; PS3.16 TID 2010, CID 7010; IHE RAD TF-1 §37, TF-3 §4.66; dcm4chee-arc, wiki "Query Retrieve View".
+References: PS3.3 §A.35.4, §C.17.6; PS3.16 TID 2010, CID 7010; IHE RAD TF-3 §4.66 (RAD-66); dcm4chee-arc, wiki "Query Retrieve View".
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Final
 
 import pydicom
 from highdicom import ko, sr
+from pydicom import config
 from pydicom.dataset import Dataset
 from pydicom.uid import UID
 
@@ -62,11 +63,17 @@ def _key(region: Region) -> tuple[str, int]:
 
 def _words(result: Result, finding: Finding, region: Region) -> str:
     """Say "Pneumonia: positive, 73.21 % (research): most of it in image 34 of series 2."."""
-    uid, number = _key(region)
-    ds = pydicom.dcmread(result.source.paths[uid], stop_before_pixels=True, specific_tags=["InstanceNumber", "SeriesNumber"])
-    where = f"image {ds.get('InstanceNumber') or 'without a number'} of series {ds.get('SeriesNumber') or 'without a number'}"
-    where = f"frame {number} of {where}" if number else where
+    where = image_in_words(result, *_key(region))
     return f"{content.verdict_in_words(result.algorithm, finding)}: {'most of it in ' if region.shape[0] > 1 else ''}{where}."
+
+
+def image_in_words(result: Result, uid: str, number: int = 0) -> str:
+    """Say "image 34 of series 2", as viewers count, for an analysed instance, of several frames with the `number` of one."""
+    wanted = ["InstanceNumber", "SeriesNumber"]
+    with config.disable_value_validation():
+        ds = pydicom.dcmread(result.source.paths[uid], stop_before_pixels=True, specific_tags=list(wanted))
+        image, series = (str(ds.get(keyword) or "without a number") for keyword in wanted)
+    return f"{f'frame {number} of ' if number else ''}image {image} of series {series}"
 
 
 def _reference(ds: Dataset, frames: Sequence[int]) -> sr.ContentItem:

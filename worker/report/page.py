@@ -27,7 +27,7 @@ from PIL import Image
 from worker import events
 from worker.domain import Finding, Inputs, UsedText, UsedValue
 from worker.errors import ReportInvalid
-from worker.report import content
+from worker.report import content, replacing
 from worker.report.picture import Picture, ranked
 from worker.report.result import Result
 
@@ -92,7 +92,7 @@ def render(result: Result, picture: Picture | None, *, theme: Theme, form: Liter
     if picture is not None:
         files["picture.svg"] = _wrapped(picture)
     try:
-        made = typst.compile(
+        made = typst.compile(  # type: ignore[call-overload]  # its stub knows of no files in memory, its README does
             files,
             font_paths=fonts(),
             ignore_system_fonts=True,  # they are among `fonts()`
@@ -126,7 +126,7 @@ def said(result: Result, picture: Picture | None) -> dict[str, Any]:
         "findings-more": f"and {more} more, less probable, in the structured report" if more > 0 else "",
         "why": _why(result, findings[0], result.inputs) if findings and result.inputs else None,
         "missing": _missing(result.inputs) if findings and result.inputs else [],
-        "notes": [],
+        "notes": [_clean(sentence)] if (sentence := replacing.sentence(result)) else [],
         "statement": RESEARCH if algorithm.research_use else CLINICAL,
         "made": [
             _clean(" ".join((algorithm.title and f"{algorithm.title}.", algorithm.quality_statement))),
@@ -206,7 +206,11 @@ def _finding(finding: Finding, number: int, is_marked: bool, picture: Picture | 
 
 def _why(result: Result, finding: Finding, inputs: Inputs) -> dict[str, Any] | None:
     """What moved the first finding: the modalities' shares, and the values and texts of the record, the weightiest first."""
-    latest = (*inputs.values, *(history.points[-1] for history in inputs.histories if history.points), *inputs.texts)
+    latest: tuple[UsedValue | UsedText, ...] = (
+        *inputs.values,
+        *(history.points[-1] for history in inputs.histories if history.points),
+        *inputs.texts,
+    )
     given = {one.name: one for one in reversed(latest)}.values()
     heavy = sorted(given, key=lambda one: (-abs(finding.attributions.get(one.name, 0.0)), one.name))
     rows = [{"name": _PARTS.get(part, part), "value": "", "at": "", **_share(share)} for part, share in finding.shapley.items()]
@@ -225,10 +229,14 @@ def _why(result: Result, finding: Finding, inputs: Inputs) -> dict[str, Any] | N
 
 
 def _given(one: UsedValue | UsedText, finding: Finding, result: Result) -> dict[str, Any]:
-    is_text = isinstance(one, UsedText)
+    name, value = _name(one.code.meaning or one.name), ""
+    if isinstance(one, UsedText):
+        name += " (text)"
+    else:
+        value = _clean(f"{one.comparator} {one.value:.10g} {'' if one.unit == '1' else one.unit}")
     return {
-        "name": _name(one.code.meaning or one.name) + (" (text)" if is_text else ""),
-        "value": "" if is_text else _clean(f"{one.comparator} {one.value:.10g} {'' if one.unit == '1' else one.unit}"),
+        "name": name,
+        "value": value,
         "at": _ago(one.at, result),
         **_share(finding.attributions.get(one.name)),
     }

@@ -13,9 +13,8 @@ from highdicom.pm import ParametricMap, RealWorldValueMapping
 
 from worker.domain import Document, Finding, Region, Saliency
 from worker.report import codes
-from worker.report.planes import grid, located, position, stand_ins
+from worker.report.planes import finished, grid, in_frame_of_reference, located, position, stand_ins
 from worker.report.result import Result, about
-from worker.report.seg import own_dimensions
 
 _KIND: Final = "map"
 _STEPS: Final = 1000
@@ -33,7 +32,7 @@ def build(result: Result) -> tuple[Document, ...]:
         for found in located(result).values()
         for finding, region in found
         for saliency in finding.saliency
-        if saliency.image == region.image and region.affine is not None
+        if saliency.image == region.image and in_frame_of_reference(result, region)
     ]
     return tuple(_document(result, *one, number=number) for number, one in enumerate(made, start=1))
 
@@ -65,5 +64,4 @@ def _document(result: Result, finding: Finding, region: Region, saliency: Salien
         **about(result, _KIND, region.image, finding.name, number=number, what="saliency"),
     )
     ds.Laterality = ""  # required where the body part may be paired (PS3.3 §C.7.3.1); highdicom has no argument for it
-    own_dimensions(ds, result)
-    return result.document(ds, _KIND)
+    return finished(result, ds, _KIND)

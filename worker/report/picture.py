@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 import numpy as np
 import pydicom
@@ -52,7 +52,10 @@ class Outline:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Picture:
-    """A plane as it is shown. ``gray`` (rows, columns) uint8 in square pixels; ``letters``: whereto left, right, top and bottom lie."""
+    """A plane as it is shown. ``gray`` (rows, columns) uint8 in square pixels; ``letters``: whereto left, right, top and bottom lie.
+
+    ``frame_number`` counts from 1, and is 0 of an instance with one frame.
+    """
 
     gray: NDArray[np.uint8]
     outlines: tuple[Outline, ...]
@@ -107,7 +110,7 @@ def _frame(result: Result, sop_instance_uid: str, number: int) -> Frame | None:
 def _drawn(result: Result, frame: Frame) -> Picture:
     rows, columns = frame.pixels.shape
     gray, window = _windowed(frame, result.source.paths.get(frame.sop_instance_uid))
-    high, wide = frame.pixel_spacing or frame.imager_spacing or frame.aspect_ratio or (1.0, 1.0)
+    high, wide = _proportions(frame)
     scale = _LONGEST / max(rows * high, columns * wide)
     size = (max(1, round(columns * wide * scale)), max(1, round(rows * high * scale)))
     shown = np.asarray(Image.fromarray(gray).resize(size, Image.Resampling.BICUBIC))
@@ -123,8 +126,16 @@ def _drawn(result: Result, frame: Frame) -> Picture:
         caption=" · ".join(filter(None, (_place(result, frame), window, _OUTLINED if outlines else ""))),
         sop_class_uid=frame.sop_class_uid,
         sop_instance_uid=frame.sop_instance_uid,
-        frame_number=frame.number,
+        frame_number=frame.number if frame.is_enhanced or frame.number > 1 else 0,
     )
+
+
+def _proportions(frame: Frame) -> tuple[float, float]:
+    """How far rows and columns are apart; as far as each other where nothing sensible is said."""
+    for said in (frame.pixel_spacing, frame.imager_spacing, frame.aspect_ratio):
+        if said and min(said) > 0 and max(said) / min(said) < _LONGEST:
+            return said[0], said[1]
+    return 1.0, 1.0
 
 
 def _windowed(frame: Frame, path: Path | None) -> tuple[NDArray[np.uint8], str]:
@@ -148,10 +159,10 @@ def _windows(path: Path | None) -> Iterator[tuple[float, float]]:
     """Window Center and Width of the image, the first of several; none where it has a table in their place, or nothing sensible."""
     if path is None:
         return
-    with config.disable_value_validation():
-        said = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["WindowCenter", "WindowWidth"])
     try:
-        centre, width = (float(np.atleast_1d(said[keyword].value)[0]) for keyword in ("WindowCenter", "WindowWidth"))
+        with config.disable_value_validation():  # it would quote what it finds odd
+            said = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["WindowCenter", "WindowWidth"])
+            centre, width = (float(np.atleast_1d(said[keyword].value)[0]) for keyword in ("WindowCenter", "WindowWidth"))
     except (KeyError, ValueError, TypeError, IndexError):
         return
     if math.isfinite(centre) and 1 <= width < math.inf:
@@ -166,7 +177,8 @@ def _outline(region: Region, frame: Frame) -> Iterator[tuple[tuple[float, float]
     k0, j0, i0 = region.origin
     if not 0 <= this - k0 < len(region.mask):
         return
-    for line in contour_generator(z=np.pad(region.mask[this - k0], 1).astype(np.float32)).lines(0.5):
+    mask = np.pad(region.mask[this - k0], 1).astype(np.float32)
+    for line in cast("list[NDArray[np.float64]]", contour_generator(z=mask).lines(0.5)):
         steps = np.diff(line, axis=0)
         bends = np.append(True, np.append((steps[1:] != steps[:-1]).any(axis=1), True))
         points = _in_frame(line[bends] - 1 + (i0, j0), this, region, frame)  # (column, row), (0, 0) in the middle of the first pixel
@@ -175,13 +187,12 @@ def _outline(region: Region, frame: Frame) -> Iterator[tuple[tuple[float, float]
 
 def _in_frame(points: NDArray[np.float64], k: int, region: Region, frame: Frame) -> NDArray[np.float64]:
     """(column, row) of the analysed image → those of the file: a gantry that was put straight moved the one against the other."""
-    place = (frame.position, frame.orientation, frame.pixel_spacing)
-    if region.affine is None or None in place:
+    if region.affine is None or frame.position is None or frame.orientation is None or frame.pixel_spacing is None:
         return points
     index = np.column_stack([points, np.full(len(points), k), np.ones(len(points))])  # (N, 4): i, j, k, 1
     aside = (index @ region.affine.T)[:, :3] - np.asarray(frame.position)
-    along, down = np.reshape(frame.orientation, (2, 3))
-    high, wide = frame.pixel_spacing or (1.0, 1.0)
+    along, down = np.asarray(frame.orientation[:3]), np.asarray(frame.orientation[3:])
+    high, wide = frame.pixel_spacing
     return np.column_stack([aside @ along / wide, aside @ down / high])
 
 
@@ -190,8 +201,9 @@ def _letters(frame: Frame) -> tuple[str, str, str, str]:
     if frame.orientation is not None:
         right, bottom = (_letter(frame.orientation[at : at + 3]) for at in (0, 3))
     else:
-        right, bottom = (word[:1] for word in (*frame.patient_orientation[:2], "", "")[:2])
-    return _OPPOSITE.get(right, ""), right if right in _OPPOSITE else "", _OPPOSITE.get(bottom, ""), bottom if bottom in _OPPOSITE else ""
+        right, bottom = (word[:1] for word in (*frame.patient_orientation, "", "")[:2])
+    left, top = _OPPOSITE.get(right, ""), _OPPOSITE.get(bottom, "")
+    return left, right if left else "", top, bottom if top else ""
 
 
 def _letter(direction: Sequence[float]) -> str:

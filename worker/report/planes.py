@@ -1,7 +1,8 @@
 """The planes of an analysed image as highdicom wants its sources: geometry and references, with nobody's name in them.
 
-highdicom takes patient, study and geometry from whole images. It gets stand-ins: the geometry is the regular grid that was analysed, so
-that nothing an image says beside it can change or stop what is written; patient and study come in by `Result.finish`.
+highdicom takes patient, study and geometry from whole images. It gets stand-ins: the geometry is the regular grid that was analysed, the
+SOP class one that it knows, so that nothing an image says beside it can change or stop what is written. `finished` puts patient, study and
+the classes of the images in.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ import pydicom
 from highdicom import PixelMeasuresSequence, PlaneOrientationSequence, PlanePositionSequence
 from numpy.typing import NDArray
 from pydicom import config
+from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
+from pydicom.uid import CTImageStorage, EnhancedCTImageStorage
 
-from worker.domain import Finding, Region
+from worker.domain import Document, Finding, Region
+from worker.report.content import derive_uid
 from worker.report.result import Result
 
-_FRAME: Final = ["Rows", "Columns", "NumberOfFrames", "FrameOfReferenceUID", "PositionReferenceIndicator", "PatientOrientation"]
+_FRAME: Final = ["Rows", "Columns", "NumberOfFrames", "FrameOfReferenceUID", "PositionReferenceIndicator"]
 _SPACING: Final = ["PixelSpacing", "ImagerPixelSpacing"]
 _COMPRESSED: Final = ["LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod"]
 #: Where a frame stands that was not analysed, mm: it must match no plane.
@@ -45,6 +49,16 @@ def header(result: Result, sop_instance_uid: str) -> Dataset:
     return Dataset({element.tag: element for element in ds if not element.is_empty})
 
 
+def in_frame_of_reference(result: Result, region: Region) -> bool:
+    """Whether the image has patient coordinates, and says in which frame of reference: without, they are no place for another object."""
+    return region.affine is not None and "FrameOfReferenceUID" in header(result, region.sop_instance_uids[region.key_plane])
+
+
+def frames_of(said: Dataset) -> int:
+    """How many frames an instance has that says this of itself."""
+    return int(said.get("NumberOfFrames") or 1)
+
+
 def grid(affine: NDArray[np.float64]) -> dict[str, Any]:
     """Orientation and pixel measures of a regular grid; each plane is as thick as the planes are apart."""
     column_mm, row_mm, step_mm = (float(mm) for mm in np.linalg.norm(affine[:3, :3], axis=0))
@@ -65,30 +79,44 @@ def stand_ins(result: Result, region: Region, planes: Sequence[int]) -> list[Dat
     frames: dict[str, dict[int, int]] = {}
     for k in planes:
         frames.setdefault(region.sop_instance_uids[k], {})[region.frame_numbers[k]] = k
+    assert region.affine is not None  # noqa: S101  the caller asked
     said = header(result, region.sop_instance_uids[planes[0]])
     references = {str(one.SOPInstanceUID): one for one in result.source.instances}
     return [_stand_in(result, references[uid], region.affine, numbers, said) for uid, numbers in frames.items()]
 
 
-def _stand_in(result: Result, reference: Dataset, affine: NDArray[np.float64] | None, frames: dict[int, int], said: Dataset) -> Dataset:
+def _stand_in(result: Result, reference: Dataset, affine: NDArray[np.float64], frames: dict[int, int], said: Dataset) -> Dataset:
     ds = deepcopy(result.source.stand_in)
     ds.update(reference)
     ds.Modality = result.source.modality
     ds.update({element.tag: element for element in said if element.keyword not in _SPACING})
-    if affine is None:  # a radiograph: its frame of reference, if it names one, says nothing of where its pixels lie
-        ds.pop("FrameOfReferenceUID", None)
-        return ds
     shared, per_frame = Dataset(), []
     shared.PlaneOrientationSequence, shared.PixelMeasuresSequence = grid(affine).values()
-    if "NumberOfFrames" not in said:
-        ds.ImagePositionPatient = position(affine, *frames.values())[0].ImagePositionPatient
-        for one in (shared.PlaneOrientationSequence[0], shared.PixelMeasuresSequence[0]):
-            ds.update(one)
+    if frames_of(said) == 1:
+        ds.SOPClassUID = CTImageStorage
+        for one in (shared.PlaneOrientationSequence, shared.PixelMeasuresSequence, position(affine, *frames.values())):
+            ds.update(one[0])
         return ds
-    for number in range(1, int(said.NumberOfFrames) + 1):
+    ds.SOPClassUID = EnhancedCTImageStorage
+    for number in range(1, frames_of(said) + 1):
         frame = Dataset()
         far = PlanePositionSequence("PATIENT", [_FAR_MM + number] * 3)
         frame.PlanePositionSequence = position(affine, frames[number]) if number in frames else far
         per_frame.append(frame)
     ds.SharedFunctionalGroupsSequence, ds.PerFrameFunctionalGroupsSequence = [shared], per_frame
     return ds
+
+
+def finished(result: Result, ds: Dataset, kind: str) -> Document:
+    """Encode what highdicom made of stand-ins: with the images' own SOP classes, patient and study, and no UID that was drawn by chance."""
+    classes = {str(one.SOPInstanceUID): one.SOPClassUID for one in result.source.instances}
+
+    def restore(item: Dataset, element: DataElement) -> None:
+        if element.keyword == "ReferencedSOPInstanceUID" and element.value in classes:
+            item.ReferencedSOPClassUID = classes[element.value]
+
+    ds.walk(restore)
+    for item in (*ds.DimensionOrganizationSequence, *ds.DimensionIndexSequence):
+        item.DimensionOrganizationUID = derive_uid("dimensions", str(ds.SOPInstanceUID))
+    result.finish(ds)
+    return result.document(ds, kind)

@@ -96,6 +96,12 @@ class Result:
     planes: Planes = field(default_factory=dict)
     decoders: DecoderPool | None = None
 
+    @property
+    def study_at(self) -> datetime | None:
+        """When the study was made, in the documents' zone; None where nobody said."""
+        at = self.study.study_at
+        return at.astimezone(self.analysed_at.tzinfo) if at.year >= _UNIX_EPOCH_YEAR else None
+
     def uid(self, kind: str, *more: str) -> str:
         """Derive the SOP Instance UID of a document of `kind`; `more` tells several apart."""
         return self.uids.sop_instance_uid if kind == "sr" else derive_uid(kind, self.uids.sop_instance_uid, *more)

@@ -13,8 +13,11 @@ from highdicom import sr
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 
+from worker import events
 from worker.domain import Document
+from worker.ops.log import places
 from worker.report import codes, gate, replacing
+from worker.report.content import Placed
 from worker.report.evidence import references
 from worker.report.places import placed, whole_image
 from worker.report.result import REFERENCE, Result, about
@@ -39,11 +42,8 @@ def build(result: Result, companions: Sequence[Document] = ()) -> Document:
     ----------
     PS3.16 TID 1500, 1501, 300, 1600; PS3.3 §A.35.13; IHE RAD AI Results (AIR).
     """
-    root = result.tree(
-        [placed(result, finding, {one.sop_instance_uid for one in companions}) for finding in result.findings],
-        whole=whole_image(result),
-        replaces=replacing.sentence(result),
-    )
+    told, whole = told_places(result, companions)
+    root = result.tree(told, whole=whole, replaces=replacing.sentence(result))
     ds = written(result, sr.Comprehensive3DSR, root, "sr")
     # Whatever was made for the requested procedure, and all that the tree names (PS3.3 §C.17.2).
     ds.CurrentRequestedProcedureEvidenceSequence = references([*result.source.instances, *_objects(companions)])
@@ -77,6 +77,16 @@ def written(
     if result.previous is not None:
         ds.PredecessorDocumentsSequence = references([*replacing.companions(result.previous, kind), result.previous][:1])
     return ds
+
+
+def told_places(result: Result, companions: Sequence[Document] = ()) -> tuple[list[Placed], sr.ContentItem | None]:
+    """Say where each finding is, and on what image those are that have no place; a place that cannot be told does not cost the report."""
+    written = {one.sop_instance_uid for one in companions}
+    try:
+        return [placed(result, finding, written) for finding in result.findings], whole_image(result)
+    except Exception as exc:  # noqa: BLE001  the findings stand without
+        events.emit("document.failed", kind="places", bundle=result.algorithm.name, reason=type(exc).__name__, places=places(exc))
+        return [Placed()] * len(result.findings), None
 
 
 def _bare(root: sr.ContainerContentItem) -> sr.ContainerContentItem:

@@ -7,6 +7,7 @@ Who the patient is, it does not show: the content tree of our reports does not s
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Final
 
 from pydicom.dataset import Dataset
@@ -26,6 +27,56 @@ _PLAIN: Final = {
     "DATETIME": "DateTime",
     "PNAME": "PersonName",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What a report of ours says beside its findings: its sentences by code, and what of the record it was made from.
+
+    ``values``: name, value with unit, when it was drawn (DICOM DT), from where. ``missing``: what the network lacked.
+    """
+
+    sentences: dict[str, str] = field(default_factory=dict)
+    values: list[tuple[str, str, str, str]] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+
+def said(ds: Dataset) -> Said:
+    """Read a report of ours back; of another's SR what has the same codes."""
+    found = Said()
+    _collect(ds, found)
+    return found
+
+
+def _collect(item: Dataset, found: Said) -> None:
+    children = list(item.get("ContentSequence") or ())
+    by_code = {_key(child.get("ConceptNameCodeSequence")): child for child in children}
+    role = by_code.get((codes.GROUP_ROLE.value, codes.GROUP_ROLE.scheme))
+    if role is not None and _key(role.get("ConceptCodeSequence")) == (codes.RECORD_INPUT.value, codes.RECORD_INPUT.scheme):
+        session = by_code.get(("C67447", "NCIt"))
+        origin = str(session.get("TextValue", "")).partition(", from ")[2] if session is not None else ""
+        numbers = [child for child in children if child.get("ValueType") == "NUM"]
+        found.values.extend((_meaning(one), _number(one), str(one.get("ObservationDateTime", "")), origin) for one in numbers)
+        return
+    for child in children:
+        name = _key(child.get("ConceptNameCodeSequence"))[0]
+        if name == codes.RECORD_MISSING.value:
+            found.missing.append(_code(child.get("ConceptCodeSequence")).partition(" [")[0])
+        elif child.get("ValueType") == "TEXT" and child.get("ObservationDateTime"):
+            found.texts.append(str(child.get("TextValue", "")))
+        elif child.get("ValueType") == "TEXT":
+            found.sentences.setdefault(name, str(child.get("TextValue", "")))
+        _collect(child, found)
+
+
+def _meaning(item: Dataset) -> str:
+    return _code(item.get("ConceptNameCodeSequence")).partition(" [")[0]
+
+
+def _key(sequence: object) -> tuple[str, str]:
+    code = next(iter(sequence or ()), Dataset())  # type: ignore[call-overload]
+    return str(code.get("CodeValue", "")), str(code.get("CodingSchemeDesignator", ""))
 
 
 def lines(ds: Dataset) -> list[str]:
@@ -69,10 +120,11 @@ def line(item: Dataset) -> str:
     return _code(item.get("ConceptNameCodeSequence")) + (": " if value else "") + value
 
 
-def told(item: Dataset) -> str:
+def told(item: Dataset, *, has_code: bool = True) -> str:
     """Write the value of `item` alone, and its time where it has its own: "< 3 mg/L (observed 20240102063000+0100)"."""
     observed = item.get("ObservationDateTime")
-    return " ".join(filter(None, (_value(item), f"(observed {observed})" if observed else "")))
+    value = _value(item) if has_code or item.ValueType != "CODE" else str(item.ConceptCodeSequence[0].CodeMeaning)
+    return " ".join(filter(None, (value, f"(observed {observed})" if observed else "")))
 
 
 def _children(item: Dataset, *, depth: int) -> Iterator[str]:
@@ -99,9 +151,7 @@ def _value(item: Dataset) -> str:
     if kind == "SCOORD3D" and item.get("GraphicType") == "POINT":
         return f"{', '.join(f'{mm:.1f}' for mm in item.GraphicData)} mm (left, posterior, superior)"
     if kind.startswith(("SCOORD", "TCOORD")):
-        shape = str(item.get("GraphicType") or item.get("TemporalRangeType") or "")
-        images = [value for child in item.get("ContentSequence") or () if (value := _value(child))]
-        return " on ".join((shape, *images))
+        return str(item.get("GraphicType") or item.get("TemporalRangeType") or "")
     return ""
 
 

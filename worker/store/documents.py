@@ -87,6 +87,14 @@ def hold_of(conn: Connection, study_id: int) -> str:
     return str(conn.execute(sa.select(study.c.hold).where(study.c.id == study_id)).scalar_one())
 
 
+def is_superseded(conn: Connection, document_id: int) -> bool:
+    """Whether there is a later document of the same kind, bundle and study."""
+    own, later = document.alias("own"), document.alias("later")
+    same = [later.c[name] == own.c[name] for name in ("study_id", "bundle", "kind")]
+    found = sa.select(later.c.id).join(own, sa.and_(*same, later.c.id > own.c.id)).where(own.c.id == document_id).limit(1)
+    return conn.execute(found).first() is not None
+
+
 def owner(conn: Connection, study_id: int) -> tuple[str, Patient, str]:
     """Study Instance UID, patient and accession number: of whom a document says something that is no DICOM object."""
     row = conn.execute(sa.select(study).where(study.c.id == study_id)).one()
