@@ -6,7 +6,7 @@ PROCESSES ?= 2
 INSTANCES ?= 10000
 FILES ?= 100000
 KILLS ?= 200
-.PHONY: demo test verify check fix bench gate fuzz abuse soak restart crash verified lock sbom audit-deps clean
+.PHONY: demo test page verify check fix bench gate fuzz abuse soak restart crash verified lock sbom audit-deps clean
 
 .venv/.installed: pyproject.toml .constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Synoptic needs Python 3.11 or newer; say: make PYTHON=python3.11 ...")'
@@ -53,6 +53,11 @@ abuse: .venv/.installed  ## 200 stalled peers and worse beside one honest modali
 
 soak: .venv/.installed  ## INSTANCES=10000 through a real installation at line rate, memory and descriptors of each process: a quarter of an hour; the result is quoted in deploy/README.md
 	$(BIN)/python -m tests.bench.soak --instances $(INSTANCES) --plot var/soak.png
+
+page: .venv/.installed  ## our page in Debian's Chromium (apt-get install chromium), by keyboard too, axe-core on each page; 100,000 studies in the list; look at var/page/
+	$(BIN)/python -m pip install --quiet --constraint .constraints.txt --editable '.[dev,page]'
+	$(BIN)/python -m pytest tests/browser/page.py
+	$(BIN)/python -m tests.bench.page
 
 restart: .venv/.installed  ## a start with FILES=100000 in the spool: ready within 30 s, the sweep behind it; the result is quoted in deploy/README.md
 	SPOOL_FILES=$(FILES) $(BIN)/python -m pytest -s tests/integration/test_restart.py

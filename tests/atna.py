@@ -85,7 +85,8 @@ EVENTS: Final[dict[str, tuple[str, str, set[str], set[str], set[str]]]] = {
     "110104": ("DICOM Instances Transferred", "CRU", {"110152", "110153"}, set(), {"110180", "2"}),
     "110110": ("Patient Record", "CRUD", set(), {"2"}, set()),
     "110112": ("Query", "E", {"110152", "110153"}, set(), {"110181", "12"}),
-    "110113": ("Security Alert", "E", set(), {"110182"}, set()),
+    "110113": ("Security Alert", "E", set(), set(), {"110182", "12"}),
+    "110114": ("User Authentication", "E", set(), set(), set()),
 }
 
 

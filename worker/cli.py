@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from worker import __version__, config, host, lab, record_cli, watch_cli
+from worker import __version__, config, host, lab, record_cli, watch_cli, web_cli
 from worker.config import Config, ConfigError, config_file
 from worker.errors import WorkerError
 from worker.ops import log
@@ -43,8 +43,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 
 ConfigFile = Annotated[
     Path | None,
@@ -119,8 +118,8 @@ def _end() -> NoReturn:
 
 @app.command(name="all")
 def all_roles(given: ConfigFile = None) -> None:
-    """Every role in one: receive, HL7 listener, sweeps, inference, delivery. For one host."""
-    _serve(given, ("receive", "run", "deliver"))
+    """Every role in one: receive, HL7 listener, sweeps, inference, delivery; the page, where [web] is enabled. For one host."""
+    _serve(given, ("receive", "run", "deliver", "serve"))
 
 
 @app.command()
@@ -259,7 +258,7 @@ def retry(
     with store.begin() as conn:
         changed = reissue.anew(conn, study_id, bundles=bundles, now=clock()) if anew else queue.operator_retry(conn, study_id, now=clock())
         if stat:
-            queue.prioritize(conn, study_id)
+            queue.prioritize(conn, study_id, now=clock())
     nothing = "no bundle that is configured has analysed it" if anew else "no job is discarded, cancelled or waiting"
     out.print(f"{changed} jobs put back." if changed else f"Nothing to retry: {nothing}.")
 
@@ -369,6 +368,7 @@ def support_bundle(
 lab.register(app)
 record_cli.register(app, _open)
 watch_cli.register(app, _open)
+web_cli.register(app, _open, _serve)
 
 
 @app.command()

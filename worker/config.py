@@ -36,6 +36,7 @@ from worker.config_sections import (
     Sender,
     Site,
     Table,
+    Web,
 )
 from worker.config_tables import ConfigError, Text, build
 
@@ -58,6 +59,7 @@ __all__ = [
     "Sender",
     "Site",
     "Table",
+    "Web",
     "config_file",
     "parse_zone",
     "read",
@@ -81,6 +83,7 @@ class Config:
     destinations: tuple[Destination, ...] = ()
     deliver: Deliver = field(default_factory=Deliver)
     retention: Retention = field(default_factory=Retention)
+    web: Web = field(default_factory=Web)
     log: Log = field(default_factory=Log)
     audit: Audit = field(default_factory=Audit)
 

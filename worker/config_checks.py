@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
 from worker.config_tables import ConfigError
-from worker.domain import DICOM_KINDS, KINDS_OF_DOOR
+from worker.domain import DICOM_KINDS, KINDS_OF_DOOR, ROLES
 
 if TYPE_CHECKING:
-    from worker.config import Config, Destination, Sender
+    from worker.config import Config, Destination, Sender, Web
 
 #: Hosts to which nothing travels that somebody else could read.
 _NEAR: Final = ("localhost", "127.0.0.1", "::1")
@@ -47,6 +47,7 @@ def check(config: Config) -> None:
     _check_commitment(config)
     _check_records(config)
     _check_tls(config)
+    _check_web(config.web)
     _check_numbers(config)
 
 
@@ -73,7 +74,7 @@ def _check_door(peer: Destination) -> None:
 
 
 def _check_notes(destinations: tuple[Destination, ...]) -> None:
-    """A note names the old report and all that was made with it, and dcm4chee, unless told otherwise, refuses one that names what it lacks."""
+    """A note names the old report and all that was made with it; dcm4chee, unless told otherwise, refuses one that names what it lacks."""
     made = {"sr", *(kind for peer in destinations if peer.is_archive for kind in peer.wanted)}
     for peer in destinations:
         if "rejection" in peer.wanted and (lacking := [kind for kind in DICOM_KINDS if kind in made - set(peer.wanted)]):
@@ -165,6 +166,41 @@ def _check_tls(config: Config) -> None:
         raise ConfigError("audit: tls_key needs tls_certificate, and the keys tls_… need syslog_host.")
 
 
+def _check_web(web: Web) -> None:
+    """Who may see patients' names may not be asked for a password on an open line."""
+    try:
+        url = urlsplit(web.url)
+        is_url = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+    except ValueError:
+        is_url = False
+    if not is_url or url.path or url.query or url.fragment or "@" in url.netloc:
+        raise ConfigError("web.base_url is how a browser calls the page: https://synoptic.hospital.example, with nothing behind the host.")
+    is_closed = web.tls_certificate or (_is_near(url.hostname) or url.scheme == "https" if web.base_url else _is_near(web.host))
+    if not is_closed:
+        raise ConfigError(
+            'web: host is not this machine alone, so tls_certificate is needed, or base_url = "https://…" where a proxy before it has one.'
+        )
+    if web.tls_key and not web.tls_certificate:
+        raise ConfigError("web: tls_key without tls_certificate.")
+    _check_addresses("web.monitors", web.monitors)
+    _check_log_in(web)
+
+
+def _check_log_in(web: Web) -> None:
+    if min(web.session_h, web.idle_min) <= 0:
+        raise ConfigError("web.session_h and web.idle_min are more than 0.")
+    if bool(web.oidc_issuer) != bool(web.oidc_client_id) or (web.oidc_client_secret and not web.oidc_issuer):
+        raise ConfigError("web: oidc_issuer, oidc_client_id and, where there is one, oidc_client_secret belong together.")
+    if web.oidc_issuer and not (web.oidc_issuer.startswith("https://") or _is_near(urlsplit(web.oidc_issuer).hostname)):
+        raise ConfigError("web.oidc_issuer must begin with https://; http:// is for a server on this very machine.")
+    if strange := sorted(set(web.oidc_roles.values()) - set(ROLES)):
+        raise ConfigError(f"web.oidc_roles: {strange[0]!r} is none of {', '.join(ROLES)}.")
+
+
+def _is_near(host: str | None) -> bool:
+    return host in ("localhost", "127.0.0.1", "::1")
+
+
 def _check_numbers(config: Config) -> None:
     if min(config.run.batch, config.deliver.batch, config.run.decoders) < 1 or min(config.run.lease_s, config.deliver.lease_s) < 3:
         raise ConfigError("run.batch, deliver.batch and run.decoders are at least 1; run.lease_s and deliver.lease_s at least 3.")
@@ -179,7 +215,7 @@ def _check_numbers(config: Config) -> None:
 
 
 def _check_ports(config: Config) -> None:
-    ports = [("receive", config.receive.port), ("records", config.records.port)]
+    ports = [("receive", config.receive.port), ("records", config.records.port), ("web", config.web.port)]
     ports += [(f"destinations {peer.name}", peer.port) for peer in config.destinations if peer.door == "dicom"]
     ports += [(f"destinations {peer.name}", peer.hl7_port) for peer in config.destinations]
     ports += [(f"destinations {peer.name}", peer.smtp_port) for peer in config.destinations]

@@ -163,6 +163,33 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Web:
+    """The page for people, and the numbers for monitoring. The secret belongs in the environment."""
+
+    enabled: bool = False
+    host: str = "127.0.0.1"
+    port: int = 8080
+    base_url: str = ""
+    tls_certificate: str = ""
+    tls_key: str = ""
+    session_h: float = 8.0
+    idle_min: float = 30.0
+    monitors: tuple[str, ...] = ("127.0.0.1", "::1")
+    oidc_issuer: str = ""
+    oidc_client_id: str = ""
+    oidc_client_secret: str = field(default="", repr=False)
+    oidc_ca: str = ""
+    oidc_claim: str = "groups"
+    oidc_roles: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def url(self) -> str:
+        """How a browser calls us, without a slash at the end."""
+        near = f"[{self.host}]" if ":" in self.host else self.host
+        return (self.base_url or f"{'https' if self.tls_certificate else 'http'}://{near}:{self.port}").rstrip("/")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Retention:
     """After how many days the files of a study go, by where it stands; 0: never."""
 

@@ -5,7 +5,8 @@
     synoptic all ── this process ──┬── sweeps (APScheduler) and the HL7 listener, in threads
                                    ├── receive × n   one listening socket, shared; no torch
                                    ├── run × n       the only processes with torch
-                                   └── deliver       one thread a destination
+                                   ├── deliver       one thread a destination
+                                   └── serve         the page, where [web] is enabled; no torch
 
 A child that dies is started again after a growing pause. On SIGTERM the children finish what they hold
 within the grace time, then all exit 0. All state is rows and files: a `kill -9` of everything loses nothing.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import json
 import os
 import signal
 import socket
@@ -23,7 +25,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -42,6 +44,8 @@ RESTART_CAP_S: Final = 30.0
 GRACE_S: Final = 20.0
 #: Looking after the children this often.
 WATCH_S: Final = 0.2
+#: How often it is written down who runs.
+TELL_S: Final = 3.0
 _PR_SET_PDEATHSIG: Final = 1  # prctl(2)
 
 
@@ -64,14 +68,31 @@ class Supervisor:
 
     children: list[Child] = field(default_factory=list)
     stop: threading.Event = field(default_factory=threading.Event)
+    #: Where the page reads how many processes of each role run; None: nowhere.
+    told: Path | None = None
+    _told_at: float = -TELL_S
 
     def watch(self) -> None:
         """Start children and start them again until `stop` is set; then end them."""
         while not self.stop.is_set():
             for child in self.children:
                 self._look_after(child)
+            self._tell(time.monotonic())
             self.stop.wait(WATCH_S)
+        if self.told is not None:
+            self.told.unlink(missing_ok=True)
         self._end()
+
+    def _tell(self, now: float) -> None:
+        if self.told is None or now - self._told_at < TELL_S:
+            return
+        self._told_at = now
+        roles = {child.role: 0 for child in self.children}
+        for child in self.children:
+            roles[child.role] += child.process is not None and child.process.poll() is None
+        with suppress(OSError):  # a full disk stops nobody; what is not written is not alive
+            self.told.with_suffix(".new").write_text(json.dumps(roles), "utf-8")
+            self.told.with_suffix(".new").replace(self.told)
 
     def _look_after(self, child: Child) -> None:
         now = time.monotonic()
@@ -167,7 +188,8 @@ def open_store(config: Config, *, migrate: bool = False) -> Store:
 
 
 def supervise(config: Config, config_file: Path | None, *, wanted: Sequence[str]) -> None:
-    """Run the wanted roles until SIGTERM. `receive` brings the sweeps and the HL7 listener with it."""
+    """Run the wanted roles until SIGTERM. `receive` brings the sweeps and the HL7 listener; `serve` runs alone, or where it is enabled."""
+    wanted = [one for one in wanted if one != "serve" or config.web.enabled or len(wanted) == 1]
     supervisor = Supervisor()
     on_signal(supervisor.stop)
     if refused := host.changeable(config, config_file):
@@ -177,17 +199,19 @@ def supervise(config: Config, config_file: Path | None, *, wanted: Sequence[str]
     tls.check(config, wanted=wanted)
     roles.read_bundles(config)  # a bad bundle is a sentence now, not a child that dies again and again
     store = open_store(config)
+    supervisor.told = config.site.data / f"roles.{'-'.join(wanted)}.json"
     watched = sweeps.Clock()
     closers = _audited(config, watched)
     if "receive" in wanted:
         closers += _front(config, config_file, store, supervisor, watched)
-    if "run" in wanted and not config.run.bundles and wanted == ("run",):
+    if "run" in wanted and not config.run.bundles and wanted == ["run"]:
         raise ConfigError("[run] bundles is empty: there is nothing to run.")
     if "run" in wanted and config.run.bundles:
         supervisor.children += [Child("run", command("run", config_file)) for _ in range(config.run.processes)]
     if "deliver" in wanted:
         supervisor.children.append(Child("deliver", command("deliver", config_file)))
-    roles.started("supervisor", roles=list(wanted))
+    closers += _page(config, config_file, supervisor) if "serve" in wanted else []
+    roles.started("supervisor", roles=wanted)
     try:
         supervisor.watch()
     finally:
@@ -215,12 +239,8 @@ def _audited(config: Config, watched: sweeps.Clock) -> list[Callable[[], object]
 def _front(
     config: Config, config_file: Path | None, store: Store, supervisor: Supervisor, watched: sweeps.Clock
 ) -> list[Callable[[], object]]:
-    from worker.intake.scp import listen
-
     spool = Spool(config.spool, low_water_bytes=config.receive.low_water_mb * 2**20)
-    with _bound("receive", config.receive.host, config.receive.port):
-        listener = listen((config.receive.host, config.receive.port))
-    listener.set_inheritable(True)
+    listener = _listener("receive", config.receive.host, config.receive.port)
     closers: list[Callable[[], object]] = [listener.close]
     supervisor.children += [
         Child("receive", command("receive", config_file, descriptor=listener.fileno()), (listener.fileno(),))
@@ -235,6 +255,21 @@ def _front(
     scheduler.start()
     closers.append(scheduler.stop)
     return closers
+
+
+def _page(config: Config, config_file: Path | None, supervisor: Supervisor) -> list[Callable[[], object]]:
+    listener = _listener("web", config.web.host, config.web.port)
+    supervisor.children.append(Child("serve", command("serve", config_file, descriptor=listener.fileno()), (listener.fileno(),)))
+    return [listener.close]
+
+
+def _listener(section: str, host: str, port: int) -> socket.socket:
+    from worker.intake.scp import listen
+
+    with _bound(section, host, port):
+        listener = listen((host, port))
+    listener.set_inheritable(True)
+    return listener
 
 
 @contextmanager
@@ -274,6 +309,11 @@ def role(name: str, config: Config, *, descriptor: int | None, parent: int, is_c
         if name == "receive":
             assert descriptor is not None  # noqa: S101  our own command line
             reception.receive(config, store, socket.socket(fileno=descriptor), stop)
+        elif name == "serve":
+            from worker.web import serve
+
+            assert descriptor is not None  # noqa: S101  our own command line
+            serve(config, store, socket.socket(fileno=descriptor), stop)
         elif name == "run":
             roles.run(config, store, stop)
         else:

@@ -56,6 +56,7 @@ NAMES: Final = frozenset(
         "role.stopped",
         "role.restarted",
         "sweep.failed",
+        "page.failed",  # a fault of ours while a page was made
         "audit.failed",  # the trail cannot be written: what happens goes unrecorded, and is counted
         "audit.unsent",  # the repository is lost; the trail keeps what it will be sent
         "audit.sent",  # it is back

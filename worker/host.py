@@ -53,10 +53,11 @@ def exposed(config: Config, config_file: Path | None) -> list[str]:
 
 
 def secrets(config: Config) -> set[str]:
-    """What must never be shown: the passwords within URLs of databases, the secrets for the FHIR server and for destinations."""
+    """What must never be shown: passwords within URLs of databases, secrets for the FHIR server, destinations and the log-in elsewhere."""
     told = [secret for one in config.destinations for secret in one.secrets]
     urls = [config.site.database, *(table.database for table in config.tables)]
-    return {secret for secret in (config.fhir.client_secret, *told, *(told_by(url)[0] for url in urls)) if secret}
+    told += [config.fhir.client_secret, config.web.oidc_client_secret, *(told_by(url)[0] for url in urls)]
+    return {secret for secret in told if secret}
 
 
 def _orders(config: Config, config_file: Path | None) -> Iterator[Path]:
@@ -69,7 +70,7 @@ def _orders(config: Config, config_file: Path | None) -> Iterator[Path]:
 
 
 def _keys(config: Config) -> Iterator[Path]:
-    doors = [(one.tls_key, one.tls_certificate) for one in (config.receive, config.records, config.audit)]
+    doors = [(one.tls_key, one.tls_certificate) for one in (config.receive, config.records, config.audit, config.web)]
     peers = [(one.tls_key, one.tls_certificate) for one in config.destinations]
     peers += [(one.tls_key, one.tls_certificate) for one in config.senders]
     for key, certificate in (*doors, *peers, (config.fhir.key_file, "")):

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Final
 
 from worker import events
-from worker.config import Audit, Config, ConfigError, Destination, Receive, Records, Sender
+from worker.config import Audit, Config, ConfigError, Destination, Receive, Records, Sender, Web
 from worker.deliver.association import Peer, connect
 from worker.errors import PeerRefused, WorkerError, cause_of
 
@@ -75,6 +75,10 @@ class Credentials:
                     events.emit("certificate.reloaded", section=self._where)
             return self._context
 
+    def fresh(self) -> ssl.SSLContext:
+        """Return another context of the same files, for who changes it (ConfigError)."""
+        return self._made()
+
     def _stamp(self) -> list[tuple[int, int, int] | None]:
         """What changes when a file does; three stats are microseconds."""
         stamps: list[tuple[int, int, int] | None] = []
@@ -111,7 +115,7 @@ class Credentials:
         return context
 
 
-def server_context(settings: Receive | Records, *, section: str) -> Credentials | None:
+def server_context(settings: Receive | Records | Web, *, section: str) -> Credentials | None:
     """What a listener shows and asks for; None where no certificate is configured, and the port is plain.
 
     Raises
@@ -126,7 +130,7 @@ def server_context(settings: Receive | Records, *, section: str) -> Credentials 
         protocol=ssl.PROTOCOL_TLS_SERVER,
         certificate=settings.tls_certificate,
         key=settings.tls_key,
-        authority=settings.tls_client_ca,
+        authority="" if isinstance(settings, Web) else settings.tls_client_ca,  # people have passwords, not certificates
     )
 
 
@@ -156,6 +160,8 @@ def check(config: Config, *, wanted: Sequence[str] = ("receive", "deliver")) -> 
     if "receive" in wanted:
         server_context(config.receive, section="receive")
         server_context(config.records, section="records")
+    if "serve" in wanted:
+        server_context(config.web, section="web")
     called = [*(config.senders if "receive" in wanted else ()), *(config.destinations if "deliver" in wanted else ()), config.audit]
     for settings in called:
         client_context(settings)
@@ -176,10 +182,11 @@ def ends(config: Config, peers: list[Peer]) -> Iterator[tuple[str, Callable[[], 
             yield f"certificate of {peer.name}", partial(_end_of_peer, peer)
 
 
-def _shown(config: Config) -> Iterator[tuple[str, Receive | Records | Destination | Sender | Audit, str]]:
+def _shown(config: Config) -> Iterator[tuple[str, Receive | Records | Web | Destination | Sender | Audit, str]]:
     """Each section that has TLS, and its file of authorities."""
     yield "receive", config.receive, config.receive.tls_client_ca
     yield "records", config.records, config.records.tls_client_ca
+    yield "web", config.web, ""
     called: list[Destination | Sender | Audit] = [*config.destinations, *config.senders, config.audit]
     for one in called:
         if client_context(one) is not None:

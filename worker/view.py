@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from worker.report import tree
-from worker.store import commitments, documents, history, queue, studies
+from worker.store import commitments, documents, history, queue, reviews, studies
 from worker.store.database import Store
 from worker.store.schema import AnyRow
 
@@ -30,6 +30,7 @@ def show(out: Console, store: Store, study_id: int, *, with_report: bool) -> Non
         jobs = queue.of_study(conn, study_id)
         reports = documents.of_study(conn, study_id)
         promised = {one.id: commitments.of_document(conn, one.id) for one, _ in reports}
+        reviewed = reviews.of_study(conn, study_id)
     out.print(
         f"study {study_id}  {study.study_instance_uid}  version {study.version}  {sum(len(s.instances) for s in study.series)} images"
     )
@@ -46,7 +47,7 @@ def show(out: Console, store: Store, study_id: int, *, with_report: bool) -> Non
         for asked in promised[document.id]:
             out.print(f"  {asked.destination}: {_promise(asked)}", soft_wrap=True, markup=False)
         for one in findings:
-            _print_finding(out, one)
+            _print_finding(out, one, reviewed.get(one.id, []))
     if with_report and reports:
         print_report(out, bytes(reports[-1][0].data))
 
@@ -73,12 +74,15 @@ def _promise(asked: AnyRow) -> str:
     return f"not kept, as was said or found at {at}: {asked.reason}"
 
 
-def _print_finding(out: Console, one: AnyRow) -> None:
+def _print_finding(out: Console, one: AnyRow, opinions: Sequence[AnyRow]) -> None:
     unusual = ", unlike what the network learned from" if one.is_atypical else ""
     out.print(f"  {one.meaning}: {one.probability:.3f} {one.verdict}{unusual} (threshold {one.threshold:g})")
     if one.shapley:
         of_these = f"; of these {_shares(one.attributions)}" if one.attributions else ""
         out.print(f"    log-odds: {_shares(one.shapley)}{of_these}")
+    for said in opinions[:1]:
+        words = "agrees" if said.verdict == one.verdict else f"says {said.verdict}"
+        out.print(f"    {said.author} {words}, {said.at:%Y-%m-%d %H:%M}Z  {said.note}".rstrip(), soft_wrap=True, markup=False)
 
 
 def _shares(shares: Mapping[str, float]) -> str:

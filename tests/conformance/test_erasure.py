@@ -194,7 +194,8 @@ def test_nothing_of_an_erased_patient_is_left_and_nothing_of_another_is_touched(
         assert set(rows) <= set(after[name])
     kinds = {
         "facts": "observation", "demographics": "demographics", "orders": "imaging_order", "merges": "merge", "patients": "patient",
-        "studies": "study", "series": "series", "instances": "instance", "documents": "document", "findings": "finding", "jobs": "job",
+        "studies": "study", "series": "series", "instances": "instance", "documents": "document", "findings": "finding",
+        "jobs": "job", "reviews": "review",
     }  # fmt: skip
     for kind, name in kinds.items():
         assert receipt["counts"][kind] == len(before[name]) - len(after[name]) > 0, kind

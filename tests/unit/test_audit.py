@@ -72,6 +72,27 @@ def test_each_message_is_what_the_standard_wants(folder: Path) -> None:
     assert folder.stat().st_mode & 0o777 == 0o700
 
 
+def test_what_people_do_is_told_as_the_standard_wants(folder: Path) -> None:
+    person = audit.Party("a.viewer", "10.0.0.9", is_ae=False)
+    audit.logged(audit.LOGIN, person)
+    audit.logged(audit.LOGIN, audit.Party("unknown", "10.0.0.9", is_ae=False), outcome=audit.AGAIN, reason="name or password is wrong")
+    audit.logged(audit.LOGOUT, person)
+    audit.searched(person, "A-77")
+    audit.accessed(STUDY, person=person)
+    audit.accessed(STUDY, person=person, action="U", reason="retry: 2 jobs put back.")
+    audit.guarded(audit.RESTRICTED, person, name="a.viewer", reason="refused, for it needs the role operator", outcome=audit.AGAIN)
+    audit.guarded(audit.ATTRIBUTES, audit.Party("root", is_ae=False), name="a.viewer", reason="added as viewer")
+    found = trail(folder)
+    codes = [one[0][0].attrib["csd-code"] for one in found]
+    assert codes == ["110114", "110114", "110114", "110112", "110103", "110103", "110113", "110113"]
+    assert [outcome(one) for one in found] == ["0", "4", "0", "0", "0", "0", "4", "0"]
+    who, us = found[4].iter("ActiveParticipant")
+    assert (who.attrib["UserID"], who.attrib["NetworkAccessPointID"], who.attrib["UserIsRequestor"]) == ("a.viewer", "10.0.0.9", "true")
+    assert us.attrib["AlternativeUserID"] == "AETITLES=SYNOPTIC"
+    assert objects(found[4]) == ["1.2.3", "0012^^^HOSPITAL"]
+    assert [one[0][1].attrib["csd-code"] for one in found[:3]] == ["110122", "110122", "110123"]
+
+
 def test_without_a_trail_nothing_is_written_and_nothing_fails(tmp_path: Path) -> None:
     write_each()
     assert list(tmp_path.iterdir()) == []

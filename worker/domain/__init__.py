@@ -4,6 +4,7 @@
 
     record.py   who, and what is said of them        images.py   the DICOM tree, a volume
     answers.py  inputs, findings, documents          jobs.py     leases
+    people.py   who may use the page
 
 Not here: how they are stored (store/), read from DICOM (imaging/) or reported (report/).
 Frame: LPS, millimetres. Times: aware datetimes. Digests: sha256, lower hex.
@@ -26,6 +27,7 @@ from worker.domain.answers import (
 )
 from worker.domain.images import Header, ImageFacts, Instance, Orientation, Received, Series, Study, Volume
 from worker.domain.jobs import Job, JobKind, JobState, Lease
+from worker.domain.people import ROLES, Account
 from worker.domain.record import (
     CLOCKS,
     OWN_APPLICATION,
@@ -48,8 +50,10 @@ __all__ = [
     "DICOM_KINDS",
     "KINDS_OF_DOOR",
     "OWN_APPLICATION",
+    "ROLES",
     "ROUTINE",
     "STAT",
+    "Account",
     "Code",
     "CommitmentReport",
     "CommitmentRequest",

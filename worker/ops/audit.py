@@ -7,7 +7,10 @@ Begin Transferring             a report is about to be sent
 Query                          each C-FIND or QIDO-RS of ours
 DICOM Instances Accessed       an analysis: its network read the images. Not Procedure Record, which is of the order's procedure
 Patient Record                 R: an analysis joined the record; U, D: an HL7 message changed it, or merged it away
-Security Alert                 a caller was rejected (Node Authentication), counted where there are many
+Security Alert                 a caller was rejected (Node Authentication), counted where there are many; an account was changed
+                               (User Security Attributes Changed); somebody was refused what their role may not (Use of Restricted Function)
+User Authentication            somebody logged in to the page, or was refused (Login), or out (Logout)
+DICOM Instances Accessed, too  by a person: R, a study was shown; U, somebody changed what becomes of it, and how
 =============================  ==============================================================================
 
 What goes well and what fails is never one message (§A.5.2). Outcome 4: it may be tried again; 8: it is not; 12: the process is gone.
@@ -46,6 +49,8 @@ _ACTIVITY, _BEGIN, _ACCESSED = (
 _TRANSFERRED, _RECORD, _QUERY = ("110104", "DICOM Instances Transferred"), ("110110", "Patient Record"), ("110112", "Query")
 _ALERT, _START, _STOP = ("110113", "Security Alert"), ("110120", "Application Start"), ("110121", "Application Stop")
 _NODE_AUTHENTICATION, _RECORDING = ("110126", "Node Authentication"), ("110134", "Audit Recording Started")
+_AUTHENTICATION, LOGIN, LOGOUT = ("110114", "User Authentication"), ("110122", "Login"), ("110123", "Logout")
+RESTRICTED, ATTRIBUTES = ("110132", "Use of Restricted Function"), ("110137", "User Security Attributes Changed")
 _APPLICATION, _DESTINATION, _SOURCE = ("110150", "Application"), ("110152", "Destination Role ID"), ("110153", "Source Role ID")
 _URI: Final = ("12", "URI")
 _STUDY_UID, _CLASS_UID, _NODE_ID = ("110180", "Study Instance UID"), ("110181", "SOP Class UID"), ("110182", "Node ID")
@@ -126,9 +131,29 @@ def begun(subject: Subject, *, destination: Party) -> None:
     transferred(subject, destination=destination, action="E", outcome=SUCCESS, event=_BEGIN)
 
 
-def accessed(subject: Subject, *, user: str, outcome: str, reason: str = "") -> None:
-    """`user`, a bundle of ours, read a study's images and analysed them."""
-    _write(_ACCESSED, "R", outcome, [(None, None, True)], [_study(subject), _patient(subject.patient)], reason=reason, user=user)
+def accessed(
+    subject: Subject, *, user: str = "", person: Party | None = None, action: str = "R", outcome: str = SUCCESS, reason: str = ""
+) -> None:
+    """`user`, a bundle of ours, analysed a study's images; or a `person` was shown it (R), or acted on it (U), as `reason` says."""
+    parties: list[_Taking] = [(None, person, True), (None, None, False)] if person else [(None, None, True)]
+    _write(_ACCESSED, action, outcome, parties, [_study(subject), _patient(subject.patient)], reason=reason, user=user)
+
+
+def logged(kind: tuple[str, str], person: Party, *, outcome: str = SUCCESS, reason: str = "") -> None:
+    """Somebody logged in or out (LOGIN, LOGOUT), or could not; a name that nobody has is not repeated, for it may be a password."""
+    _write(_AUTHENTICATION, "E", outcome, [(None, person, True), (None, None, False)], [], kind=kind, reason=reason)
+
+
+def searched(person: Party, query: str) -> None:
+    """Somebody looked for an accession number or a patient ID on the page, or for studies in a state."""
+    one = _object("2", "3", _URI, "worklist", query=query.encode(), scheme="RFC-3881")
+    _write(_QUERY, "E", SUCCESS, [(_SOURCE, person, True), (_DESTINATION, None, False)], [one])
+
+
+def guarded(kind: tuple[str, str], person: Party, *, name: str, reason: str, outcome: str = SUCCESS) -> None:
+    """The account `name` was changed by `person` (ATTRIBUTES), or `person` was refused what its role may not (RESTRICTED)."""
+    one = _object("2", "", _URI, f"account:{name}", name=name, scheme="RFC-3881", details={"Alert Description": reason.encode()})
+    _write(_ALERT, "E", outcome, [(None, person, True)], [one], kind=kind)
 
 
 def record(

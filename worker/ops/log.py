@@ -48,7 +48,16 @@ WARNINGS: Final = frozenset(
     }
 )
 ERRORS: Final = frozenset(
-    {"job.discarded", "sweep.failed", "certificate.unusable", "heartbeat.died", "file.damaged", "audit.failed", "audit.dropped"}
+    {
+        "job.discarded",
+        "sweep.failed",
+        "certificate.unusable",
+        "heartbeat.died",
+        "file.damaged",
+        "page.failed",
+        "audit.failed",
+        "audit.dropped",
+    }
 )
 
 

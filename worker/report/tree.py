@@ -7,6 +7,7 @@ Who the patient is, it does not show: the content tree of our reports does not s
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Final
 
 from pydicom.dataset import Dataset
@@ -26,6 +27,56 @@ _PLAIN: Final = {
     "DATETIME": "DateTime",
     "PNAME": "PersonName",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What a report of ours says beside its findings: its sentences by code, and what of the record it was made from.
+
+    ``values``: name, value with unit, when it was drawn (DICOM DT), from where. ``missing``: what the network lacked.
+    """
+
+    sentences: dict[str, str] = field(default_factory=dict)
+    values: list[tuple[str, str, str, str]] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+
+def said(ds: Dataset) -> Said:
+    """Read a report of ours back; of another's SR what has the same codes."""
+    found = Said()
+    _collect(ds, found)
+    return found
+
+
+def _collect(item: Dataset, found: Said) -> None:
+    children = list(item.get("ContentSequence") or ())
+    by_code = {_key(child.get("ConceptNameCodeSequence")): child for child in children}
+    role = by_code.get((codes.GROUP_ROLE.value, codes.GROUP_ROLE.scheme))
+    if role is not None and _key(role.get("ConceptCodeSequence")) == (codes.RECORD_INPUT.value, codes.RECORD_INPUT.scheme):
+        session = by_code.get(("C67447", "NCIt"))
+        origin = str(session.get("TextValue", "")).partition(", from ")[2] if session is not None else ""
+        numbers = [child for child in children if child.get("ValueType") == "NUM"]
+        found.values.extend((_meaning(one), _number(one), str(one.get("ObservationDateTime", "")), origin) for one in numbers)
+        return
+    for child in children:
+        name = _key(child.get("ConceptNameCodeSequence"))[0]
+        if name == codes.RECORD_MISSING.value:
+            found.missing.append(_code(child.get("ConceptCodeSequence")).partition(" [")[0])
+        elif child.get("ValueType") == "TEXT" and child.get("ObservationDateTime"):
+            found.texts.append(str(child.get("TextValue", "")))
+        elif child.get("ValueType") == "TEXT":
+            found.sentences.setdefault(name, str(child.get("TextValue", "")))
+        _collect(child, found)
+
+
+def _meaning(item: Dataset) -> str:
+    return _code(item.get("ConceptNameCodeSequence")).partition(" [")[0]
+
+
+def _key(sequence: object) -> tuple[str, str]:
+    code = next(iter(sequence or ()), Dataset())  # type: ignore[call-overload]
+    return str(code.get("CodeValue", "")), str(code.get("CodingSchemeDesignator", ""))
 
 
 def lines(ds: Dataset) -> list[str]:

@@ -121,6 +121,11 @@ def of_document(conn: Connection, document_id: int) -> list[AnyRow]:
     return list(conn.execute(wanted))
 
 
+def of_study(conn: Connection, study_id: int) -> list[AnyRow]:
+    """Every time that an archive was asked about a document of the study."""
+    return list(conn.execute(_joined().where(job.c.study_id == study_id).order_by(commitment.c.id)))
+
+
 def say(change: Change) -> None:
     """Emit what became of one document."""
     name = {"committed": "commitment.given", "refused": "commitment.denied"}.get(change.state, "commitment.missing")

@@ -28,6 +28,7 @@ from worker.errors import WorkerError
 from worker.store import history, persons, records
 from worker.store.database import Store
 from worker.store.schema import (
+    UNFINISHED,
     AnyRow,
     commitment,
     demographics,
@@ -41,6 +42,7 @@ from worker.store.schema import (
     message,
     observation,
     patient,
+    review,
     series,
     study,
 )
@@ -49,7 +51,6 @@ from worker.store.schema import (
 BATCH: Final = 100
 #: Facts looked at in one reading.
 _PAGE: Final = 2000
-_UNFINISHED: Final = ("available", "leased")
 _ENCODINGS: Final = ("utf-8", "latin-1", "utf-16-le", "utf-16-be")
 SCOPE: Final = (
     "Exactly this issuer and patient ID. Other IDs that were merged with it keep their own rows: erase each of them too. "
@@ -146,7 +147,7 @@ def _is_past(person: Sequence[int], before: datetime) -> sa.ColumnElement[bool]:
 
 def _is_busy(conn: Connection, person: Sequence[int]) -> bool:
     """Whether the record of a person is still wanted, by whatever key."""
-    unfinished = sa.select(job.c.id).where(job.c.study_id == study.c.id, job.c.state.in_(_UNFINISHED)).exists()
+    unfinished = sa.select(job.c.id).where(job.c.study_id == study.c.id, job.c.state.in_(UNFINISHED)).exists()
     wanted = sa.select(study.c.id).join(patient, sa.and_(study.c.issuer == patient.c.issuer, study.c.patient_id == patient.c.patient_id))
     wanted = wanted.where(patient.c.id.in_(person), sa.or_(study.c.state == "receiving", unfinished))
     return conn.execute(wanted.limit(1)).first() is not None
@@ -212,7 +213,7 @@ def _digest(salt: str, key: PatientKey) -> str:
 def _refuse_unfinished(conn: Connection, ids: Sequence[int], *, receiving: int) -> None:
     if receiving:
         raise NotErased(f"{receiving} of the patient's studies are still being received: erase again when they are complete.")
-    count = sa.select(sa.func.count()).select_from(job).where(job.c.study_id.in_(ids), job.c.state.in_(_UNFINISHED))
+    count = sa.select(sa.func.count()).select_from(job).where(job.c.study_id.in_(ids), job.c.state.in_(UNFINISHED))
     if unfinished := conn.execute(count).scalar_one():
         raise NotErased(f"{unfinished} jobs of the patient's studies are not finished: cancel them or let them end, then erase again.")
 
@@ -226,6 +227,7 @@ def _erase_studies(conn: Connection, ids: Sequence[int]) -> tuple[dict[str, int]
         "commitments": _delete(conn, commitment, commitment.c.job_id.in_(sa.select(job.c.id).where(job.c.study_id.in_(ids)))),
         "events": _delete(conn, event, event.c.study_id.in_(ids)),
         "jobs": _delete(conn, job, job.c.study_id.in_(ids)),
+        "reviews": _delete(conn, review, review.c.finding_id.in_(sa.select(finding.c.id).where(of_documents))),
         "findings": _delete(conn, finding, of_documents),
         "documents": _delete(conn, document, document.c.study_id.in_(ids)),
         "instances": _delete(conn, instance, of_series),

@@ -24,12 +24,10 @@ from typing import Any, Final
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from worker.store.schema import document, event, job, study
+from worker.store.schema import GIVEN_UP, UNFINISHED, document, event, job, study
 
 ACCOUNTS: Final = ("delivered", "failed", "excluded", "held", "in flight")
 LOST: Final = "lost"
-_UNFINISHED: Final = ("available", "leased")
-_GIVEN_UP: Final = ("discarded", "cancelled")
 #: What says of a study's version whether anything is to be analysed.
 _WORDS: Final = ("study.completed", "study.renewed", "study.excluded")
 
@@ -54,7 +52,7 @@ def standing(of: Sequence[int] | None = None) -> sa.Subquery:
     last = sa.select(document.c.study_id, document.c.bundle, sa.func.max(document.c.id).label("id")).where(document.c.kind == "sr")
     said = last.where(_among(document.c.study_id, of)).group_by(document.c.study_id, document.c.bundle).subquery("said")
     of_result = ("study_id", "bundle", "input_version", "input_sha256")
-    is_stopped, is_unsendable = asked.c.state.in_(_GIVEN_UP), sent.c.state.in_(_GIVEN_UP)
+    is_stopped, is_unsendable = asked.c.state.in_(GIVEN_UP), sent.c.state.in_(GIVEN_UP)
     of_version = (
         sa.select(
             asked.c.study_id,
@@ -75,7 +73,7 @@ def standing(of: Sequence[int] | None = None) -> sa.Subquery:
         .group_by(asked.c.study_id)
         .subquery("of_version")
     )
-    is_worked_on = study.c.id.in_(sa.select(job.c.study_id).where(job.c.state.in_(_UNFINISHED), _among(job.c.study_id, of)))
+    is_worked_on = study.c.id.in_(sa.select(job.c.study_id).where(job.c.state.in_(UNFINISHED), _among(job.c.study_id, of)))
     words = sa.select(event.c.name).where(event.c.study_id == study.c.id, event.c.name.in_(_WORDS)).order_by(event.c.id.desc()).limit(1)
     account: sa.ColumnElement[str] = sa.case(
         (study.c.hold != "", "held"),

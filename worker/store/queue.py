@@ -29,7 +29,7 @@ from worker.domain import STAT, Job, JobKind, Lease, PatientKey
 from worker.errors import WorkerError
 from worker.store import history
 from worker.store.database import listed, rows_of
-from worker.store.schema import AnyRow, job, study
+from worker.store.schema import UNFINISHED, AnyRow, job, study
 from worker.store.studies import insert_or_ignore
 
 #: First retry after about this long, doubling up to the cap; half of it is jitter, so that
@@ -261,7 +261,7 @@ def prioritize_order(conn: Connection, *, keys: Iterable[PatientKey], accession_
         conn.execute(due.values(priority=priority), {"of": key.issuer, "whom": key.patient_id})
 
 
-def operator_retry(conn: Connection, study_id: int, *, now: datetime) -> int:
+def operator_retry(conn: Connection, study_id: int, *, now: datetime, by: str = "") -> int:
     """Put a study's discarded and cancelled jobs back, and those waiting for a later attempt forward."""
     changed = conn.execute(
         sa.update(job)
@@ -269,7 +269,7 @@ def operator_retry(conn: Connection, study_id: int, *, now: datetime) -> int:
         .values(state="available", attempt=0, is_snoozed=False, not_before=now, finished_at=None)
     ).rowcount
     if changed:
-        history.note(conn, study_id, name="operator.retried", now=now, jobs=changed)
+        history.note(conn, study_id, name="operator.retried", now=now, jobs=changed, by=by)
     return changed
 
 
@@ -310,15 +310,15 @@ def dead_analyses(conn: Connection) -> dict[tuple[int, int], list[str]]:
     return found
 
 
-def operator_cancel(conn: Connection, study_id: int, *, now: datetime) -> int:
+def operator_cancel(conn: Connection, study_id: int, *, now: datetime, by: str = "") -> int:
     """Cancel a study's unfinished jobs; one that is being worked on loses its lease."""
     changed = conn.execute(
         sa.update(job)
-        .where(job.c.study_id == study_id, job.c.state.in_(("available", "leased")))
+        .where(job.c.study_id == study_id, job.c.state.in_(UNFINISHED))
         .values(state="cancelled", lease_expires_at=None, lease_owner="", finished_at=now, reason="Cancelled by an operator.")
     ).rowcount
     if changed:
-        history.note(conn, study_id, name="operator.cancelled", now=now, jobs=changed)
+        history.note(conn, study_id, name="operator.cancelled", now=now, jobs=changed, by=by)
     return changed
 
 
@@ -340,9 +340,13 @@ def of_version(conn: Connection, study_id: int, *, input_version: int) -> list[A
     return list(conn.execute(wanted.where(job.c.kind == "infer", job.c.study_id == study_id, job.c.input_version == input_version)))
 
 
-def prioritize(conn: Connection, study_id: int, *, priority: int = STAT) -> None:
-    """Move a study's unfinished jobs forward in the queue."""
-    conn.execute(sa.update(job).where(job.c.study_id == study_id, job.c.state == "available").values(priority=priority))
+def prioritize(conn: Connection, study_id: int, *, now: datetime, priority: int = STAT, by: str = "") -> int:
+    """Move a study's unfinished jobs forward in the queue, those in hand too, for their deliveries inherit it; how many."""
+    is_behind = (job.c.study_id == study_id, job.c.state.in_(UNFINISHED), job.c.priority > priority)
+    changed = conn.execute(sa.update(job).where(*is_behind).values(priority=priority)).rowcount
+    if changed:
+        history.note(conn, study_id, name="operator.prioritized", now=now, jobs=changed, by=by)
+    return changed
 
 
 def counts(conn: Connection) -> dict[tuple[str, str], int]:

@@ -6,7 +6,7 @@
     patient ──< demographics        patient ──< merge >── patient        patient ──< imaging_order
     study ──< series ──< instance
     study ──< job >── document     finding >── document     commitment >── job
-    study ──< event
+    study ──< event                 review >── finding; account ──< session (people.py)
 
 A study names its patient by (issuer, patient ID), not by a row: images may come before the record.
 """
@@ -18,13 +18,17 @@ from typing import Any, Final
 import sqlalchemy as sa
 from sqlalchemy.engine import Row
 
-from worker.store.columns import UtcDateTime, id_column, is_one_of, reference, text, where
+from worker.store.columns import UtcDateTime, id_column, is_one_of, metadata, reference, text, where
+from worker.store.people import account, review, session
+
+__all__ = ["account", "metadata", "review", "session"]  # the others are made here
 
 #: Must be the head of migrations/; a test compares them.
-REVISION: Final = "0007"
+REVISION: Final = "0008"
 
 #: Drawn in HOUSE §5 and worker/README.md: available → leased → completed | discarded | cancelled.
 JOB_STATES: Final = ("available", "leased", "completed", "discarded", "cancelled")
+UNFINISHED, GIVEN_UP = JOB_STATES[:2], JOB_STATES[3:]
 STUDY_STATES: Final = ("receiving", "complete")
 #: Of a document at an archive that was asked to commit: see store/commitments.py.
 COMMITMENT_STATES: Final = ("asked", "committed", "refused", "found", "unproven")
@@ -36,17 +40,6 @@ IS_OF_SERVER: Final = "substr(source, 1, 5) = 'FHIR '"
 
 #: A row of any query, for signatures.
 AnyRow = Row[*tuple[Any, ...]]
-
-metadata = sa.MetaData(
-    naming_convention={
-        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
-        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
-        "ck": "ck_%(table_name)s_%(constraint_name)s",
-        "fk": "fk_%(table_name)s_%(column_0_name)s",
-        "pk": "pk_%(table_name)s",
-    }
-)
-
 
 patient = sa.Table(
     "patient",
@@ -221,6 +214,11 @@ study = sa.Table(
     sa.CheckConstraint(is_one_of("state", STUDY_STATES), name="state"),
     sa.Index("ix_study_receiving", "quiet_until", **where("state = 'receiving'")),
     sa.Index("ix_study_patient", "issuer", "patient_id"),
+    # The worklist (worklist.py): its order, what is searched for, and the few that stand apart.
+    sa.Index("ix_study_last_received_at", "last_received_at", "id"),
+    sa.Index("ix_study_accession_number", "accession_number"),
+    sa.Index("ix_study_patient_id", "patient_id"),
+    sa.Index("ix_study_held", "id", **where("hold <> ''")),
     sa.Index("ix_study_record_changed", "record_changed_at", **where("record_changed_at IS NOT NULL")),
 )
 
@@ -343,6 +341,9 @@ job = sa.Table(
     ),
     sa.Index("ix_job_leased", "lease_expires_at", **where("state = 'leased'")),
     sa.Index("ix_job_study_id", "study_id"),
+    # Dead letters, and what was done since a time: few of many.
+    sa.Index("ix_job_given_up", "study_id", **where("state IN ('discarded', 'cancelled')")),
+    sa.Index("ix_job_finished_at", "finished_at"),
 )
 
 commitment = sa.Table(
