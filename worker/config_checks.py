@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
 from worker.config_tables import ConfigError
-from worker.domain import KINDS_OF_DOOR, ROLES
+from worker.domain import DICOM_KINDS, KINDS_OF_DOOR, ROLES
 
 if TYPE_CHECKING:
     from worker.config import Config, Destination, Sender, Web
@@ -27,6 +27,7 @@ def check(config: Config) -> None:
     """
     for peer in config.destinations:
         _check_door(peer)
+    _check_notes(config.destinations)
     titles = [("receive.ae_title", config.receive.ae_title)]
     titles += [("senders.ae_title", sender.ae_title) for sender in config.senders]
     titles += [("destinations.ae_title", peer.ae_title) for peer in config.destinations if peer.door == "dicom"]
@@ -70,6 +71,14 @@ def _check_door(peer: Destination) -> None:
     known = KINDS_OF_DOOR[peer.door]
     if strange := [kind for kind in peer.documents if kind not in known]:
         raise ConfigError(f"{where}: documents: {strange[0]!r} is none of {', '.join(known)}.")
+
+
+def _check_notes(destinations: tuple[Destination, ...]) -> None:
+    """A note names the old report and all that was made with it; dcm4chee, unless told otherwise, refuses one that names what it lacks."""
+    made = {"sr", *(kind for peer in destinations if peer.is_archive for kind in peer.wanted)}
+    for peer in destinations:
+        if "rejection" in peer.wanted and (lacking := [kind for kind in DICOM_KINDS if kind in made - set(peer.wanted)]):
+            raise ConfigError(f"destinations {peer.name}: documents: with 'rejection' it must be sent {', '.join(lacking)}, too.")
 
 
 def _check_secrets(peer: Destination, where: str) -> None:

@@ -150,6 +150,7 @@ CHANGES: dict[str, tuple[Callable[[Site], None], str]] = {
 }
 
 
+@pytest.mark.requirement("F3")
 @pytest.mark.parametrize("change", CHANGES)
 def test_every_form_of_the_new_version_names_the_old_and_says_why_and_they_agree(change: str, site: Site) -> None:
     """Root and text by their predecessors and in words, the note by what it marks; series and numbers tell them apart in any viewer."""
@@ -232,7 +233,16 @@ def test_the_old_report_is_marked_only_when_the_new_one_is_there(site: Site, mon
     assert (states["sr"], states["rejection"], states["basic"]) == ("available", "available", "completed")
     assert "rejection" not in slow.taken
     assert delivered(site, Pacs(), monkeypatch, hours=1)["sr"] == "completed"
+    assert versions_asked_for(site) == {1, 2}
     assert delivered(site, Pacs(), monkeypatch, hours=2)["rejection"] == "completed"
+    assert versions_asked_for(site) == {2}
+
+
+def versions_asked_for(site: Site) -> set[int]:
+    """Of the delivered documents, those versions that `synoptic check --pacs` looks for."""
+    with site.store.read() as conn:
+        version = {row.id: row.input_version for row, _ in documents.of_study(conn, 1)}
+        return {version[one.document_id] for one in documents.delivered(conn, destination="pacs", since=NOW - timedelta(days=1))}
 
 
 def test_the_old_report_stays_unmarked_where_the_new_one_was_given_up(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,10 +110,17 @@ def root_delivery(conn: Connection, one: Job) -> str:
 
 
 def delivered(conn: Connection, *, destination: str, since: datetime) -> list[AnyRow]:
-    """Job, study and document of each delivery to `destination` since then, the newest first."""
-    done = (job.c.kind == "deliver", job.c.state == "completed", job.c.destination == destination, job.c.finished_at >= since)
-    wanted = sa.select(job.c.id, job.c.study_id, job.c.document_id).where(*done).order_by(job.c.finished_at.desc(), job.c.id.desc())
-    return list(conn.execute(wanted))
+    """Job, study and document of each delivery to `destination` since then, the newest first.
+
+    Not what the destination was asked to hide: an archive that does so does not find it, and would refuse it.
+    """
+    done = (job.c.kind == "deliver", job.c.state == "completed", job.c.destination == destination)
+    note = job.alias()
+    is_of_note = (note.c.document_id == document.c.id, document.c.kind == "rejection", note.c.input_version > job.c.input_version)
+    same = [note.c[name] == job.c[name] for name in ("kind", "state", "destination", "study_id", "bundle")]
+    is_hidden = sa.select(sa.true()).select_from(note, document).where(*same, *is_of_note).correlate(job).exists()
+    wanted = sa.select(job.c.id, job.c.study_id, job.c.document_id).where(*done, job.c.finished_at >= since, ~is_hidden)
+    return list(conn.execute(wanted.order_by(job.c.finished_at.desc(), job.c.id.desc())))
 
 
 def predecessor(conn: Connection, study_id: int, *, bundle: str, before_version: int) -> Document | None:
