@@ -83,7 +83,7 @@ def real_ct(folder: Path, pool: DecoderPool) -> Case:
 
 def radiograph(folder: Path, pool: DecoderPool) -> Case:
     """A real radiograph of the chest."""
-    path = sorted(require_shared("data/cxr-severity/dicom").rglob("*.dcm"))[0]
+    path = min(require_shared("data/cxr-severity/dicom").rglob("*.dcm"))
     ds = dcmread(path)
     mask = ellipsoid((1, ds.Rows, ds.Columns), (0, 0.55 * ds.Rows, 0.3 * ds.Columns), (1, 0.12 * ds.Rows, 0.1 * ds.Columns))
     return _case([ds], mask, folder, pool, procedure=reports.ALGORITHM.procedure)
