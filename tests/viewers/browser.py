@@ -79,6 +79,17 @@ def picture(page: Page, name: str, where: Locator | None = None) -> Picture:
         return np.asarray(image.convert("RGB")).astype(np.int16)
 
 
+def likeness(shown: Picture, pixels: NDArray[np.uint8]) -> float:
+    """Correlate a viewport with an RGB image that is fitted into it; viewers write their own words over its margins."""
+    height, width = shown.shape[:2]
+    scale = min(width / pixels.shape[1], height / pixels.shape[0])
+    size = int(pixels.shape[1] * scale), int(pixels.shape[0] * scale)
+    written = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR)).astype(float)
+    left, top = (width - size[0]) // 2, (height - size[1]) // 2
+    inner = np.s_[int(0.15 * size[1]) : int(0.9 * size[1]), int(0.05 * size[0]) : int(0.95 * size[0])]
+    return float(np.corrcoef(shown[top : top + size[1], left : left + size[0]][inner].ravel(), written[inner].ravel())[0, 1])
+
+
 @dataclass(frozen=True, slots=True)
 class Ohif:
     """OHIF with one study open."""
