@@ -10,12 +10,13 @@ from typing import Final, cast
 import numpy as np
 from numpy.typing import NDArray
 from pydicom import Dataset, FileDataset, dcmread
+from scipy import ndimage
 
 from tests import factories, reports
 from tests.peers import require_shared
 from tests.unit.test_gsps import region_of
 from worker.demo import phantom
-from worker.domain import DICOM_KINDS, Code, Document, Region
+from worker.domain import DICOM_KINDS, Code, Document, Region, Saliency
 from worker.imaging import volume
 from worker.imaging.decoding import DecoderPool
 from worker.report import forms
@@ -98,11 +99,14 @@ def _case(datasets: Sequence[Dataset], mask: NDArray[np.bool_], folder: Path, po
     loaded = volume.load(series, kind="radiograph" if len(datasets) == 1 else "volume", pool=pool)
     region = region_of(mask, series, affine=loaded.affine)
     assert loaded.sop_instance_uids == region.sop_instance_uids
+    # A network's is coarser; on the image's own grid it can be compared.
+    blurred = ndimage.gaussian_filter(mask.astype(np.float32), (0.5, 3, 3)) if loaded.affine is not None else None
+    saliency = () if blurred is None else (Saliency(blurred.astype(np.float16), loaded.affine, "image", loaded.sop_instance_uids),)
     made = reports.result(
         [one.path for one in series.instances],
         algorithm=replace(reports.ALGORITHM, procedure=procedure),
         inputs=replace(reports.INPUTS, series={"image": series}, missing_causes=("nothing is known under its code",)),
-        findings=[replace(reports.FINDINGS[0], regions=(region,)), *reports.FINDINGS[1:]],
+        findings=[replace(reports.FINDINGS[0], regions=(region,), saliency=saliency), *reports.FINDINGS[1:]],
     )
     planes = {"image": tuple(zip(region.sop_instance_uids, region.frame_numbers, strict=True))}
     result = replace(made, planes=planes, decoders=pool)
