@@ -41,6 +41,7 @@ bench: .venv/.installed  ## the long measurements, one JSON line each; results a
 	$(BIN)/python -m tests.bench.receive
 	$(BIN)/python -m tests.bench.records
 	$(BIN)/python -m tests.bench.load
+	$(BIN)/python -m tests.bench.documents
 
 gate: .venv/.installed  ## every validator, PixelMed too, on all 188 reports of the real cohort, by both databases: a quarter of an hour
 	JAVA_SAMPLE=188 POSTGRES_STEP=1 $(BIN)/python -m pytest -s -o timeout=3000 tests/integration/test_line.py -k cohort
