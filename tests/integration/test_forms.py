@@ -98,7 +98,7 @@ FINDINGS = st.lists(
 )
 
 
-@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(FINDINGS)
 def test_all_forms_say_the_same_findings_verdicts_and_probabilities_under_the_same_tracking_uids(
     tmp_path: Path, drawn: list[tuple[str, float, str, bool]]
