@@ -41,7 +41,7 @@ class Site:
         self.store = Store(f"sqlite:///{folder / 'synoptic.db'}")
         self.store.migrate()
         ward.people(self.store)
-        self.studies = ward.furnish(self.store, folder, now=clock()).studies
+        self.studies = ward.furnish(self.store, folder, now=clock(), is_real=True).studies
         self.port = free_port()
         self.base = f"http://127.0.0.1:{self.port}"
         self.config = folder / "synoptic.toml"

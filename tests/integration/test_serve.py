@@ -10,8 +10,7 @@ import sys
 from pathlib import Path
 
 import httpx2
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from tests import ward
 from tests.installation import wait_until

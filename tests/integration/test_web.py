@@ -167,9 +167,9 @@ def test_by_tls_the_cookie_is_secure_and_bound_to_the_host(place: Place, tmp_pat
 def test_every_answer_has_the_headers_and_no_form_is_taken_from_elsewhere(place: Place) -> None:
     browser = place.browser("a.operator")
     for path in ("/", "/login", "/none", "/metrics", "/studies/1", "/static/style.css"):
-        headers = browser.get(path).headers
+        answered = browser.get(path).headers
         expected = HEADERS if "static" not in path else {**HEADERS, "Cache-Control": "max-age=3600"}
-        assert {name: headers[name] for name in HEADERS} == dict(expected), path
+        assert {name: answered[name] for name in HEADERS} == dict(expected), path
     assert "unsafe" not in HEADERS["Content-Security-Policy"]
     for headers in ({"sec-fetch-site": "cross-site"}, {"sec-fetch-site": "same-site"}, {"origin": "https://evil.test"}, {}):
         other = place.browser(headers=headers)
