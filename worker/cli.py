@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from collections.abc import Callable
 from datetime import UTC
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, NoReturn
@@ -239,19 +238,29 @@ def select(
 
 @app.command()
 def retry(
-    study: StudyArg, given: ConfigFile = None, stat: Annotated[bool, typer.Option("--stat", help="Before everything else.")] = False
+    study: StudyArg,
+    given: ConfigFile = None,
+    stat: Annotated[bool, typer.Option("--stat", help="Before everything else.")] = False,
+    anew: Annotated[bool, typer.Option("--anew", help="Those that are done, too: after a new version of a bundle.")] = False,
 ) -> None:
-    """Put a study's failed, cancelled or waiting jobs back to the front of their wait."""
+    """Put a study's failed, cancelled or waiting jobs back to the front of their wait.
+
+    With --anew every bundle that analysed it does so again, and a report that says something new names the one that it replaces.
+    """
+    from worker import reissue
     from worker.record_feeds import clock
+    from worker.roles import read_bundles
     from worker.store import queue
 
-    _, store = _open(given)
+    settings, store = _open(given)
     study_id = _find(store, study)
+    bundles = {one.name for one in read_bundles(settings)} if anew else set()
     with store.begin() as conn:
-        changed = queue.operator_retry(conn, study_id, now=clock())
+        changed = reissue.anew(conn, study_id, bundles=bundles, now=clock()) if anew else queue.operator_retry(conn, study_id, now=clock())
         if stat:
             queue.prioritize(conn, study_id, now=clock())
-    out.print(f"{changed} jobs put back." if changed else "Nothing to retry: no job is discarded, cancelled or waiting.")
+    nothing = "no bundle that is configured has analysed it" if anew else "no job is discarded, cancelled or waiting"
+    out.print(f"{changed} jobs put back." if changed else f"Nothing to retry: {nothing}.")
 
 
 @app.command()
@@ -289,8 +298,9 @@ def import_(
         _fail("--dry-run goes with --mapping.", EXIT_USAGE)
     spool = Spool(settings.spool, low_water_bytes=settings.receive.low_water_mb * 2**20)
     todo = list(importing.files(paths))
-    with bar("importing", len(todo)) as advance:
-        tally = importing.import_files(todo, config=settings, store=store, spool=spool, progress=advance)
+    with Progress(TextColumn("importing"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=err) as progress:
+        task = progress.add_task("importing", total=len(todo))
+        tally = importing.import_files(todo, config=settings, store=store, spool=spool, progress=lambda: progress.advance(task))
     _print_tally(tally)
 
 
@@ -320,21 +330,6 @@ def _print_tally(tally: importing.Tally | tables.Tally) -> None:
     out.print(table if tally.counts else "There is no file.")
     if tally.counts["refused"]:
         sys.exit(EXIT_FAILED)
-
-
-class bar:  # noqa: N801  used as a context manager, like a function
-    """A progress bar; inside the block, call what it gives once a step."""
-
-    def __init__(self, what: str, total: int) -> None:
-        self._progress = Progress(TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=err)
-        self._task = self._progress.add_task(what, total=total)
-
-    def __enter__(self) -> Callable[[], None]:
-        self._progress.start()
-        return lambda: self._progress.advance(self._task)
-
-    def __exit__(self, *_exc: object) -> None:
-        self._progress.stop()
 
 
 @app.command()

@@ -86,6 +86,20 @@ def sweep(
     return renewed
 
 
+def anew(conn: Connection, study_id: int, *, bundles: Collection[str], now: datetime) -> int:
+    """Queue the analyses of a study again, of those of `bundles` that have one; returns how many.
+
+    A bundle that is, with its input, that of its last report sends nothing. What is unfinished of the version before gives way to this one.
+    """
+    _, version = studies.standing(conn, study_id)
+    jobs = [job for job in queue.of_version(conn, study_id, input_version=version) if job.bundle in bundles]
+    if jobs:
+        version = studies.new_version(conn, study_id, now=now, cause="An operator asked for it.")
+    for job in jobs:
+        queue.enqueue_infer(conn, study_id, bundle=job.bundle, input_version=version, priority=job.priority, now=now)
+    return len(jobs)
+
+
 def _look(
     store: Store,
     study_id: int,

@@ -101,7 +101,7 @@ def test_a_report_that_breaks_a_rule_is_not_sent(example: Example, change: Calla
 
 
 @pytest.mark.requirement("L9")
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.9999])
 def test_a_report_that_was_cut_off_is_not_sent(example: Example, share: float) -> None:
     data = example.document.data
     with pytest.raises((ReportInvalid, PatientConflict)):

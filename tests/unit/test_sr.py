@@ -257,7 +257,7 @@ def test_a_new_report_names_the_one_it_replaces_but_never_itself(tmp_path: Path)
     study = reports.study_of(source, version=2)
     second = reports.report([source], study=study, algorithm=replace(ALGORITHM, input_sha256="00" * 32), predecessor=first.document)
     previous = second.ds.PredecessorDocumentsSequence[0].ReferencedSeriesSequence[0]
-    assert previous.SeriesInstanceUID == first.ds.SeriesInstanceUID == second.ds.SeriesInstanceUID
+    assert previous.SeriesInstanceUID == first.ds.SeriesInstanceUID != second.ds.SeriesInstanceUID
     assert previous.ReferencedSOPSequence[0].ReferencedSOPInstanceUID == first.document.sop_instance_uid
     assert second.document.predecessor_uid == first.document.sop_instance_uid
     assert second.ds.InstanceNumber == 2

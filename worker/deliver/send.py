@@ -78,8 +78,8 @@ def deliver(
     return list(sent)
 
 
-def _stop(conn: Connection, job: Job, document: Document) -> Reject | Superseded | None:
-    """Why a document is not sent at all: what was true when it was written may not be any more."""
+def _stop(conn: Connection, job: Job, document: Document) -> Reject | Retry | Superseded | None:
+    """Why a document is not sent at all, or not yet: what was true when it was written may not be any more."""
     if hold := documents.hold_of(conn, job.study_id):
         return PatientConflict(f"The study is held, its report is not sent: {hold}")
     if not document.is_whole:
@@ -87,7 +87,16 @@ def _stop(conn: Connection, job: Job, document: Document) -> Reject | Superseded
     # A message that waited for the RIS would put the result before the last one in the last one's place.
     if document.kind == "oru" and documents.is_superseded(conn, job.document_id or 0):
         return Superseded("A later result of the study is sent instead.")
-    return None
+    return _stop_of_note(documents.root_delivery(conn, job)) if document.kind == "rejection" else None
+
+
+def _stop_of_note(state: str) -> Reject | Retry | None:
+    """Why the old report is not marked, by the `state` of the new one's delivery: it must not vanish before that one is there."""
+    if state == "completed":
+        return None
+    if state in {"discarded", "cancelled"}:
+        return ReportInvalid(f"The delivery of the report that replaces the old one was {state}: the old one is not marked.")
+    return Retry("The report that replaces the old one is not delivered yet: the old one is not marked.")
 
 
 def _subject(document: Document) -> audit.Subject:

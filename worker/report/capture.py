@@ -21,7 +21,7 @@ from worker.domain import Document
 from worker.report import codes, page
 from worker.report.content import MANUFACTURER, versions
 from worker.report.picture import Picture, key_picture
-from worker.report.result import SERIES_NUMBERS, Result
+from worker.report.result import SERIES_NUMBERS, Result, about
 
 _PDF: Final = "application/pdf"
 
@@ -86,8 +86,7 @@ def _object(result: Result, kind: str, sop_class_uid: str) -> Dataset:
     ds.SOPClassUID, ds.SOPInstanceUID = sop_class_uid, result.uid(kind)
     ds.StudyInstanceUID, ds.SeriesInstanceUID = result.study.study_instance_uid, result.series_uid(kind)
     ds.SeriesNumber, ds.InstanceNumber = SERIES_NUMBERS[kind], max(1, result.study.version)
-    use = "research, not for diagnosis" if algorithm.research_use else "not verified"
-    ds.SeriesDescription = f"{codes.short(f'AI summary {algorithm.name} {algorithm.version}', 35)}: {use}"
+    ds.SeriesDescription = about(result, kind, what="summary")["series_description"]
     ds.SeriesDescriptionCodeSequence = [codes.concept(codes.SERIES)]
     ds.Manufacturer, ds.ManufacturerModelName = MANUFACTURER, codes.short(algorithm.name)
     ds.SoftwareVersions, ds.DeviceSerialNumber = versions(algorithm), codes.short(algorithm.bundle_sha256)

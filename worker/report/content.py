@@ -114,14 +114,16 @@ def tree(
     failure: str,
     placed: Sequence[Placed],
     whole: sr.ContentItem | None,
+    replaces: str = "",
 ) -> sr.ContainerContentItem:
     """Build the root container. Times are written in `zone`, with their offset.
 
     `placed` is what is known of where each finding is; those with a place come first. `whole` is what a group without one refers to.
+    `replaces` says which report this one stands for, and why.
     """
     told = sorted(zip(findings, placed, strict=True), key=lambda one: not one[1].items)
     groups = [_finding_group(finding, where, study=study, algorithm=algorithm) for finding, where in told]
-    said = [*_outcome(findings, failure=failure), *_statements(algorithm)]
+    said = [*_outcome(findings, failure=failure), *([_text(codes.REPLACES, replaces)] if replaces else []), *_statements(algorithm)]
     if any(finding.is_atypical for finding in findings):
         said.append(_text(codes.ATYPICAL, ATYPICAL_STATEMENT))
     if inputs is not None and not failure:
@@ -132,7 +134,7 @@ def tree(
     root = sr.ContainerContentItem(standard.cid7021.ImagingMeasurementReport, template_id="1500")
     root.ContentSequence = sr.ContentSequence()
     root.ContentSequence.extend(sr.LanguageOfContentItemAndDescendants(concept(codes.ENGLISH)))
-    root.ContentSequence.extend(_observer(algorithm, device_uid=uids.device_uid))
+    root.ContentSequence.extend(observer(algorithm, device_uid=uids.device_uid))
     root.ContentSequence.append(
         sr.CodeContentItem(standard.DCM.ProcedureReported, concept(codes.reported(algorithm.procedure)), _HAS_CONCEPT_MOD)
     )
@@ -159,7 +161,8 @@ def codes_of(algorithm: Algorithm, findings: Sequence[Finding], inputs: Inputs |
         yield from inputs.missing
 
 
-def _observer(algorithm: Algorithm, *, device_uid: str) -> sr.ObservationContext:
+def observer(algorithm: Algorithm, *, device_uid: str) -> sr.ObservationContext:
+    """Say that an algorithm observed, and which (TID 1001)."""
     device = sr.DeviceObserverIdentifyingAttributes(
         uid=device_uid,
         name=f"{MANUFACTURER} {algorithm.name}",
@@ -310,6 +313,12 @@ def clause(sentence: str) -> str:
     """Turn "No series fits." into what can follow "because"; "CT" stays as it is."""
     bare = sentence.strip().rstrip(".")
     return bare if bare[1:2].isupper() else bare[:1].lower() + bare[1:]
+
+
+def verdict_in_words(algorithm: Algorithm, finding: Finding) -> str:
+    """Say "Pneumonia: positive, 73.21 % (research)"."""
+    use = "research" if algorithm.research_use else "not verified"
+    return codes.one_line(f"{finding.code.meaning or finding.name}: {finding.verdict}, {percent(finding.probability):g} % ({use})")
 
 
 def _named(heading: str, findings: Sequence[Finding], verdict: Verdict) -> str:

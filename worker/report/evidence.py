@@ -139,6 +139,19 @@ def references(instances: Sequence[Dataset]) -> list[Dataset]:
     ]
 
 
+def referred(ds: Dataset) -> list[Dataset]:
+    """Read the evidence of the document `ds` as what `references` would be given to write it."""
+    found = []
+    for study in ds.get("CurrentRequestedProcedureEvidenceSequence") or ():
+        for series in study.ReferencedSeriesSequence:
+            for item in series.ReferencedSOPSequence:
+                one = Dataset()
+                one.SOPClassUID, one.SOPInstanceUID = item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID
+                one.StudyInstanceUID, one.SeriesInstanceUID = study.StudyInstanceUID, series.SeriesInstanceUID
+                found.append(one)
+    return found
+
+
 def _listed(level: str, uid: str, keyword: str, items: list[Dataset]) -> Dataset:
     ds = Dataset()
     setattr(ds, level, uid)

@@ -15,7 +15,7 @@ from typing import Final
 from worker import events
 from worker.domain import Document
 from worker.ops.log import places
-from worker.report import capture, fhir, notice, oru, parametric, seg, sr
+from worker.report import basic, capture, fhir, gsps, keys, notice, oru, parametric, seg, sr
 from worker.report.result import Result
 
 Builder = Callable[[Result], Sequence[Document]]
@@ -26,6 +26,10 @@ BUILDERS: Final[Mapping[str, Builder]] = {
     "map": parametric.build,
     "summary": capture.summary,
     "pdf": capture.pdf,
+    "gsps": gsps.build,
+    "keys": keys.build,
+    "basic": basic.build,
+    "rejection": keys.reject,
     "oru": oru.build,
     "fhir": fhir.build,
     "notice": notice.build,

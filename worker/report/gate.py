@@ -13,11 +13,13 @@ from typing import Final
 
 import pydicom
 from pydicom import config
+from pydicom.dataelem import DataElement, RawDataElement
 from pydicom.dataset import Dataset
 
 from worker.domain import Study
 from worker.errors import PatientConflict, ReportInvalid
 
+_UNDEFINED: Final = 0xFFFFFFFF  # PS3.5 §7.1.1
 # PS3.16 TID 1500, 1501: what each measurement group says of itself, and what the root says.
 _GROUP: Final = "125007"
 _OF_GROUP: Final = {
@@ -42,13 +44,19 @@ def check(data: bytes, *, study: Study) -> None:
     try:
         with config.disable_value_validation():
             ds = pydicom.dcmread(BytesIO(data))
-            is_theirs, broken = _is_of(ds, study), next(_broken(ds), "")
+            is_cut_off = any(_is_short(ds.get_item(tag)) for tag in ds.keys())  # noqa: SIM118  values would be decoded
+            is_theirs, broken = _is_of(ds, study), "is cut off" if is_cut_off else next(_broken(ds), "")
     except Exception as error:  # noqa: BLE001  pydicom raises whatever bytes make it raise
         raise ReportInvalid(f"The report that was written cannot be read again ({type(error).__name__}).") from None
     if not is_theirs:
         raise PatientConflict("The report that was written names another patient or study than its study: it is not sent.")
     if broken:
         raise ReportInvalid(f"The report that was written {broken}: it is not sent.")
+
+
+def _is_short(element: DataElement | RawDataElement | None) -> bool:
+    """Whether the file ended within the element, which pydicom takes for its end: a report without its last sentences would pass."""
+    return isinstance(element, RawDataElement) and element.length not in {_UNDEFINED, len(element.value or b"")}
 
 
 def _is_of(ds: Dataset, study: Study) -> bool:

@@ -27,7 +27,7 @@ from PIL import Image
 from worker import events
 from worker.domain import Finding, Inputs, UsedText, UsedValue
 from worker.errors import ReportInvalid
-from worker.report import content
+from worker.report import content, replacing
 from worker.report.picture import Picture, ranked
 from worker.report.result import Result
 
@@ -126,7 +126,7 @@ def said(result: Result, picture: Picture | None) -> dict[str, Any]:
         "findings-more": f"and {more} more, less probable, in the structured report" if more > 0 else "",
         "why": _why(result, findings[0], result.inputs) if findings and result.inputs else None,
         "missing": _missing(result.inputs) if findings and result.inputs else [],
-        "notes": [],
+        "notes": [_clean(sentence)] if (sentence := replacing.sentence(result)) else [],
         "statement": RESEARCH if algorithm.research_use else CLINICAL,
         "made": [
             _clean(" ".join((algorithm.title and f"{algorithm.title}.", algorithm.quality_statement))),

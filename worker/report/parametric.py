@@ -13,8 +13,8 @@ from highdicom.pm import ParametricMap, RealWorldValueMapping
 
 from worker.domain import Document, Finding, Region, Saliency
 from worker.report import codes
-from worker.report.planes import about, finished, grid, in_frame_of_reference, located, position, stand_ins
-from worker.report.result import Result
+from worker.report.planes import finished, grid, in_frame_of_reference, located, position, stand_ins
+from worker.report.result import Result, about
 
 _KIND: Final = "map"
 _STEPS: Final = 1000
@@ -59,7 +59,6 @@ def _document(result: Result, finding: Finding, region: Region, saliency: Salien
         plane_positions=[position(saliency.affine, k) for k in range(len(saliency.array))],
         content_label="SALIENCY",
         content_description=f"Saliency: {label}",
-        content_qualification="RESEARCH" if result.algorithm.research_use else "PRODUCT",
         derived_pixel_contrast="NONE",
         **grid(saliency.affine),
         **about(result, _KIND, region.image, finding.name, number=number, what="saliency"),

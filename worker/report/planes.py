@@ -21,9 +21,8 @@ from pydicom.dataset import Dataset
 from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, SecondaryCaptureImageStorage
 
 from worker.domain import Document, Finding, Region
-from worker.report import codes
-from worker.report.content import MANUFACTURER, derive_uid, versions
-from worker.report.result import SERIES_NUMBERS, Result
+from worker.report.content import derive_uid
+from worker.report.result import Result
 
 _FRAME: Final = ["Rows", "Columns", "NumberOfFrames", "FrameOfReferenceUID", "PositionReferenceIndicator", "PatientOrientation"]
 _SPACING: Final = ["PixelSpacing", "ImagerPixelSpacing"]
@@ -39,28 +38,6 @@ def located(result: Result) -> dict[str, list[tuple[Finding, Region]]]:
         for region in finding.regions:
             found.setdefault(region.image, []).append((finding, region))
     return found
-
-
-def about(result: Result, kind: str, *more: str, number: int, what: str) -> dict[str, Any]:
-    """What highdicom's classes ask alike: UIDs, series and equipment of the document of `kind` that `more` tells from its sisters.
-
-    `number` counts those from 1; `what` says in a word what the series shows.
-    """
-    algorithm = result.algorithm
-    use = "research, not for diagnosis" if algorithm.research_use else "not verified"
-    return {
-        "series_instance_uid": result.series_uid(kind),
-        "series_number": SERIES_NUMBERS[kind],
-        "sop_instance_uid": result.uid(kind, *more),
-        "instance_number": 1000 * max(1, result.study.version) + number,
-        "series_description": f"{codes.short(f'AI {algorithm.name} {algorithm.version}', 62 - len(what) - len(use))}: {what}; {use}"[:64],
-        "manufacturer": MANUFACTURER,
-        "manufacturer_model_name": codes.short(algorithm.name),
-        "software_versions": versions(algorithm),
-        "device_serial_number": codes.short(algorithm.bundle_sha256),
-        "specific_character_set": "ISO_IR 192",
-        "coding_schemes": codes.identification([algorithm.procedure, *(one.code for one in result.findings)]),
-    }
 
 
 def header(result: Result, sop_instance_uid: str) -> Dataset:

@@ -15,16 +15,21 @@ from datetime import datetime, timedelta, timezone, tzinfo
 from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+import highdicom as hd
 import pydicom
+from highdicom.sr import ContainerContentItem, ContentItem
 from pydicom import config
 from pydicom.dataset import Dataset
+from pydicom.sr.codedict import codes as standard
+from pydicom.uid import ExplicitVRLittleEndian
 from pydicom.valuerep import DA, DT, TM
 
 from worker.domain import Document, Finding, Inputs, Study
 from worker.imaging.decoding import DecoderPool
-from worker.report.content import Algorithm, ReportUids, derive_uid
+from worker.report import codes, content
+from worker.report.content import MANUFACTURER, Algorithm, Placed, ReportUids, derive_uid, versions
 from worker.report.evidence import Evidence, read
 
 # A misspelt keyword would otherwise be dropped from a document without a word (STANDARDS.md §0.11).
@@ -47,6 +52,8 @@ SERIES_NUMBERS: Final = {
 #: All that another object needs to know of one to refer to it.
 REFERENCE: Final = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")
 _UNIX_EPOCH_YEAR: Final = 1970
+#: So many versions of a study have an Instance Number of their own.
+_MOST_VERSIONS: Final = 1000
 
 
 def report_uids(
@@ -54,15 +61,15 @@ def report_uids(
 ) -> ReportUids:
     """Derive the UIDs of the report that this bundle makes of this input of this study, after that predecessor.
 
-    All reports of one bundle on one study share a series. A failure has its own instance UID: what failed once
-    may succeed when it is tried again, and is another document then. So is an input that was there before another one
-    (a merge that was undone): it is filed after that other, which would else remain the last word.
+    A report that replaces another has a series of its own: viewers list series, and tell by them which is current. A failure has its own
+    instance UID: what failed once may succeed when it is tried again, and is another document then. So is an input that was there before
+    another one (a merge that was undone): it is filed after that other, which would else remain the last word.
     """
     kind = "failure" if is_failure else "report"
     after = (predecessor_uid,) if predecessor_uid else ()
     return ReportUids(
         sop_instance_uid=derive_uid(kind, study_instance_uid, bundle_sha256, input_sha256, *after),
-        series_instance_uid=derive_uid("series", study_instance_uid, bundle_sha256),
+        series_instance_uid=derive_uid("series", study_instance_uid, bundle_sha256, *after),
         device_uid=derive_uid("device", bundle_sha256),
     )
 
@@ -72,7 +79,7 @@ class Result:
     """One analysis, checked: findings, or a reason why there are none.
 
     ``analysed_at`` is in the one zone that all dates of its documents are in; ``zone`` is the site's, that of the times in a text.
-    ``previous`` refers to the root report that this one replaces (SOP class, instance, study and series UID); None if it is the first.
+    ``previous`` is the root report that this one replaces; None if it is the first.
     ``planes`` are those of each image that was loaded, and ``decoders`` read a plane again; without either there is no picture.
     """
 
@@ -96,12 +103,28 @@ class Result:
         return at.astimezone(self.analysed_at.tzinfo) if at.year >= _UNIX_EPOCH_YEAR else None
 
     def uid(self, kind: str, *more: str) -> str:
-        """Derive the SOP Instance UID of a document of `kind` beside the root report; `more` tells several apart."""
-        return derive_uid(kind, self.uids.sop_instance_uid, *more)
+        """Derive the SOP Instance UID of a document of `kind`; `more` tells several apart."""
+        return self.uids.sop_instance_uid if kind == "sr" else derive_uid(kind, self.uids.sop_instance_uid, *more)
 
     def series_uid(self, kind: str) -> str:
-        """Derive the Series Instance UID of this bundle's documents of `kind` on the study, of whatever version."""
-        return derive_uid("series", kind, self.study.study_instance_uid, self.algorithm.bundle_sha256)
+        """Derive the Series Instance UID of this result's documents of `kind`."""
+        return self.uids.series_instance_uid if kind == "sr" else derive_uid("series", kind, self.uids.series_instance_uid)
+
+    def tree(self, placed: Sequence[Placed] = (), *, whole: ContentItem | None = None, replaces: str = "") -> ContainerContentItem:
+        """Build the content tree of the root report, without places where none are given."""
+        return content.tree(
+            self.study,
+            algorithm=self.algorithm,
+            uids=self.uids,
+            source=self.source,
+            inputs=self.inputs,
+            findings=self.findings,
+            zone=self.zone,
+            failure=self.failure,
+            placed=placed or [Placed()] * len(self.findings),
+            whole=whole,
+            replaces=replaces,
+        )
 
     def finish(self, ds: Dataset) -> None:
         """Give `ds` the patient, study and order of the images, and one clock in place of the several that highdicom reads."""
@@ -208,6 +231,50 @@ def result_of(
     )
 
 
+def about(result: Result, kind: str, *more: str, number: int = 1, what: str = "") -> dict[str, Any]:
+    """What highdicom's classes ask alike of the document of `kind` that `more` tells from its sisters: UIDs, series, equipment, encoding.
+
+    `number` counts those from 1; `what` says in a word what the series shows. A series that replaces another says which it is by the
+    study's version.
+    """
+    algorithm, version = result.algorithm, max(1, result.study.version)
+    use = "research, not for diagnosis" if algorithm.research_use else "not verified"
+    what = "".join(f" {word}" for word in (what, f"#{version}" if result.previous else "") if word)
+    # PS3.5 §6.2: an LO has 64 characters.
+    name = codes.short(f"AI {algorithm.name} {algorithm.version}", 62 - len(use) - len(what))
+    return {
+        "series_instance_uid": result.series_uid(kind),
+        "series_number": SERIES_NUMBERS[kind],
+        "sop_instance_uid": result.uid(kind, *more),
+        "instance_number": version + _MOST_VERSIONS * (number - 1),
+        "series_description": f"{name}{what}: {use}",
+        "manufacturer": MANUFACTURER,
+        "manufacturer_model_name": codes.short(algorithm.name),
+        "software_versions": versions(algorithm),
+        "device_serial_number": codes.short(algorithm.bundle_sha256),
+        "content_qualification": "RESEARCH" if algorithm.research_use else "PRODUCT",
+        "coding_schemes": codes.identification(content.codes_of(algorithm, result.findings, result.inputs)),
+        "contributing_equipment": [_equipment(algorithm, device_uid=result.uids.device_uid, at=result.analysed_at)],
+        "specific_character_set": "ISO_IR 192",
+        "transfer_syntax_uid": ExplicitVRLittleEndian,
+    }
+
+
+def _equipment(algorithm: Algorithm, *, device_uid: str, at: datetime) -> hd.ContributingEquipment:
+    """Name the algorithm; its Device UID changes with every byte of the bundle (IHE AIR)."""
+    item = hd.ContributingEquipment(
+        manufacturer=MANUFACTURER,
+        purpose_of_reference=standard.DCM.ProcessingEquipment,
+        manufacturer_model_name=codes.short(algorithm.name),
+        software_versions=versions(algorithm),
+        device_serial_number=codes.short(algorithm.bundle_sha256),
+        contribution_datetime=stamp(at),
+        contribution_description=f"Processing algorithm, weights-sha256:{algorithm.weights_sha256}",
+    )
+    item.DeviceUID = device_uid
+    return item
+
+
 def _document_zone(source: Evidence, *, study: Study, analysed_at: datetime, zone: tzinfo) -> timezone:
     """Choose the one offset that all dates of the document are in, the study's among them (PS3.3 §C.12.1.1.8).
 
@@ -220,10 +287,10 @@ def _document_zone(source: Evidence, *, study: Study, analysed_at: datetime, zon
 
 
 def _previous(predecessor: Document | None, *, own_uid: str) -> Dataset | None:
-    """Read what Predecessor Documents Sequence needs; a report that is made again does not precede itself."""
+    """Read the report that this one replaces; a report that is made again does not precede itself."""
     if predecessor is None or predecessor.sop_instance_uid == own_uid:
         return None
-    return pydicom.dcmread(BytesIO(predecessor.data), specific_tags=list(REFERENCE))
+    return pydicom.dcmread(BytesIO(predecessor.data))
 
 
 def stamp(at: datetime) -> DT:

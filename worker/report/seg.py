@@ -16,8 +16,8 @@ from pydicom.sr.codedict import codes as standard
 from worker.domain import Document, Finding, Region
 from worker.report import codes, sites
 from worker.report.content import MANUFACTURER, percent, tracking_uid
-from worker.report.planes import about, finished, frames_of, grid, in_frame_of_reference, located, position, stand_ins
-from worker.report.result import Result
+from worker.report.planes import finished, frames_of, grid, in_frame_of_reference, located, position, stand_ins
+from worker.report.result import Result, about
 
 _KIND: Final = "seg"
 

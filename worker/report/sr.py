@@ -7,24 +7,20 @@ Not here: what is said (content.py), its codes (codes.py), what the images say o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime
 from io import BytesIO
 
-import highdicom as hd
 from highdicom import sr
 from pydicom import dcmread
 from pydicom.dataset import Dataset
-from pydicom.sr.codedict import codes as standard
-from pydicom.uid import ExplicitVRLittleEndian
 
 from worker import events
 from worker.domain import Document
 from worker.ops.log import places
-from worker.report import codes, content, gate
-from worker.report.content import MANUFACTURER, Algorithm, Placed, versions
+from worker.report import codes, gate, replacing
+from worker.report.content import Placed
 from worker.report.evidence import references
 from worker.report.places import placed, whole_image
-from worker.report.result import REFERENCE, SERIES_NUMBERS, Result, stamp
+from worker.report.result import REFERENCE, Result, about
 
 
 def build(result: Result, companions: Sequence[Document] = ()) -> Document:
@@ -46,59 +42,44 @@ def build(result: Result, companions: Sequence[Document] = ()) -> Document:
     ----------
     PS3.16 TID 1500, 1501, 300, 1600; PS3.3 §A.35.13; IHE RAD AI Results (AIR).
     """
-    study, algorithm, source, uids = result.study, result.algorithm, result.source, result.uids
-    told, whole = _places(result, companions)
-    root = content.tree(
-        study,
-        algorithm=algorithm,
-        uids=uids,
-        source=source,
-        inputs=result.inputs,
-        findings=result.findings,
-        zone=result.zone,
-        failure=result.failure,
-        placed=told,
-        whole=whole,
-    )
-    use = "research, not for diagnosis" if algorithm.research_use else "not verified"
-    ds = sr.Comprehensive3DSR(
-        evidence=[source.stand_in],
-        content=_bare(root),
-        series_instance_uid=uids.series_instance_uid,
-        series_number=SERIES_NUMBERS["sr"],
-        sop_instance_uid=uids.sop_instance_uid,
-        instance_number=max(1, study.version),
-        series_description=f"{codes.short(f'AI {algorithm.name} {algorithm.version}', 35)}: {use}",
-        manufacturer=MANUFACTURER,
-        manufacturer_model_name=codes.short(algorithm.name),
-        software_versions=versions(algorithm),
-        device_serial_number=codes.short(algorithm.bundle_sha256),
-        content_qualification="RESEARCH" if algorithm.research_use else "PRODUCT",
-        content_date=result.analysed_at.date(),
-        content_time=result.analysed_at.time(),
-        coding_schemes=codes.identification(content.codes_of(algorithm, result.findings, result.inputs)),
-        is_complete=True,
-        is_final=False,
-        is_verified=False,
-        performed_procedure_codes=[codes.concept(algorithm.procedure)],
-        requested_procedures=source.requests or None,
-        contributing_equipment=[_equipment(algorithm, device_uid=uids.device_uid, at=result.analysed_at)],
-        specific_character_set="ISO_IR 192",
-        transfer_syntax_uid=ExplicitVRLittleEndian,
-    )
-    ds.ContentSequence = root.ContentSequence
+    told, whole = told_places(result, companions)
+    root = result.tree(told, whole=whole, replaces=replacing.sentence(result))
+    ds = written(result, sr.Comprehensive3DSR, root, "sr")
     # Whatever was made for the requested procedure, and all that the tree names (PS3.3 §C.17.2).
-    ds.CurrentRequestedProcedureEvidenceSequence = references([*source.instances, *_objects(companions)])
-    if result.previous is not None:
-        ds.PredecessorDocumentsSequence = references([result.previous])
+    ds.CurrentRequestedProcedureEvidenceSequence = references([*result.source.instances, *_objects(companions)])
     result.finish(ds)
     ds.SeriesDescriptionCodeSequence = [codes.concept(codes.SERIES)]
     document = result.document(ds, "sr")
-    gate.check(document.data, study=study)
+    gate.check(document.data, study=result.study)
     return document
 
 
-def _places(result: Result, companions: Sequence[Document]) -> tuple[list[Placed], sr.ContentItem | None]:
+def written(
+    result: Result, document: type[sr.Comprehensive3DSR | sr.EnhancedSR], root: sr.ContainerContentItem, kind: str, *, what: str = ""
+) -> Dataset:
+    """Make an unverified, complete, preliminary report of `root`; evidence and patient are the caller's.
+
+    Its predecessor is that of its kind, or where there was none the root report.
+    """
+    ds = document(
+        evidence=[result.source.stand_in],
+        content=_bare(root),
+        content_date=result.analysed_at.date(),
+        content_time=result.analysed_at.time(),
+        is_complete=True,
+        is_final=False,
+        is_verified=False,
+        performed_procedure_codes=[codes.concept(result.algorithm.procedure)],
+        requested_procedures=result.source.requests or None,
+        **about(result, kind, what=what),
+    )
+    ds.ContentSequence = root.ContentSequence
+    if result.previous is not None:
+        ds.PredecessorDocumentsSequence = references([*replacing.companions(result.previous, kind), result.previous][:1])
+    return ds
+
+
+def told_places(result: Result, companions: Sequence[Document] = ()) -> tuple[list[Placed], sr.ContentItem | None]:
     """Say where each finding is, and on what image those are that have no place; a place that cannot be told does not cost the report."""
     written = {one.sop_instance_uid for one in companions}
     try:
@@ -114,7 +95,9 @@ def _bare(root: sr.ContainerContentItem) -> sr.ContainerContentItem:
     That is half the time for a radiograph and a third for 200 slices. What it would look for, images that are no
     evidence, cannot be there: both come from the same list.
     """
-    bare = sr.ContainerContentItem(root.name, template_id="1500")
+    bare = sr.ContainerContentItem(root.name)
+    if "ContentTemplateSequence" in root:
+        bare.ContentTemplateSequence = root.ContentTemplateSequence
     bare.ContentSequence = sr.ContentSequence()
     return bare
 
@@ -122,18 +105,3 @@ def _bare(root: sr.ContainerContentItem) -> sr.ContainerContentItem:
 def _objects(companions: Sequence[Document]) -> list[Dataset]:
     """What evidence sequences need to know of each; what is no DICOM object cannot be named there."""
     return [dcmread(BytesIO(one.data), specific_tags=list(REFERENCE)) for one in companions if one.sop_class_uid]
-
-
-def _equipment(algorithm: Algorithm, *, device_uid: str, at: datetime) -> hd.ContributingEquipment:
-    """Name the algorithm; its Device UID changes with every byte of the bundle (IHE AIR)."""
-    item = hd.ContributingEquipment(
-        manufacturer=MANUFACTURER,
-        purpose_of_reference=standard.DCM.ProcessingEquipment,
-        manufacturer_model_name=codes.short(algorithm.name),
-        software_versions=versions(algorithm),
-        device_serial_number=codes.short(algorithm.bundle_sha256),
-        contribution_datetime=stamp(at),
-        contribution_description=f"Processing algorithm, weights-sha256:{algorithm.weights_sha256}",
-    )
-    item.DeviceUID = device_uid
-    return item

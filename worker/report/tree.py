@@ -110,15 +110,21 @@ def _summaries(item: Dataset) -> Iterator[str]:
 
 def _item(item: Dataset, *, depth: int) -> Iterator[str]:
     """Write `item` and, below it, what it contains."""
-    value = _value(item)
-    observed = item.get("ObservationDateTime")
-    yield (
-        _INDENT * depth
-        + _code(item.get("ConceptNameCodeSequence"))
-        + (f": {value}" if value else "")
-        + (f" (observed {observed})" if observed else "")
-    )
+    yield _INDENT * depth + line(item)
     yield from _children(item, depth=depth + 1)
+
+
+def line(item: Dataset) -> str:
+    """Write `item` without what it contains: "Probability [122157 DCM]: 73.21 %"."""
+    value = told(item)
+    return _code(item.get("ConceptNameCodeSequence")) + (": " if value else "") + value
+
+
+def told(item: Dataset, *, has_code: bool = True) -> str:
+    """Write the value of `item` alone, and its time where it has its own: "< 3 mg/L (observed 20240102063000+0100)"."""
+    observed = item.get("ObservationDateTime")
+    value = _value(item) if has_code or item.ValueType != "CODE" else str(item.ConceptCodeSequence[0].CodeMeaning)
+    return " ".join(filter(None, (value, f"(observed {observed})" if observed else "")))
 
 
 def _children(item: Dataset, *, depth: int) -> Iterator[str]:
@@ -142,6 +148,8 @@ def _value(item: Dataset) -> str:
         return _number(item)
     if kind in _REFERENCES:
         return ", ".join(str(ref.get("ReferencedSOPInstanceUID", "")) for ref in item.get("ReferencedSOPSequence") or ())
+    if kind == "SCOORD3D" and item.get("GraphicType") == "POINT":
+        return f"{', '.join(f'{mm:.1f}' for mm in item.GraphicData)} mm (left, posterior, superior)"
     if kind.startswith(("SCOORD", "TCOORD")):
         return str(item.get("GraphicType") or item.get("TemporalRangeType") or "")
     return ""

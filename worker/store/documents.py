@@ -101,6 +101,14 @@ def owner(conn: Connection, study_id: int) -> tuple[str, Patient, str]:
     return row.study_instance_uid, Patient(PatientKey(row.issuer, row.patient_id), row.patient_name), row.accession_number
 
 
+def root_delivery(conn: Connection, one: Job) -> str:
+    """State of the job that brings the root report of the same analysis to the same destination; "completed" if it gets none."""
+    same = (job.c.study_id == one.study_id, job.c.bundle == one.bundle, job.c.input_version == one.input_version)
+    of_root = sa.select(job.c.state).join(document, document.c.id == job.c.document_id).where(*same, _IS_ROOT)
+    state = conn.execute(of_root.where(job.c.kind == "deliver", job.c.destination == one.destination).order_by(job.c.id.desc())).scalar()
+    return str(state or "completed")
+
+
 def delivered(conn: Connection, *, destination: str, since: datetime) -> list[AnyRow]:
     """Job, study and document of each delivery to `destination` since then, the newest first."""
     done = (job.c.kind == "deliver", job.c.state == "completed", job.c.destination == destination, job.c.finished_at >= since)
