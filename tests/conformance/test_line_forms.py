@@ -37,7 +37,7 @@ from worker.store.schema import document, job
 
 __all__ = ["bundle"]  # a fixture
 
-KINDS = ("sr", "seg", "gsps", "keys", "basic", "rejection")
+KINDS = ("sr", "gsps", "keys", "basic", "rejection")
 
 
 @dataclass
