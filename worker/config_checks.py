@@ -175,6 +175,8 @@ def _check_web(web: Web) -> None:
         is_url = False
     if not is_url or url.path or url.query or url.fragment or "@" in url.netloc:
         raise ConfigError("web.base_url is how a browser calls the page: https://synoptic.hospital.example, with nothing behind the host.")
+    if web.host in ("0.0.0.0", "::") and not web.base_url:  # noqa: S104  what is refused
+        raise ConfigError("web.base_url is needed where host is every address of this one: under another name the page does not answer.")
     is_closed = web.tls_certificate or (_is_near(url.hostname) or url.scheme == "https" if web.base_url else _is_near(web.host))
     if not is_closed:
         raise ConfigError(
