@@ -37,7 +37,7 @@ from worker.store.schema import document, job
 
 __all__ = ["bundle"]  # a fixture
 
-KINDS = ("sr", "seg", "summary", "gsps", "keys", "basic", "rejection")
+KINDS = ("sr", "summary", "gsps", "keys", "basic", "rejection")
 
 
 @dataclass
