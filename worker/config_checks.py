@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import ipaddress
 from typing import TYPE_CHECKING, Final
@@ -89,10 +90,23 @@ def _check_secrets(peer: Destination, where: str) -> None:
             raise ConfigError(f"{where}: {key}_secret without {door}.")
         if not (secret.isprintable() and secret.isascii()):
             raise ConfigError(f"{where}: {key}_secret is a token, or user:password, in printable ASCII.")
+    _check_key(peer.webhook_secret, where)
     for door in ("stow", "fhir", "webhook"):
         if url := getattr(peer, f"{door}_url"):
             _check_url(f"{where}: {door}_url", url, ends_with="/studies" if door == "stow" else "", secret=f"{door}_secret")
     _check_mail(peer, where)
+
+
+def _check_key(secret: str, where: str) -> None:
+    """A key that cannot be read would be found out by the first critical finding, and nobody be told of it."""
+    if not secret.startswith("whsec_"):
+        return
+    try:
+        key = base64.b64decode(secret.removeprefix("whsec_"), validate=True)
+    except ValueError:
+        key = b""
+    if not key:
+        raise ConfigError(f"{where}: webhook_secret begins with whsec_, and what follows is no key in Base64.")
 
 
 def _check_mail(peer: Destination, where: str) -> None:
