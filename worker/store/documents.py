@@ -137,9 +137,7 @@ def is_marked(conn: Connection, job_id: int) -> bool:
 def delivered(conn: Connection, *, destination: str, since: datetime) -> list[AnyRow]:
     """Job, study and document of each delivery to `destination` since then, the newest first; without what a note there has marked."""
     done = (job.c.kind == "deliver", job.c.state == "completed", job.c.destination == destination, job.c.finished_at >= since)
-    wanted = (
-        sa.select(job.c.id, job.c.study_id, job.c.document_id).where(*done, ~_IS_MARKED)
-    )
+    wanted = sa.select(job.c.id, job.c.study_id, job.c.document_id).where(*done, ~_IS_MARKED)
     return list(conn.execute(wanted.order_by(job.c.finished_at.desc(), job.c.id.desc())))
 
 
