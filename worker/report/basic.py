@@ -40,7 +40,8 @@ _CONTAINS: Final = sr.RelationshipTypeValues.CONTAINS
 def build(result: Result) -> tuple[Document, ...]:
     """Write the report in words."""
     tree = result.tree(told_places(result)[0], replaces=replacing.sentence(result))
-    root = sr.ContainerContentItem(tree.name, is_content_continuous=False)
+    # Not the root's title, which is TID 1500's: OHIF 3.13 looks for measurements to draw in whatever is called so, and stays black.
+    root = sr.ContainerContentItem(concept(codes.SERIES), is_content_continuous=False)
     root.ContentSequence = sr.ContentSequence(list(_in_words(tree, result)))
     ds = written(result, sr.EnhancedSR, root, "basic", what="as text")
     ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = BasicTextSRStorage  # of the same modules: PS3.3 Tables A.35.1-1, A.35.2-1

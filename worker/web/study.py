@@ -44,7 +44,7 @@ class Report:
     @property
     def image(self) -> int | None:
         """The row of its summary image."""
-        return next((one.id for one in self.companions if one.kind == _IMAGE), None)
+        return next((one.id for one in self.companions if one.kind == _IMAGE and one.sop_class_uid), None)  # else it could not be written
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +163,9 @@ def show_again(request: Request, number: int, site: ASite, _who: AWatcher, had: 
 def image(number: int, document: int, site: ASite, _who: AVisitor) -> Response:
     """A summary image for a browser."""
     with site.store.read() as conn:
-        row = next((one for one in worklist.documents_of(conn, number) if one.id == document and one.kind == _IMAGE), None)
+        row = next(
+            (one for one in worklist.documents_of(conn, number) if one.id == document and one.kind == _IMAGE and one.sop_class_uid), None
+        )
         if row is None:
             raise HTTPException(404, "This study has no such image.")
         whole = documents.load(conn, document)
