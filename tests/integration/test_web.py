@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -86,18 +87,29 @@ class Place:
         return [re.sub(r"^\S+  ", "", line) for line in audit.told(self.trail)]
 
 
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
-    store = Store(f"sqlite:///{tmp_path / 'synoptic.db'}")
+@pytest.fixture(scope="module")
+def furnished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, int]]:
+    """A database with people and studies, to be copied."""
+    folder = tmp_path_factory.mktemp("ward")
+    store = Store(f"sqlite:///{folder / 'synoptic.db'}")
     store.migrate()
-    monkeypatch.setattr(accounts, "COST", ward.CHEAP)
     ward.people(store)
-    found = ward.furnish(store, tmp_path)
+    found = ward.furnish(store, folder)
+    store.close()
+    return folder / "synoptic.db", found.studies
+
+
+@pytest.fixture
+def place(furnished: tuple[Path, dict[str, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+    whole, studies = furnished
+    shutil.copy(whole, tmp_path / "synoptic.db")
+    store = Store(f"sqlite:///{tmp_path / 'synoptic.db'}")
+    monkeypatch.setattr(accounts, "COST", ward.CHEAP)
     (tmp_path / "spool").mkdir()
     config = Config(site=Site(data=tmp_path), web=Web())
     clock = Clock(ward.NOW + timedelta(minutes=1))
     audit.begin(config.trail, ae_title="SYNOPTIC", limit_bytes=2**24)
-    yield Place(application(config, store, now=clock), store, found.studies, clock, config.trail)
+    yield Place(application(config, store, now=clock), store, studies, clock, config.trail)
     audit.end()
     store.close()
 
