@@ -55,13 +55,8 @@ _KNOWN: Final = sa.select(instance.c.id, instance.c.sha256, instance.c.removed_a
 )
 #: A summary page is an image as any other: analysed again for it, what failed would make another, for ever where all is forwarded.
 _OWN: Final = sa.select(document.c.id).where(document.c.sop_instance_uid == sa.bindparam("uid"))
-_NEWS: Final[dict[str, Any]] = {
-    "last_received_at": sa.bindparam("now"),
-    "quiet_until": sa.bindparam("quiet"),
-    "state": "receiving",
-    "removed_at": None,
-}
-_TOUCH: Final = sa.update(study).where(study.c.id == sa.bindparam("study")).values(_NEWS)
+_STATE: Final = {"last_received_at": sa.bindparam("now"), "quiet_until": sa.bindparam("quiet"), "removed_at": None}
+_TOUCH: Final = sa.update(study).where(study.c.id == sa.bindparam("study")).values(_STATE).values(state="receiving")
 
 
 @cache
