@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
@@ -55,13 +55,8 @@ _KNOWN: Final = sa.select(instance.c.id, instance.c.sha256, instance.c.removed_a
 )
 #: A summary page is an image as any other: analysed again for it, what failed would make another, for ever where all is forwarded.
 _OWN: Final = sa.select(document.c.id).where(document.c.sop_instance_uid == sa.bindparam("uid"))
-_NEWS: Final[dict[str, Any]] = {
-    "last_received_at": sa.bindparam("now"),
-    "quiet_until": sa.bindparam("quiet"),
-    "state": "receiving",
-    "removed_at": None,
-}
-_TOUCH: Final = sa.update(study).where(study.c.id == sa.bindparam("study")).values(_NEWS)
+_TOUCHED: Final = sa.update(study).where(study.c.id == sa.bindparam("study")).values(state="receiving", removed_at=None)
+_TOUCH: Final = _TOUCHED.values(last_received_at=sa.bindparam("now"), quiet_until=sa.bindparam("quiet"))
 
 
 @cache
