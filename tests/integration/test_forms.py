@@ -71,7 +71,7 @@ def of_text(ds: Dataset) -> dict[str, Said]:
     found, verdicts = {}, {code.meaning: verdict for verdict, code in codes.VERDICTS.items()}
     for group in items(ds):
         said = {item.ConceptNameCodeSequence[0].CodeValue: item for item in group.get("ContentSequence") or ()}
-        paragraph = said["121071"].TextValue if {"112040", "121071"} <= said.keys() else ""
+        paragraph = said["121111"].TextValue if {"112040", "121111"} <= said.keys() else ""
         if read := re.search(r"\bProbability: ([0-9.]+) %\..* Verdict at the operating threshold: (\w+)\.", paragraph):
             found[said["112040"].UID] = Said(group.ConceptNameCodeSequence[0].CodeMeaning, float(read[1]), verdicts[read[2]])
     return found

@@ -71,7 +71,8 @@ def _of_group(group: Dataset, result: Result) -> sr.ContainerContentItem:
     tracking = [item for item in group.ContentSequence if item.ValueType == "UIDREF" or _name(item) == _TRACKING]
     said = [item for item in group.ContentSequence if item not in tracking and _name(item) not in _ALGORITHM]
     heading = next((item.value for item in said if _name(item) == _FINDING.value), group.name)
-    return _container(heading, [*tracking, _text(concept(_FINDING), said, result)])
+    # Not named Finding: OHIF 3.13 sets such a text without line breaks, and it runs out of the screen.
+    return _container(heading, [*tracking, _text(concept(codes.SUMMARY), said, result)])
 
 
 def _text(name: sr.CodedConcept, items: Iterable[sr.ContentItem], result: Result) -> sr.TextContentItem:
