@@ -18,7 +18,7 @@ from worker.store.database import Connection
 from worker.store.people import VERDICTS
 from worker.store.schema import AnyRow
 from worker.web import words
-from worker.web.pages import study_row, subject_of
+from worker.web.pages import LAST, study_row, subject_of
 from worker.web.site import ASite, AVisitor, AWatcher, Fields, Site, Visitor, may
 
 router = APIRouter()
@@ -102,7 +102,7 @@ def show(
     number: int,
     site: ASite,
     who: AVisitor,
-    report: Annotated[int, Query(ge=0, le=2**63 - 1)] = 0,
+    report: Annotated[int, Query(ge=0, le=LAST)] = 0,
     did: str = "",
     jobs: Annotated[int, Query(ge=0, le=10_000)] = 0,
 ) -> Response:
@@ -162,15 +162,17 @@ def show_again(request: Request, number: int, site: ASite, _who: AWatcher, had: 
 
 
 @router.get("/studies/{number}/documents/{document}.png")
-def image(number: int, document: int, site: ASite, _who: AVisitor) -> Response:
+def image(number: int, document: int, site: ASite, who: AVisitor) -> Response:
     """A summary image for a browser."""
     with site.store.read() as conn:
+        study = study_row(conn, number)
         row = next((one for one in worklist.documents_of(conn, number) if one.id == document and one.kind == _IMAGE), None)
         if row is None:
             raise HTTPException(404, "This study has no such image.")
         whole = documents.load(conn, document)
     if not whole.is_whole:
         raise HTTPException(404, "The stored image is not as it was written, and is not shown.")
+    audit.accessed(subject_of(study), person=who.party, reason="summary image")
     return Response(png(whole.data), media_type="image/png")
 
 
@@ -193,7 +195,8 @@ def review(number: int, finding: int, site: ASite, fields: Fields, who: Annotate
     with site.store.begin() as conn:
         row = study_row(conn, number)
         author = who.account.name
-        agreed = reviews.add(conn, finding, study_id=number, author=author, verdict=verdict, note=fields.get("note", ""), now=site.now())
+        said = {"author": author, "verdict": verdict, "note": fields.get("note", "")}
+        agreed = reviews.add(conn, finding, study_id=number, now=site.now(), **said) if 0 < finding <= LAST else None
     if agreed is None:
         raise HTTPException(404, "This study has no such finding.")
     audit.accessed(subject_of(row), person=who.party, action="U", reason=f"finding {finding} {'agreed' if agreed else 'corrected'}")
