@@ -82,6 +82,16 @@ def test_whatever_shows_a_patient_is_audited_or_was_shown_to_the_same_session_be
     assert browser.get(one[1].replace("&amp;", "&")).status_code == 200
 
 
+def test_no_search_makes_an_audit_message_that_a_repository_would_refuse(place: Place) -> None:
+    browser = place.browser("a.viewer")
+    csrf = re.search(r'name="csrf" value="(\w+)"', browser.get("/account").text)
+    assert csrf
+    form = f"csrf={csrf[1]}&wanted=".encode() + b"\xff" * 16_000  # each becomes U+FFFD, three octets
+    assert browser.client.post("/search", content=form).headers["location"] == "/?none=true"
+    longest = max(len(line) for path in place.trail.glob("*.log") for line in path.read_bytes().splitlines())
+    assert longest < 32_768  # PS3.15 §A.6
+
+
 def test_a_new_password_that_is_refused_is_no_wrong_try_and_a_wrong_old_one_is_audited(place: Place) -> None:
     browser = place.browser("a.viewer")
     for _ in range(accounts.TRIES):
