@@ -21,7 +21,7 @@ from tests.installation import Installation, wait_until
 from tests.integration.test_web import Place, place
 from worker import daemon
 from worker.config import Config, Site, Web
-from worker.store import accounts, worklist
+from worker.store import accounts, history, worklist
 from worker.store.database import DatabaseUnavailable, Store
 from worker.store.schema import study
 from worker.web import connection, login, serve
@@ -62,6 +62,19 @@ def test_a_study_of_the_end_of_the_calendar_is_shown(place: Place, tmp_path: Pat
     east = Config(site=Site(data=tmp_path, timezone="Europe/Berlin"), web=Web())
     there = Place(application(east, place.store, now=place.clock), place.store, place.studies, place.clock, place.trail)
     assert there.browser("a.viewer").get(f"/studies/{number}").status_code == 200
+
+
+def test_a_history_of_days_of_attempts_is_shown_by_its_ends(place: Place) -> None:
+    number = place.studies["failed"]
+    facts = {"destination": "pacs", "reason": ward.WHY}
+    with place.store.begin() as conn:
+        for attempt in range(1000):
+            history.note(conn, number, name="deliver.retried", now=place.clock.at, attempt=attempt, **facts)
+    text = place.browser("a.viewer").get(f"/studies/{number}/live").text
+    assert "First image came from" in text
+    assert "attempt 999" in text
+    assert re.search(r"\d{3} steps in between", text)
+    assert text.count("<li") == 401
 
 
 def test_whatever_shows_a_patient_is_audited_or_was_shown_to_the_same_session_before(place: Place) -> None:

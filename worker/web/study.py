@@ -25,6 +25,8 @@ router = APIRouter()
 
 #: Seconds between two looks at a study that something happens to.
 EVERY_S: Final = 4
+#: Of a history so many steps, the first and the last: days of attempts are thousands, and are asked for again and again.
+_FIRST, _LAST = 100, 300
 #: PS3.3 §A.8: what a browser is shown as an image.
 _IMAGE: Final = "summary"
 
@@ -75,7 +77,12 @@ def timeline(conn: Connection, study_id: int) -> list[Step]:
     steps = [Step(one.at, *words.event(one.name, one.facts)) for one in history.of_study(conn, study_id)]
     asked = commitments.of_study(conn, study_id)
     steps += [Step(row.asked_at, f"{row.destination} was asked to promise that it keeps the report", "", "") for row in asked]
-    return sorted(steps, key=lambda step: step.at)
+    steps.sort(key=lambda step: step.at)
+    between = len(steps) - _FIRST - _LAST
+    if between > 0:
+        left = Step(steps[_FIRST].at, f"{words.plural(between, 'step')} in between; synoptic show tells each", "", "")
+        steps[_FIRST : _FIRST + between] = [left]
+    return steps
 
 
 def _facts(site: Site, number: int) -> dict[str, Any]:
