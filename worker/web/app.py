@@ -37,7 +37,8 @@ HEADERS: Final[Mapping[str, str]] = {
     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
-    "Referrer-Policy": "no-referrer",
+    # Not "no-referrer": by that a browser without fetch metadata says of our own forms, too, that they are of nowhere.
+    "Referrer-Policy": "same-origin",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Permissions-Policy": "camera=(), geolocation=(), microphone=(), payment=()",
@@ -128,8 +129,9 @@ def _unread(request: Request, _error: Exception) -> HTMLResponse:
     return _sentence(request, 404, "There is no such page.")  # the framework would repeat what was asked for
 
 
-def _away(request: Request, error: Exception) -> HTMLResponse:
-    return _sentence(request, 503, f"{error} Images are kept by their senders meanwhile; try again in a minute.")
+def _away(request: Request, _error: Exception) -> HTMLResponse:
+    # What the driver says names hosts, users and folders; this page is for whoever asks.
+    return _sentence(request, 503, "The database is not available; /ready says why. Images are kept by their senders meanwhile.")
 
 
 def _failed(request: Request, error: Exception) -> HTMLResponse:

@@ -233,6 +233,8 @@ def _is_monitor(request: Request) -> bool:
         address = ipaddress.ip_address(address_of(request))
     except ValueError:
         return False
+    # A socket of both families names the older one so (RFC 4291 §2.5.5.2).
+    address = getattr(address, "ipv4_mapped", None) or address
     return any(address in ipaddress.ip_network(one, strict=False) for one in site_of(request).web.monitors)
 
 

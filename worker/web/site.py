@@ -32,6 +32,7 @@ HERE: Final = Path(__file__).parent
 #: Of a form; nothing we ask for is longer.
 MAX_FORM_BYTES: Final = 16 * 1024
 COUNTS_S: Final = 5.0
+MAX_FIELDS: Final = 20
 #: What each role may. An administrator is no radiologist: who says that a finding is wrong must be one.
 RIGHTS: Final[Mapping[str, frozenset[str]]] = {
     "see": frozenset({"viewer", "operator", "radiologist", "admin"}),
@@ -115,7 +116,11 @@ class Visitor:
     @property
     def csrf(self) -> str:
         """What this session's forms must bring."""
-        return hmac.new(self.token.encode(), b"csrf", hashlib.sha256).hexdigest()
+        return self.sealed("csrf")
+
+    def sealed(self, text: str) -> str:
+        """What nobody without this session can say of a text."""
+        return hmac.new(self.token.encode(), text.encode(), hashlib.sha256).hexdigest()
 
     @property
     def party(self) -> audit.Party:
@@ -172,7 +177,13 @@ async def form(request: Request) -> dict[str, str]:
         body += part
         if len(body) > MAX_FORM_BYTES:
             raise HTTPException(413, "The form is too long.")
-    return dict(parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True, max_num_fields=20))
+    try:
+        found = dict(parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True, max_num_fields=MAX_FIELDS))
+    except ValueError:
+        raise HTTPException(400, "The form has too many fields.") from None
+    if any("\0" in value for value in found.values()):  # PostgreSQL has no text with one
+        raise HTTPException(400, "The form holds a character that no keyboard has.")
+    return found
 
 
 Fields = Annotated[dict[str, str], Depends(form)]
