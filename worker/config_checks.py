@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import ipaddress
 from typing import TYPE_CHECKING, Final
@@ -89,10 +90,23 @@ def _check_secrets(peer: Destination, where: str) -> None:
             raise ConfigError(f"{where}: {key}_secret without {door}.")
         if not (secret.isprintable() and secret.isascii()):
             raise ConfigError(f"{where}: {key}_secret is a token, or user:password, in printable ASCII.")
+    _check_key(peer.webhook_secret, where)
     for door in ("stow", "fhir", "webhook"):
         if url := getattr(peer, f"{door}_url"):
             _check_url(f"{where}: {door}_url", url, ends_with="/studies" if door == "stow" else "", secret=f"{door}_secret")
     _check_mail(peer, where)
+
+
+def _check_key(secret: str, where: str) -> None:
+    """A key that cannot be read would be found out by the first critical finding, and nobody be told of it."""
+    if not secret.startswith("whsec_"):
+        return
+    try:
+        key = base64.b64decode(secret.removeprefix("whsec_"), validate=True)
+    except ValueError:
+        key = b""
+    if not key:
+        raise ConfigError(f"{where}: webhook_secret begins with whsec_, and what follows is no key in Base64.")
 
 
 def _check_mail(peer: Destination, where: str) -> None:
@@ -175,11 +189,15 @@ def _check_web(web: Web) -> None:
         is_url = False
     if not is_url or url.path or url.query or url.fragment or "@" in url.netloc:
         raise ConfigError("web.base_url is how a browser calls the page: https://synoptic.hospital.example, with nothing behind the host.")
+    if web.host in ("0.0.0.0", "::") and not web.base_url:  # noqa: S104  what is refused
+        raise ConfigError("web.base_url is needed where host is every address of this one: under another name the page does not answer.")
     is_closed = web.tls_certificate or (_is_near(url.hostname) or url.scheme == "https" if web.base_url else _is_near(web.host))
     if not is_closed:
         raise ConfigError(
             'web: host is not this machine alone, so tls_certificate is needed, or base_url = "https://…" where a proxy before it has one.'
         )
+    if not web.base_url and web.host in ("0.0.0.0", "::"):  # noqa: S104  what it answers to, not where it listens
+        raise ConfigError("web: where host is every address, base_url says by which name browsers call the page; it answers to no other.")
     if web.tls_key and not web.tls_certificate:
         raise ConfigError("web: tls_key without tls_certificate.")
     _check_addresses("web.monitors", web.monitors)

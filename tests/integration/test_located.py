@@ -26,7 +26,7 @@ from worker.domain import Document, Region, Series, Volume
 from worker.imaging import volume
 from worker.imaging.decoding import DecoderPool
 from worker.regions import Place
-from worker.report import codes, fhir, forms
+from worker.report import codes, evidence, fhir, forms
 from worker.report.result import Result
 from worker.report.seg import segment_of
 
@@ -352,8 +352,10 @@ def test_a_place_that_cannot_be_told_does_not_cost_the_report(tmp_path: Path, po
     result = located.result_with(series, [located.finding_at(located.painted(image, lesion, RADIUS_MM), located.place_of(image))])
     for one in series.instances:
         one.path.unlink()
-    (only,) = forms.author(result, KINDS)
-    ds = dcmread(BytesIO(only.data))
+    *lost, root = forms.author(result, KINDS)
+    assert [(one.kind, one.data) for one in lost] == [("seg", b""), ("map", b"")]
+    ds = dcmread(BytesIO(root.data))
+    assert {str(one.SOPInstanceUID) for one in evidence.referred(ds)} == set(result.source.paths)
     assert len(named(ds, codes.PROBABILITY)) == 2
     assert not [one for one in items(ds) if one.ValueType.startswith("SCOORD")]
     assert {one["kind"] for one in captured.named("document.failed")} == {"seg", "map", "places"}

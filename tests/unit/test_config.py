@@ -40,6 +40,7 @@ def test_the_example_shows_every_key_with_its_default() -> None:
 
 
 COMMITTING = "[[destinations]]\nname = 'pacs'\nae_title = 'P'\nhost = 'h'\nport = 1\ncommitment = true\n"
+HOOK = "[[destinations]]\nname = 'ward'\nwebhook_url = 'https://ward/hook'\n"
 STOW = "[[destinations]]\nname = 'web'\nstow_url = '{}'\n"
 
 
@@ -67,6 +68,8 @@ STOW = "[[destinations]]\nname = 'web'\nstow_url = '{}'\n"
         (STOW.format("https://pacs:99999/studies"), "stow_url must begin with https://"),
         (STOW.format("https://pacs/studies") + "commitment = true", "with stow_url there is no ae_title, host, port or commitment"),
         (STOW.format("https://pacs/studies") + "stow_secret = 'a\\nb'".replace("'", '"'), "printable ASCII"),
+        (HOOK + "webhook_secret = 'whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaS'", "what follows is no key in Base64"),
+        (HOOK + "webhook_secret = 'whsec_'", "what follows is no key in Base64"),
         (STOW.format("http://localhost/studies") + "tls_ca = 'x'", "the connection would be plain"),
         (COMMITTING.replace("commitment = true", "stow_secret = 'x'"), "stow_secret without stow_url"),
         ('[site]\ntimezone = "Mars/Olympus"', "there is no zone 'Mars/Olympus'"),

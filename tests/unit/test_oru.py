@@ -133,6 +133,22 @@ def test_every_order_that_the_images_answer_gets_the_result(tmp_path: Path) -> N
     assert [str(segment[0]) for segment in parsed].count("OBX") == 2 * len({str(one(1)) for one in parsed.segments("OBX")})
 
 
+@pytest.mark.parametrize("code", [{}, {"CodeValue": ""}, {"CodeMeaning": "XR Chest"}, {"CodeValue": "XR1"}], ids=str)
+def test_an_order_whose_procedure_is_half_coded_gets_the_result_all_the_same(code: dict[str, str], tmp_path: Path) -> None:
+    """Worklists hand on what the RIS has; the RIS would wait for ever."""
+
+    def order(ds: Dataset) -> None:
+        item, requested = Dataset(), Dataset()
+        for keyword, value in code.items():
+            setattr(requested, keyword, value)
+        item.RequestedProcedureCodeSequence = [requested]
+        ds.RequestAttributesSequence = [item]
+
+    obr = hl7.parse(message(result(tmp_path, change=order))).segment("OBR")
+    assert str(obr(25)) == "P"
+    assert (str(obr(44)) if len(obr) > 44 else "") == ("XR1^^99LOCAL" if code.get("CodeValue") else "")
+
+
 def test_images_without_an_order_are_answered_by_their_study(tmp_path: Path) -> None:
     def change(ds: Dataset) -> None:
         del ds.RequestAttributesSequence
