@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
 from worker.config_tables import ConfigError
-from worker.domain import KINDS_OF_DOOR, ROLES
+from worker.domain import DICOM_KINDS, KINDS_OF_DOOR, ROLES
 
 if TYPE_CHECKING:
     from worker.config import Config, Destination, Sender, Web
@@ -28,6 +28,7 @@ def check(config: Config) -> None:
     """
     for peer in config.destinations:
         _check_door(peer)
+    _check_notes(config.destinations)
     titles = [("receive.ae_title", config.receive.ae_title)]
     titles += [("senders.ae_title", sender.ae_title) for sender in config.senders]
     titles += [("destinations.ae_title", peer.ae_title) for peer in config.destinations if peer.door == "dicom"]
@@ -71,6 +72,14 @@ def _check_door(peer: Destination) -> None:
     known = KINDS_OF_DOOR[peer.door]
     if strange := [kind for kind in peer.documents if kind not in known]:
         raise ConfigError(f"{where}: documents: {strange[0]!r} is none of {', '.join(known)}.")
+
+
+def _check_notes(destinations: tuple[Destination, ...]) -> None:
+    """A note names the old report and all that was made with it; dcm4chee, unless told otherwise, refuses one that names what it lacks."""
+    made = {"sr", *(kind for peer in destinations if peer.is_archive for kind in peer.wanted)}
+    for peer in destinations:
+        if "rejection" in peer.wanted and (lacking := [kind for kind in DICOM_KINDS if kind in made - set(peer.wanted)]):
+            raise ConfigError(f"destinations {peer.name}: documents: with 'rejection' it must be sent {', '.join(lacking)}, too.")
 
 
 def _check_secrets(peer: Destination, where: str) -> None:
@@ -180,11 +189,15 @@ def _check_web(web: Web) -> None:
         is_url = False
     if not is_url or url.path or url.query or url.fragment or "@" in url.netloc:
         raise ConfigError("web.base_url is how a browser calls the page: https://synoptic.hospital.example, with nothing behind the host.")
+    if web.host in ("0.0.0.0", "::") and not web.base_url:  # noqa: S104  what is refused
+        raise ConfigError("web.base_url is needed where host is every address of this one: under another name the page does not answer.")
     is_closed = web.tls_certificate or (_is_near(url.hostname) or url.scheme == "https" if web.base_url else _is_near(web.host))
     if not is_closed:
         raise ConfigError(
             'web: host is not this machine alone, so tls_certificate is needed, or base_url = "https://…" where a proxy before it has one.'
         )
+    if not web.base_url and web.host in ("0.0.0.0", "::"):  # noqa: S104  what it answers to, not where it listens
+        raise ConfigError("web: where host is every address, base_url says by which name browsers call the page; it answers to no other.")
     if web.tls_key and not web.tls_certificate:
         raise ConfigError("web: tls_key without tls_certificate.")
     _check_addresses("web.monitors", web.monitors)

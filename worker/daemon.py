@@ -210,7 +210,7 @@ def supervise(config: Config, config_file: Path | None, *, wanted: Sequence[str]
         supervisor.children += [Child("run", command("run", config_file)) for _ in range(config.run.processes)]
     if "deliver" in wanted:
         supervisor.children.append(Child("deliver", command("deliver", config_file)))
-    closers += _page(config, config_file, supervisor) if "serve" in wanted else []
+    closers += _page(config, config_file, supervisor, is_alone=len(wanted) == 1) if "serve" in wanted else []
     roles.started("supervisor", roles=wanted)
     try:
         supervisor.watch()
@@ -257,8 +257,15 @@ def _front(
     return closers
 
 
-def _page(config: Config, config_file: Path | None, supervisor: Supervisor) -> list[Callable[[], object]]:
-    listener = _listener("web", config.web.host, config.web.port)
+def _page(config: Config, config_file: Path | None, supervisor: Supervisor, *, is_alone: bool) -> list[Callable[[], object]]:
+    try:
+        listener = _listener("web", config.web.host, config.web.port)
+    except (OSError, ConfigError):
+        if is_alone:
+            raise
+        # Images are taken even so; the child tries again and again for itself, and its end is told each time.
+        supervisor.children.append(Child("serve", command("serve", config_file)))
+        return []
     supervisor.children.append(Child("serve", command("serve", config_file, descriptor=listener.fileno()), (listener.fileno(),)))
     return [listener.close]
 
@@ -312,8 +319,8 @@ def role(name: str, config: Config, *, descriptor: int | None, parent: int, is_c
         elif name == "serve":
             from worker.web import serve
 
-            assert descriptor is not None  # noqa: S101  our own command line
-            serve(config, store, socket.socket(fileno=descriptor), stop)
+            web = config.web
+            serve(config, store, _listener("web", web.host, web.port) if descriptor is None else socket.socket(fileno=descriptor), stop)
         elif name == "run":
             roles.run(config, store, stop)
         else:

@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import httpx2
@@ -62,12 +63,14 @@ def _measure(base: str, studies: int, pages: int, database: str) -> int:
     client = httpx2.Client(base_url=base, headers={"sec-fetch-site": "same-origin"}, timeout=60)
     assert client.post("/login", data={"name": "a.viewer", "password": ward.PASSWORD}).status_code == 303
     chance = random.Random(7)
+    again = re.search(r'hx-get="(/rows[^"]*)"', client.get("/").text)
+    assert again
     deep = iter(_deep(client, pages))
     kinds: dict[str, Callable[[], str]] = {
         "newest": lambda: "/",
-        "looked at again": lambda: "/rows",
+        "looked at again": lambda: again[1],
         "somewhere deep": lambda: next(deep),
-        **{f"only {state}": (lambda state=state: f"/?state={state}") for state in ("failed", "delivered", "waiting", "held", "excluded")},
+        **{f"only {state}": partial("/?state={}".format, state) for state in ("failed", "delivered", "waiting", "held", "excluded")},
         "urgent": lambda: "/?urgent=true",
         "one patient": lambda: f"/?patient={chance.randint(1, studies)}",
         "one order": lambda: f"/?order={chance.randint(1, studies)}",

@@ -38,7 +38,7 @@ from worker.store.schema import commitment, document, job
 
 __all__ = ["bundle"]  # a fixture
 
-KINDS = ("sr", "seg", "summary", "gsps", "keys", "basic", "rejection")
+KINDS = ("sr", "gsps", "keys", "basic", "rejection")
 
 
 @dataclass
@@ -152,6 +152,7 @@ CHANGES: dict[str, tuple[Callable[[Site], None], str]] = {
 }
 
 
+@pytest.mark.requirement("F3")
 @pytest.mark.parametrize("change", CHANGES)
 def test_every_form_of_the_new_version_names_the_old_and_says_why_and_they_agree(change: str, site: Site) -> None:
     """Root and text by their predecessors and in words, the note by what it marks; series and numbers tell them apart in any viewer."""
@@ -234,7 +235,16 @@ def test_the_old_report_is_marked_only_when_the_new_one_is_there(site: Site, mon
     assert (states["sr"], states["rejection"], states["basic"]) == ("available", "available", "completed")
     assert "rejection" not in slow.taken
     assert delivered(site, Pacs(), monkeypatch, hours=1)["sr"] == "completed"
+    assert versions_asked_for(site) == {1, 2}
     assert delivered(site, Pacs(), monkeypatch, hours=2)["rejection"] == "completed"
+    assert versions_asked_for(site) == {2}
+
+
+def versions_asked_for(site: Site) -> set[int]:
+    """Of the delivered documents, those versions that `synoptic check --pacs` looks for."""
+    with site.store.read() as conn:
+        version = {row.id: row.input_version for row, _ in documents.of_study(conn, 1)}
+        return {version[one.document_id] for one in documents.delivered(conn, destination="pacs", since=NOW - timedelta(days=1))}
 
 
 def test_an_old_report_that_is_late_is_marked_when_it_is_there(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,15 +341,15 @@ def test_a_form_that_could_not_be_written_is_a_dead_letter_and_the_study_no_deli
     def fails(_result: Result) -> tuple[Document, ...]:
         raise KeyError("Rows")
 
-    monkeypatch.setitem(cast("dict[str, object]", forms.BUILDERS), "seg", fails)
+    monkeypatch.setitem(cast("dict[str, object]", forms.BUILDERS), "keys", fails)
     site.receive()
     tell(site.store, ADA, crp(5.0))
     site.analyze()
     states = delivered(site, door := Pacs(), monkeypatch)
-    assert (states["seg"], states["sr"], states["gsps"]) == ("discarded", "completed", "completed")
-    assert "seg" not in door.taken
+    assert (states["keys"], states["sr"], states["gsps"]) == ("discarded", "completed", "completed")
+    assert "keys" not in door.taken
     with site.store.read() as conn:
         one = ledger.standing()
         (row,) = conn.execute(sa.select(one.c.account, one.c.reason)).all()
     assert row.account == "failed"
-    assert row.reason == "This form of the result, seg, could not be written and is not sent; the log says where it failed."
+    assert row.reason == "This form of the result, keys, could not be written and is not sent; the log says where it failed."

@@ -133,7 +133,9 @@ def come_back(browser: TestClient, issuer: Issuer, **other: str) -> Any:
     return browser.get("/login/callback", params={"state": issuer.asked["state"], "code": code} | other)
 
 
-def test_who_logs_in_elsewhere_gets_a_session_with_the_roles_that_are_said_there(browser: TestClient, issuer: Issuer) -> None:
+def test_who_logs_in_elsewhere_gets_a_session_with_the_roles_that_are_said_there(
+    browser: TestClient, issuer: Issuer, tmp_path: Path
+) -> None:
     assert "/login/oidc" in browser.get("/login").text
     answer = come_back(browser, issuer)
     assert (answer.status_code, answer.headers["location"]) == (303, "/")
@@ -145,6 +147,14 @@ def test_who_logs_in_elsewhere_gets_a_session_with_the_roles_that_are_said_there
     assert base64.b64decode(issuer.posted[0]["authorization"].split()[1]).decode() == "synoptic:hush+%26+hush"
     issuer.more = {"groups": ["canteen"]}
     assert "no role here" in come_back(browser, issuer).text
+    assert browser.get("/").headers["location"] == "/login", "what was open ends, too"
+    store = Store(f"sqlite:///{tmp_path / 'synoptic.db'}")
+    with store.begin() as conn:
+        row = accounts.by_name(conn, "ada.lovelace")
+        assert row is not None
+        with pytest.raises(accounts.AccountRefused, match="logs in elsewhere"):
+            accounts.change(conn, row.id, password=accounts.hashed(ward.PASSWORD, cost=ward.CHEAP))
+    store.close()
 
 
 @pytest.mark.parametrize(
@@ -177,7 +187,8 @@ def test_a_token_that_anybody_could_have_signed_is_not_believed(browser: TestCli
 
 
 def test_a_state_of_another_browser_a_used_one_and_a_wrong_code_are_refused(browser: TestClient, issuer: Issuer) -> None:
-    assert "not begun here" in come_back(browser, issuer, state="x" * 43).text
+    for state in ("x" * 43, "ä"):
+        assert "not begun here" in come_back(browser, issuer, state=state).text
     assert come_back(browser, issuer, code="another").status_code == 403
     assert come_back(browser, issuer).status_code == 303
     again = browser.get("/login/callback", params={"state": issuer.asked["state"], "code": "the-code"})
@@ -213,10 +224,12 @@ def test_an_issuer_that_is_away_or_calls_itself_otherwise_is_a_sentence(browser:
 @pytest.mark.parametrize(
     ("web", "says"),
     [
-        (Web(host="0.0.0.0"), "tls_certificate is needed"),
+        (Web(host="0.0.0.0", tls_certificate="x.pem"), "base_url is needed"),
+        (Web(host="10.0.0.7"), "tls_certificate is needed"),
         (Web(host="0.0.0.0", base_url="http://synoptic.test"), "tls_certificate is needed"),
         (Web(base_url="https://synoptic.test/worklist"), "nothing behind the host"),
         (Web(base_url="synoptic.test"), "nothing behind the host"),
+        (Web(host="::", tls_certificate="page.pem"), "by which name"),
         (Web(tls_key="key.pem"), "without tls_certificate"),
         (Web(port=0), "no TCP port"),
         (Web(monitors=("everybody",)), "no IP address"),

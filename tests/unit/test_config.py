@@ -52,6 +52,14 @@ STOW = "[[destinations]]\nname = 'web'\nstow_url = '{}'\n"
         ('[receive]\nport = "eleven"', "receive.port must be a whole number, not text in quotes."),
         ('[receive]\nae_title = "MUCH-TOO-LONG-A-TITLE"', "is no AE title"),
         ("[[destinations]]\nname = 'x'", "destinations x needs ae_title, host and port, or stow_url, hl7_host"),
+        (STOW.format("https://a/studies") + "documents = ['basic', 'rejection']", "with 'rejection' it must be sent sr, too."),
+        (
+            STOW.format("https://a/studies")
+            + "documents = ['sr', 'rejection']\n"
+            + STOW.format("https://b/studies").replace("web", "other")
+            + "documents = ['seg', 'keys']",
+            "destinations web: documents: with 'rejection' it must be sent seg, keys, too.",
+        ),
         (STOW.format("http://pacs.example/studies"), "stow_url must begin with https://"),
         (STOW.format("https://user:secret@pacs/studies"), "user name and password belong in stow_secret"),
         (STOW.format("HTTPS://pacs.example/studies"), "stow_url must begin with https://"),

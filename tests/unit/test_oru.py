@@ -71,9 +71,9 @@ def test_each_finding_is_a_group_of_observations_beside_outcome_words_algorithm_
         ("CWE", "233604007^Pneumonia^SCT", "1", "10828004^Positive^SCT", "", "AA", "P"),
         ("NM", "122157^Probability^DCM", "1", "73.21", "%^percent^UCUM", "", "P"),
         ("NM", "threshold^Operating threshold of the probability^99SYNOPTIC", "1", "50", "%^percent^UCUM", "", "P"),
-        ("NM", "shapley-image^Share of the image in the log-odds^99SYNOPTIC", "1", "1.3123", "1^no units^UCUM", "", "P"),
-        ("NM", "shapley-values^Share of the record's values in the log-odds^99SYNOPTIC", "1", "-0.2", "1^no units^UCUM", "", "P"),
-        ("NM", "shapley-text^Share of the record's text in the log-odds^99SYNOPTIC", "1", "0", "1^no units^UCUM", "", "P"),
+        ("NM", "shapley-image^Share of the image in the log-odds^99SYNOPTIC", "1", "1.3123", "{log-odds}^log-odds^UCUM", "", "P"),
+        ("NM", "shapley-values^Share of the record's values in the log-odds^99SYNOPTIC", "1", "-0.2", "{log-odds}^log-odds^UCUM", "", "P"),
+        ("NM", "shapley-text^Share of the record's text in the log-odds^99SYNOPTIC", "1", "0", "{log-odds}^log-odds^UCUM", "", "P"),
         ("CWE", "60046008^Pleural effusion^SCT", "2", "260385009^Negative^SCT", "", "", "P"),
     ]
     assert rows(message(one), 8)[2] == ("A",)

@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import pypdf
 import pytest
-import typst
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -347,7 +346,7 @@ def test_a_panic_of_the_typesetter_costs_the_page_and_not_the_worker(
         raise PanicException
 
     made = result_of([radiograph()], tmp_path, pool)
-    monkeypatch.setattr(typst, "compile", panics)
+    monkeypatch.setattr("worker.report.page.typst.compile", panics)
     assert next((one.kind, one.data) for one in forms.author(made, ["summary"])) == ("summary", b"")
     with pytest.raises(ReportInvalid, match=r"^The summary page could not be set \(PanicException\)\.$"):
         page.render(made, None, theme="light", form="pdf")

@@ -146,7 +146,7 @@ def logged(kind: tuple[str, str], person: Party, *, outcome: str = SUCCESS, reas
 
 def searched(person: Party, query: str) -> None:
     """Somebody looked for an accession number or a patient ID on the page, or for studies in a state."""
-    one = _object("2", "3", _URI, "worklist", query=query.encode(), scheme="RFC-3881")
+    one = _object("2", "3", _URI, "worklist", query=query[:_MAX_TEXT].encode(), scheme="RFC-3881")
     _write(_QUERY, "E", SUCCESS, [(_SOURCE, person, True), (_DESTINATION, None, False)], [one])
 
 

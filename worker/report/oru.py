@@ -142,7 +142,7 @@ def _finding(finding: Finding, part: str) -> Iterator[_Observation]:
     yield _Observation("NM", codes.PROBABILITY, f"{content.percent(finding.probability):g}", part, codes.PERCENT)
     yield _Observation("NM", codes.THRESHOLD, f"{content.percent(finding.threshold):g}", part, codes.PERCENT)
     for modality, share in finding.shapley.items():
-        yield _Observation("NM", codes.shapley(modality), f"{round(share, 4) + 0.0:g}", part, codes.NO_UNITS)
+        yield _Observation("NM", codes.shapley(modality), f"{round(share, 4) + 0.0:g}", part, codes.LOG_ODDS)
 
 
 def _obx(result: Result, number: int, one: _Observation, *, status: str) -> str:

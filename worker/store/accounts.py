@@ -110,9 +110,11 @@ def all_of(conn: Connection) -> list[AnyRow]:
 
 
 def change(conn: Connection, account_id: int, *, password: str | None = None, roles: Iterable[str] | None = None) -> None:
-    """Another password or other roles; whoever is logged in by the old password is so no more."""
+    """Another password or other roles; whoever is logged in by the old password is so no more (AccountRefused)."""
     values: dict[str, object] = {} if roles is None else {"roles": _joined(roles)}
     if password is not None:
+        if conn.execute(sa.select(account.c.subject).where(account.c.id == account_id)).scalar():
+            raise AccountRefused("This account logs in elsewhere; a password would open it when that server does so no more.")
         values |= {"password": password, "failures": 0, "locked_until": None}
         conn.execute(sa.delete(session).where(session.c.account_id == account_id))
     conn.execute(sa.update(account).where(account.c.id == account_id).values(**values))
@@ -131,6 +133,12 @@ def external(conn: Connection, name: str, *, subject: str, roles: Iterable[str],
         return add(conn, name, subject=subject, roles=roles, now=now)
     change(conn, row.id, roles=roles)
     return _account(conn.execute(sa.select(account).where(account.c.id == row.id)).one())
+
+
+def withdraw(conn: Connection, *, subject: str) -> None:
+    """Who logs in elsewhere has no role there any more: wherever they are logged in here, they are so no more."""
+    ids = sa.select(account.c.id).where(account.c.subject == subject)
+    conn.execute(sa.delete(session).where(session.c.account_id.in_(ids)))
 
 
 def _joined(roles: Iterable[str]) -> str:

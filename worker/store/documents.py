@@ -136,10 +136,9 @@ def is_marked(conn: Connection, job_id: int) -> bool:
 
 def delivered(conn: Connection, *, destination: str, since: datetime) -> list[AnyRow]:
     """Job, study and document of each delivery to `destination` since then, the newest first; without what a note there has marked."""
-    of_kind = (job.c.kind == "deliver", job.c.state == "completed", job.c.destination == destination)
-    done = (*of_kind, job.c.finished_at >= since, ~_IS_MARKED)
-    wanted = sa.select(job.c.id, job.c.study_id, job.c.document_id).where(*done).order_by(job.c.finished_at.desc(), job.c.id.desc())
-    return list(conn.execute(wanted))
+    done = (job.c.kind == "deliver", job.c.state == "completed", job.c.destination == destination, job.c.finished_at >= since)
+    wanted = sa.select(job.c.id, job.c.study_id, job.c.document_id).where(*done, ~_IS_MARKED)
+    return list(conn.execute(wanted.order_by(job.c.finished_at.desc(), job.c.id.desc())))
 
 
 def predecessor(conn: Connection, study_id: int, *, bundle: str, before_version: int) -> Document | None:

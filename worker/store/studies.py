@@ -55,8 +55,8 @@ _KNOWN: Final = sa.select(instance.c.id, instance.c.sha256, instance.c.removed_a
 )
 #: A summary page is an image as any other: analysed again for it, what failed would make another, for ever where all is forwarded.
 _OWN: Final = sa.select(document.c.id).where(document.c.sop_instance_uid == sa.bindparam("uid"))
-_REOPEN: Final = sa.update(study).where(study.c.id == sa.bindparam("study")).values(quiet_until=sa.bindparam("quiet"), state="receiving")
-_TOUCH: Final = _REOPEN.values(last_received_at=sa.bindparam("now"), removed_at=None)
+_TOUCHED: Final = sa.update(study).where(study.c.id == sa.bindparam("study")).values(state="receiving", removed_at=None)
+_TOUCH: Final = _TOUCHED.values(last_received_at=sa.bindparam("now"), quiet_until=sa.bindparam("quiet"))
 
 
 @cache

@@ -2,8 +2,8 @@
 
 ::
 
-    browser ─▶ app.py: host, headers, errors ─▶ site.py: who is it, may they? ─▶ pages.py, study.py, login.py ─▶ store, templates/
-    Prometheus ─▶ metrics.py                                                     oidc.py
+    browser ─▶ connection.py: how long? ─▶ app.py: host, headers, errors ─▶ site.py: who is it, may they? ─┐
+      store, templates/ ◀── pages.py, study.py, login.py, oidc.py; for Prometheus metrics.py ◀─────────────┘
 
 Server-rendered: htmx (static/, vendored) only asks again for what changes. No patient data in a URL, a tab's title or the log:
 studies are named by their row. Not here: what is asked of the database (store/worklist.py, store/measures.py).
@@ -21,7 +21,7 @@ from worker.roles import started
 from worker.store.database import Store
 from worker.tls import Credentials, server_context
 
-#: Requests at once; more are told to come again.
+#: Connections at once; more take the place of idle ones, or are told to come again.
 MOST: Final = 100
 GRACE_S: Final = 5
 
@@ -31,6 +31,7 @@ def serve(config: Config, store: Store, listener: socket.socket, stop: threading
     import uvicorn
 
     from worker.web.app import application
+    from worker.web.connection import Connection
 
     credentials = server_context(config.web, section="web")
     settings = uvicorn.Config(
@@ -44,7 +45,7 @@ def serve(config: Config, store: Store, listener: socket.socket, stop: threading
         lifespan="off",
         ws="none",
         loop="asyncio",
-        http="h11",
+        http=Connection,
         limit_concurrency=MOST,
         timeout_graceful_shutdown=GRACE_S,
         ssl_context_factory=None if credentials is None else lambda _settings, _default: _renewed(credentials),

@@ -15,6 +15,7 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, PlainTextResponse, RedirectResponse
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException as AnyHTTPException
@@ -36,7 +37,8 @@ HEADERS: Final[Mapping[str, str]] = {
     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
-    "Referrer-Policy": "no-referrer",
+    # Not "no-referrer": by that a browser without fetch metadata says of our own forms, too, that they are of nowhere.
+    "Referrer-Policy": "same-origin",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Permissions-Policy": "camera=(), geolocation=(), microphone=(), payment=()",
@@ -92,7 +94,14 @@ def application(config: Config, store: Store, *, now: Callable[[], datetime] = c
     for router in (pages.router, study.router, login.router, oidc.router, metrics.router):
         app.include_router(router)
     app.mount("/static", StaticFiles(directory=HERE / "static"))
-    for kind, handler in ((LoginNeeded, _to_login), (AnyHTTPException, _refused), (DatabaseUnavailable, _away), (Exception, _failed)):
+    handlers: dict[type[Exception], Callable[[Request, Exception], Response]] = {
+        LoginNeeded: _to_login,
+        AnyHTTPException: _refused,
+        RequestValidationError: _unread,
+        DatabaseUnavailable: _away,
+        Exception: _failed,
+    }
+    for kind, handler in handlers.items():
         app.add_exception_handler(kind, handler)
     # Around everything, so that the answer to a fault of ours has its headers, too.
     return Guard(TrustedHostMiddleware(app, allowed_hosts=_hosts(config), www_redirect=False), site=site)
@@ -116,8 +125,13 @@ def _refused(request: Request, error: Exception) -> HTMLResponse:
     return _sentence(request, error.status_code, words)
 
 
-def _away(request: Request, error: Exception) -> HTMLResponse:
-    return _sentence(request, 503, f"{error} Images are kept by their senders meanwhile; try again in a minute.")
+def _unread(request: Request, _error: Exception) -> HTMLResponse:
+    return _sentence(request, 404, "There is no such page.")  # the framework would repeat what was asked for
+
+
+def _away(request: Request, _error: Exception) -> HTMLResponse:
+    # What the driver says names hosts, users and folders; this page is for whoever asks.
+    return _sentence(request, 503, "The database is not available; /ready says why. Images are kept by their senders meanwhile.")
 
 
 def _failed(request: Request, error: Exception) -> HTMLResponse:

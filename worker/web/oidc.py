@@ -33,7 +33,7 @@ from worker.errors import PeerRefused, PeerUnavailable, WorkerError
 from worker.intake.fhir_http import Budget, Transport
 from worker.ops import audit
 from worker.store import accounts
-from worker.web.login import welcome
+from worker.web.login import turn, welcome
 from worker.web.site import ASite, address_of
 
 router = APIRouter()
@@ -49,6 +49,8 @@ _FRESH_S, _AGAIN_S = 3600.0, 30.0
 _ALGORITHMS: Final = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "EdDSA")
 _CLOCKS_S: Final = 60
 _PEER: Final = "log-in server"
+#: So many wait for that server at once, each in a thread that the pages want.
+_WAITING: Final = threading.BoundedSemaphore(8)
 
 
 class Provider:
@@ -128,7 +130,7 @@ class Provider:
         except (jwt.PyJWTError, ValueError, TypeError) as exc:
             raise PeerRefused(f"The log-in server's ID token is not to be believed ({type(exc).__name__}).") from None
         party = claims.get("azp", self._web.oidc_client_id)
-        if not hmac.compare_digest(str(claims.get("nonce", "")), nonce) or party != self._web.oidc_client_id:
+        if not hmac.compare_digest(str(claims.get("nonce", "")).encode(), nonce.encode()) or party != self._web.oidc_client_id:
             raise PeerRefused("The log-in server's ID token is of another log-in.")
         return claims
 
@@ -209,7 +211,8 @@ def _provider(request: Request) -> Provider:
 def go(request: Request, site: ASite) -> Response:
     """Send the browser to the provider."""
     try:
-        url, state = _provider(request).begin()
+        with turn(_WAITING):
+            url, state = _provider(request).begin()
     except WorkerError as exc:
         raise HTTPException(503, str(exc)) from exc
     answer = RedirectResponse(url, 303)
@@ -222,17 +225,20 @@ def go(request: Request, site: ASite) -> Response:
 def come_back(request: Request, site: ASite, state: str = "", code: str = "") -> Response:
     """Take who logged in there."""
     whence = audit.Party("unknown", address_of(request), is_ae=False)
-    if not code or not state or not hmac.compare_digest(state, request.cookies.get(_cookie(site), "")):
+    if not code or not state or not hmac.compare_digest(state.encode(), request.cookies.get(_cookie(site), "").encode()):
         audit.logged(audit.LOGIN, whence, outcome=audit.AGAIN, reason="a log-in elsewhere that was not begun here")
         raise HTTPException(400, "This log-in was not begun here. Begin again.")
     try:
-        claims = _provider(request).finish(state, code)
+        with turn(_WAITING):
+            claims = _provider(request).finish(state, code)
     except (PeerRefused, PeerUnavailable) as exc:
         audit.logged(audit.LOGIN, whence, outcome=audit.AGAIN, reason=str(exc))
         raise HTTPException(503 if isinstance(exc, PeerUnavailable) else 403, str(exc)) from exc
     name, roles = name_of(claims), roles_of(claims, site.web)
     subject = json.dumps([site.web.oidc_issuer, str(claims["sub"])])
     if not roles:
+        with site.store.begin() as conn:
+            accounts.withdraw(conn, subject=subject)
         audit.logged(audit.LOGIN, audit.Party(name, whence.address, is_ae=False), outcome=audit.AGAIN, reason="no role")
         raise HTTPException(403, "You are known there, but have no role here. Ask who runs this installation.")
     with site.store.begin() as conn:

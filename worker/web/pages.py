@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hmac
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Annotated, Any, Final
 from urllib.parse import urlencode
@@ -22,7 +24,8 @@ router = APIRouter()
 #: Seconds between two looks of a list that is left open.
 EVERY_S: Final = 10
 #: Numbers of rows: SQLite's and PostgreSQL's are of 63 bits.
-Number = Annotated[int, Query(ge=1, le=2**63 - 1)]
+LAST: Final = 2**63 - 1
+Number = Annotated[int, Query(ge=1, le=LAST)]
 _FILTERS: Final = ("receiving", "waiting", "analysing", "sending", "failed", "held", "delivered", "excluded")
 
 
@@ -33,16 +36,16 @@ def list_studies(
     who: AVisitor,
     state: str = "",
     urgent: bool = False,
-    patient: Annotated[int, Query(ge=0, le=2**63 - 1)] = 0,
-    order: Annotated[int, Query(ge=0, le=2**63 - 1)] = 0,
+    patient: Annotated[int, Query(ge=0, le=LAST)] = 0,
+    order: Annotated[int, Query(ge=0, le=LAST)] = 0,
     after: str = "",
     paused: bool = False,
     none: bool = False,
 ) -> Response:
     """The worklist. `patient` and `order` are the row of a study with that patient ID or accession number."""
-    facts = _list(site, state=state, urgent=urgent, patient=patient, order=order, after=after, paused=paused)
+    facts = _list(site, who, state=state, urgent=urgent, patient=patient, order=order, after=after, paused=paused)
     with site.store.read() as conn:
-        facts["counts"] = worklist.counts(conn)
+        facts["counts"] = site.counts.of(conn)
     query = "&".join(f"{name}={facts['asked'][name]}" for name in facts["asked"])
     audit.searched(who.party, query or "all studies")
     return site.page(request, "worklist.html", is_none=none, **facts)
@@ -52,17 +55,23 @@ def list_studies(
 def list_again(
     request: Request,
     site: ASite,
-    _who: AWatcher,
+    who: AWatcher,
     state: str = "",
     urgent: bool = False,
-    patient: Annotated[int, Query(ge=0, le=2**63 - 1)] = 0,
-    order: Annotated[int, Query(ge=0, le=2**63 - 1)] = 0,
+    patient: Annotated[int, Query(ge=0, le=LAST)] = 0,
+    order: Annotated[int, Query(ge=0, le=LAST)] = 0,
+    seal: str = "",
 ) -> Response:
-    """The same list's first page again, by itself."""
-    return site.page(request, "_rows.html", **_list(site, state=state, urgent=urgent, patient=patient, order=order))
+    """The same list's first page again, by itself. `seal`: the list is one that this session was shown, and the audit trail says so."""
+    facts = _list(site, who, state=state, urgent=urgent, patient=patient, order=order)
+    if not hmac.compare_digest(seal.encode(), who.sealed(urlencode(facts["asked"])).encode()):
+        raise HTTPException(403, "This list was not shown yet.")
+    return site.page(request, "_rows.html", **facts)
 
 
-def _list(site: Site, *, state: str, urgent: bool, patient: int, order: int, after: str = "", paused: bool = False) -> dict[str, Any]:
+def _list(
+    site: Site, who: Visitor, *, state: str, urgent: bool, patient: int, order: int, after: str = "", paused: bool = False
+) -> dict[str, Any]:
     if state and state not in worklist.STATES:
         raise HTTPException(404, "There is no such state.")
     wanted = worklist.Wanted(state, urgent, patient or None, order or None)
@@ -83,7 +92,7 @@ def _list(site: Site, *, state: str, urgent: bool, patient: int, order: int, aft
         "named": named,
         "link": link,
         "asked": asked,
-        "again": f"/rows?{urlencode(asked)}",
+        "again": f"/rows?{urlencode(asked | {'seal': who.sealed(urlencode(asked))})}",
         "every_s": 0 if after or paused else EVERY_S,
         "older": link(after=_written(more)) if more else "",
         "is_first": not after,
@@ -99,10 +108,11 @@ def _cursor(text: str) -> worklist.Cursor | None:
     if not text:
         return None
     at, _, number = text.partition("-")
-    try:
-        return datetime.strptime(at, "%Y%m%dT%H%M%S.%f").replace(tzinfo=UTC), int(number)
-    except ValueError:
-        raise HTTPException(404, "There is no such page of the list.") from None
+    with suppress(ValueError):
+        when, row = datetime.strptime(at, "%Y%m%dT%H%M%S.%f").replace(tzinfo=UTC), int(number)
+        if 0 <= row <= LAST:
+            return when, row
+    raise HTTPException(404, "There is no such page of the list.")
 
 
 @router.post("/search")
@@ -151,6 +161,7 @@ def act(number: int, action: str, site: ASite, fields: Fields, who: Annotated[Vi
             jobs = queue.prioritize(conn, number, now=now, by=who.account.name)
         else:
             raise HTTPException(404, "There is no such action.")
+    site.counts.forget()
     done = words.ending(action, {"jobs": jobs})
     audit.accessed(subject_of(row), person=who.party, action="U", reason=f"{action}: {done}")
     back = "/dead-letters" if fields.get("back") == "dead-letters" else f"/studies/{number}"
@@ -159,7 +170,7 @@ def act(number: int, action: str, site: ASite, fields: Fields, who: Annotated[Vi
 
 def study_row(conn: Connection, number: int) -> AnyRow:
     """The study's row, or a page that says that there is none."""
-    row = worklist.study_of(conn, number) if 0 < number < 2**63 else None
+    row = worklist.study_of(conn, number) if 0 < number <= LAST else None
     if row is None:
         raise HTTPException(404, "There is no study of this number.")
     return row

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta, tzinfo
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
 from typing import Annotated, Any, Final
 from urllib.parse import parse_qsl
@@ -23,13 +24,15 @@ from worker import __version__
 from worker.config import Web
 from worker.domain import Account
 from worker.ops import audit
-from worker.store import accounts
-from worker.store.database import Store
+from worker.store import accounts, worklist
+from worker.store.database import Connection, Store
 from worker.web import words
 
 HERE: Final = Path(__file__).parent
 #: Of a form; nothing we ask for is longer.
 MAX_FORM_BYTES: Final = 16 * 1024
+COUNTS_S: Final = 5.0
+MAX_FIELDS: Final = 20
 #: What each role may. An administrator is no radiologist: who says that a finding is wrong must be one.
 RIGHTS: Final[Mapping[str, frozenset[str]]] = {
     "see": frozenset({"viewer", "operator", "radiologist", "admin"}),
@@ -42,6 +45,23 @@ class LoginNeeded(Exception):
     """Nobody is logged in."""
 
 
+class Counts:
+    """How many studies are in each state, `COUNTS_S` old at most: the many lists of many browsers share one look."""
+
+    def __init__(self) -> None:
+        self._found, self._until = dict[str, int](), 0.0
+
+    def of(self, conn: Connection) -> dict[str, int]:
+        """The counts; two at once may both look."""
+        if time.monotonic() >= self._until:
+            self._found, self._until = worklist.counts(conn), time.monotonic() + COUNTS_S
+        return self._found
+
+    def forget(self) -> None:
+        """Somebody changed something here, and is to see it at once."""
+        self._until = 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class Site:
     """The installation, as the pages know it."""
@@ -51,6 +71,7 @@ class Site:
     zone: tzinfo
     templates: Environment
     now: Callable[[], datetime]
+    counts: Counts = field(default_factory=Counts)
 
     def page(self, request: Request, name: str, *, status: int = 200, **facts: Any) -> HTMLResponse:
         """A template filled in."""
@@ -95,7 +116,11 @@ class Visitor:
     @property
     def csrf(self) -> str:
         """What this session's forms must bring."""
-        return hmac.new(self.token.encode(), b"csrf", hashlib.sha256).hexdigest()
+        return self.sealed("csrf")
+
+    def sealed(self, text: str) -> str:
+        """What nobody without this session can say of a text."""
+        return hmac.new(self.token.encode(), text.encode(), hashlib.sha256).hexdigest()
 
     @property
     def party(self) -> audit.Party:
@@ -152,7 +177,13 @@ async def form(request: Request) -> dict[str, str]:
         body += part
         if len(body) > MAX_FORM_BYTES:
             raise HTTPException(413, "The form is too long.")
-    return dict(parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True, max_num_fields=20))
+    try:
+        found = dict(parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True, max_num_fields=MAX_FIELDS))
+    except ValueError:
+        raise HTTPException(400, "The form has too many fields.") from None
+    if any("\0" in value for value in found.values()):  # PostgreSQL has no text with one
+        raise HTTPException(400, "The form holds a character that no keyboard has.")
+    return found
 
 
 Fields = Annotated[dict[str, str], Depends(form)]
@@ -176,8 +207,3 @@ def may(right: str) -> Callable[..., Visitor]:
         return who
 
     return check
-
-
-def near(when: datetime | None) -> datetime:
-    """A time, or the beginning of time."""
-    return when or datetime(1900, 1, 1, tzinfo=UTC)

@@ -18,13 +18,15 @@ from worker.store.database import Connection
 from worker.store.people import VERDICTS
 from worker.store.schema import AnyRow
 from worker.web import words
-from worker.web.pages import study_row, subject_of
+from worker.web.pages import LAST, study_row, subject_of
 from worker.web.site import ASite, AVisitor, AWatcher, Fields, Site, Visitor, may
 
 router = APIRouter()
 
 #: Seconds between two looks at a study that something happens to.
 EVERY_S: Final = 4
+#: Of a history so many steps, the first and the last: days of attempts are thousands, and are asked for again and again.
+_FIRST, _LAST = 100, 300
 #: PS3.3 §A.8: what a browser is shown as an image.
 _IMAGE: Final = "summary"
 
@@ -75,22 +77,28 @@ def timeline(conn: Connection, study_id: int) -> list[Step]:
     steps = [Step(one.at, *words.event(one.name, one.facts)) for one in history.of_study(conn, study_id)]
     asked = commitments.of_study(conn, study_id)
     steps += [Step(row.asked_at, f"{row.destination} was asked to promise that it keeps the report", "", "") for row in asked]
-    return sorted(steps, key=lambda step: step.at)
+    steps.sort(key=lambda step: step.at)
+    between = len(steps) - _FIRST - _LAST
+    if between > 0:
+        left = Step(steps[_FIRST].at, f"{words.plural(between, 'step')} in between; synoptic show tells each", "", "")
+        steps[_FIRST : _FIRST + between] = [left]
+    return steps
 
 
 def _facts(site: Site, number: int) -> dict[str, Any]:
-    """What the part says that is asked for again and again."""
+    """What the parts say that are asked for again and again."""
     with site.store.read() as conn:
         row = study_row(conn, number)
         line = worklist.lines(conn, [row])[0]
-        rows = worklist.documents_of(conn, number)
+        jobs, reports = queue.of_study(conn, number), reports_of(conn, number)
         return {
             "study": row,
             "line": line,
-            "jobs": queue.of_study(conn, number),
+            "jobs": jobs,
             "steps": timeline(conn, number),
-            "reports_are": len(rows),
-            "kinds": {one.id: one.kind for one in rows},
+            "reports": reports,
+            "sent": _sent(jobs),
+            "kinds": {one.id: one.kind for report in reports for one in report.companions},
             "every_s": EVERY_S if line.state in worklist.IN_FLIGHT else 0,
             "now": site.now(),
         }
@@ -102,15 +110,14 @@ def show(
     number: int,
     site: ASite,
     who: AVisitor,
-    report: Annotated[int, Query(ge=0, le=2**63 - 1)] = 0,
+    report: Annotated[int, Query(ge=0, le=LAST)] = 0,
     did: str = "",
     jobs: Annotated[int, Query(ge=0, le=10_000)] = 0,
 ) -> Response:
     """The study's page; `report`: the row of one that was replaced."""
     facts = _facts(site, number)
     with site.store.read() as conn:
-        all_reports = reports_of(conn, number)
-        shown = [one for one in all_reports if (one.row.id == report if report else one.successor is None)]
+        shown = [one for one in facts["reports"] if (one.row.id == report if report else one.successor is None)]
         if report and not shown:
             raise HTTPException(404, "This study has no such report.")
         said = {one.row.id: _said(conn, one.row.id) for one in shown}
@@ -120,14 +127,12 @@ def show(
         request,
         "study.html",
         **facts,
-        reports=all_reports,
         shown=shown,
         said=said,
         reviewed=reviewed,
         verdicts=VERDICTS,
         did=words.ending(did, {"jobs": jobs}),
         longest=reviews.LONGEST_NOTE,
-        sent=_sent(facts["jobs"]),
         is_new=False,
         is_oob=False,
         sentences=SENTENCES,
@@ -156,23 +161,24 @@ def _said(conn: Connection, document_id: int) -> dict[str, Any]:
 
 @router.get("/studies/{number}/live")
 def show_again(request: Request, number: int, site: ASite, _who: AWatcher, had: int = 0) -> Response:
-    """What changes while one looks, by itself; `had`: how many documents the page knows."""
+    """What changes while one looks, by itself; `had`: how many reports the page knows."""
     facts = _facts(site, number)
-    return site.page(request, "_again.html", **facts, is_new=facts["reports_are"] != had, is_oob=True)
+    return site.page(request, "_again.html", **facts, is_new=len(facts["reports"]) != had, is_oob=True)
 
 
 @router.get("/studies/{number}/documents/{document}.png")
-def image(number: int, document: int, site: ASite, _who: AVisitor) -> Response:
+def image(number: int, document: int, site: ASite, who: AVisitor) -> Response:
     """A summary image for a browser."""
     with site.store.read() as conn:
-        row = next(
-            (one for one in worklist.documents_of(conn, number) if one.id == document and one.kind == _IMAGE and one.sop_class_uid), None
-        )
+        study = study_row(conn, number)
+        shown = (one for one in worklist.documents_of(conn, number) if one.id == document and one.kind == _IMAGE and one.sop_class_uid)
+        row = next(shown, None)
         if row is None:
             raise HTTPException(404, "This study has no such image.")
         whole = documents.load(conn, document)
     if not whole.is_whole:
         raise HTTPException(404, "The stored image is not as it was written, and is not shown.")
+    audit.accessed(subject_of(study), person=who.party, reason="summary image")
     return Response(png(whole.data), media_type="image/png")
 
 
@@ -195,7 +201,8 @@ def review(number: int, finding: int, site: ASite, fields: Fields, who: Annotate
     with site.store.begin() as conn:
         row = study_row(conn, number)
         author = who.account.name
-        agreed = reviews.add(conn, finding, study_id=number, author=author, verdict=verdict, note=fields.get("note", ""), now=site.now())
+        said = {"author": author, "verdict": verdict, "note": fields.get("note", "")}
+        agreed = reviews.add(conn, finding, study_id=number, now=site.now(), **said) if 0 < finding <= LAST else None
     if agreed is None:
         raise HTTPException(404, "This study has no such finding.")
     audit.accessed(subject_of(row), person=who.party, action="U", reason=f"finding {finding} {'agreed' if agreed else 'corrected'}")

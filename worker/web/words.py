@@ -134,7 +134,10 @@ def at(when: datetime | None, zone: tzinfo, style: str = "minutes") -> str:
     """A time in the site's zone; '' for none, or for a study without a date."""
     if when is None or when.year <= 1900:
         return ""
-    there = when.astimezone(zone)
+    try:
+        there = when.astimezone(zone)
+    except OverflowError:  # a scanner whose clock is at the end of the calendar
+        return ""
     return f"{there:%Y-%m-%d %H:%M:%S}" if style == "seconds" else f"{there:%H:%M:%S}" if style == "clock" else f"{there:%Y-%m-%d %H:%M}"
 
 
