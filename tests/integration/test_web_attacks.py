@@ -107,7 +107,7 @@ def test_no_search_makes_an_audit_message_that_a_repository_would_refuse(place: 
 
 def test_a_new_password_that_is_refused_is_no_wrong_try_and_a_wrong_old_one_is_audited(place: Place) -> None:
     browser = place.browser("a.viewer")
-    for _ in range(accounts.TRIES):
+    for _ in range(login.TRIES):
         assert "12 to 256 characters" in browser.send("/account", old=ward.PASSWORD, new="short").text
     assert place.browser().log_in("a.viewer").status_code == 303
     browser.send("/account", old="wrong", new="a new long pass phrase")
@@ -139,6 +139,25 @@ def test_a_browser_is_told_nothing_of_the_databases_host_and_user(place: Place, 
 def test_a_monitor_is_known_on_a_socket_of_both_families_too(place: Place) -> None:
     assert place.browser(address="::ffff:127.0.0.1").get("/live").status_code == 200
     assert place.browser(address="::ffff:10.0.0.1").get("/live").status_code == 403
+
+
+def test_who_guesses_locks_the_own_address_out_and_not_the_accounts_owner(place: Place) -> None:
+    attacker, owner = place.browser(address="10.6.6.6"), place.browser(address="10.1.2.3")
+    for _ in range(login.TRIES):
+        attacker.log_in("a.operator", "wrong")
+        attacker.log_in("nobody", "wrong")
+    assert attacker.log_in("a.operator").status_code == 401
+    assert attacker.log_in("a.viewer").status_code == 303
+    assert owner.log_in("a.operator").status_code == 303
+    with place.store.begin() as conn:
+        row = accounts.by_name(conn, "a.operator")
+        assert row is not None
+        assert row.failures == 0
+        accounts.change(conn, row.id, password=accounts.hashed("another long pass phrase"))
+    assert attacker.log_in("a.operator", "another long pass phrase").status_code == 303, "a new password ends the lock"
+    for n in range(accounts.TRIES):  # from everywhere at once
+        place.browser(address=f"10.7.7.{n}").log_in("a.operator", "wrong")
+    assert owner.log_in("a.operator", "another long pass phrase").status_code == 401
 
 
 def test_many_log_ins_at_once_do_not_take_the_pages_threads(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,6 +90,7 @@ def application(config: Config, store: Store, *, now: Callable[[], datetime] = c
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.state.site = site
     app.state.numbers = metrics.Numbers(config, store)
+    app.state.guesses = login.Guesses()
     app.state.provider = oidc.provider(config.web)
     for router in (pages.router, study.router, login.router, oidc.router, metrics.router):
         app.include_router(router)
