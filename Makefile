@@ -6,7 +6,7 @@ PROCESSES ?= 2
 INSTANCES ?= 10000
 FILES ?= 100000
 KILLS ?= 200
-.PHONY: demo test page verify check fix bench gate fuzz abuse soak restart crash verified lock sbom audit-deps clean
+.PHONY: demo test page viewers verify check fix bench gate fuzz abuse soak restart crash verified lock sbom audit-deps clean
 
 .venv/.installed: pyproject.toml .constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Synoptic needs Python 3.11 or newer; say: make PYTHON=python3.11 ...")'
@@ -41,6 +41,7 @@ bench: .venv/.installed  ## the long measurements, one JSON line each; results a
 	$(BIN)/python -m tests.bench.receive
 	$(BIN)/python -m tests.bench.records
 	$(BIN)/python -m tests.bench.load
+	$(BIN)/python -m tests.bench.documents
 
 gate: .venv/.installed  ## every validator, PixelMed too, on all 188 reports of the real cohort, by both databases: a quarter of an hour
 	JAVA_SAMPLE=188 POSTGRES_STEP=1 $(BIN)/python -m pytest -s -o timeout=3000 tests/integration/test_line.py -k cohort
@@ -58,6 +59,11 @@ page: .venv/.installed  ## our page in Debian's Chromium (apt-get install chromi
 	$(BIN)/python -m pip install --quiet --constraint .constraints.txt --editable '.[dev,page]'
 	$(BIN)/python -m pytest tests/browser/page.py
 	$(BIN)/python -m tests.bench.page
+
+viewers: .venv/.installed  ## what OHIF and Orthanc's web viewer show of each form, in Debian's Chromium (apt-get install chromium npm orthanc-webviewer): ten minutes; look at var/viewers/screenshots/
+	$(BIN)/python -m pip install --quiet --constraint .constraints.txt --editable '.[dev,page]'
+	$(BIN)/python -m tests.viewers.fetch
+	$(BIN)/python -m pytest -o timeout=600 tests/viewers/ohif.py tests/viewers/webviewer.py
 
 restart: .venv/.installed  ## a start with FILES=100000 in the spool: ready within 30 s, the sweep behind it; the result is quoted in deploy/README.md
 	SPOOL_FILES=$(FILES) $(BIN)/python -m pytest -s tests/integration/test_restart.py

@@ -13,12 +13,13 @@ import sqlalchemy as sa
 from PIL import Image, ImageDraw
 from pydicom import Dataset, dcmwrite
 from pydicom.dataset import FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage
+from pydicom.uid import UID, ExplicitVRLittleEndian, SecondaryCaptureImageStorage
 
 from tests import reports
-from worker.domain import STAT, Document, Finding, Header, Patient, PatientKey, Study
+from worker.domain import STAT, Code, Document, Finding, Header, Patient, PatientKey, Study
 from worker.errors import PeerRefused, PeerUnavailable
 from worker.intake import assembly
+from worker.report import forms
 from worker.store import accounts, documents, ledger, queue, schema, studies
 from worker.store.database import Store
 
@@ -43,8 +44,8 @@ PATIENTS: Sequence[tuple[str, Patient, str, str]] = (
 )
 
 
-#: Reports by study and version, made once: the same input makes the same bytes.
-_MADE: dict[tuple[int, int], Document] = {}
+#: Documents by study, version and whether they are real, made once: the same input makes the same bytes.
+_MADE: dict[tuple[int, int, bool], tuple[Document, ...]] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +62,12 @@ def people(store: Store, *, cost: tuple[int, int, int] = CHEAP) -> None:
             accounts.add(conn, f"a.{role}", password=accounts.hashed(PASSWORD, cost=cost), roles=[role], now=NOW)
 
 
-def furnish(store: Store, folder: Path, *, now: datetime = NOW) -> Ward:
-    """Every study of `PATIENTS`, at about `now`."""
+def furnish(store: Store, folder: Path, *, now: datetime = NOW, is_real: bool = False) -> Ward:
+    """Every study of `PATIENTS`, at about `now`; with the summary image that Typst sets, or one that takes no time."""
     found = {}
     for number, (state, patient, accession, words) in enumerate(PATIENTS):
         at = now - timedelta(minutes=7 * len(PATIENTS) - 7 * number)
-        found[state] = _study(store, folder, number, state, patient, accession, words, at)
+        found[state] = _study(store, folder, number, state, patient, accession, words, at, is_real)
     return Ward(found)
 
 
@@ -76,7 +77,9 @@ def furnish_one(store: Store, at: datetime) -> None:
     _image(store, Header("1.2", f"{uid}.1", "1.2", uid, f"{uid}.0", Patient(PatientKey("SITE", "1")), "DX"), at)
 
 
-def _study(store: Store, folder: Path, number: int, state: str, patient: Patient, accession: str, words: str, at: datetime) -> int:
+def _study(
+    store: Store, folder: Path, number: int, state: str, patient: Patient, accession: str, words: str, at: datetime, is_real: bool
+) -> int:
     uid = f"2.25.77{number}"
     one = Header(
         sop_class_uid="1.2.840.10008.5.1.4.1.1.1.1",
@@ -100,11 +103,11 @@ def _study(store: Store, folder: Path, number: int, state: str, patient: Patient
     if state in ("waiting", "held", "excluded"):
         _put_off(store, at + timedelta(seconds=17))
         return study
-    _analyse(store, folder, study, state, at + timedelta(seconds=18))
+    _analyse(store, folder, study, state, at + timedelta(seconds=18), is_real)
     if state == "replaced":
         _image(store, replace(one, sop_instance_uid=f"{uid}.3"), at + timedelta(seconds=60))
         assembly.sweep(store, wants=_WANTS, limit_s=100, now=at + timedelta(seconds=80))
-        _analyse(store, folder, study, state, at + timedelta(seconds=82))
+        _analyse(store, folder, study, state, at + timedelta(seconds=82), is_real)
     return study
 
 
@@ -131,7 +134,7 @@ def _put_off(store: Store, at: datetime) -> None:
             queue.snooze(conn, job, delay_s=36000, reason="The patient's record has not come yet.", now=at)
 
 
-def _analyse(store: Store, folder: Path, study: int, state: str, at: datetime) -> None:
+def _analyse(store: Store, folder: Path, study: int, state: str, at: datetime, is_real: bool) -> None:
     with store.begin() as conn:
         (job,) = queue.lease(conn, "infer", owner="ward", limit=1, lease_s=3600, now=at)
         assert job.study_id == study
@@ -142,17 +145,18 @@ def _analyse(store: Store, folder: Path, study: int, state: str, at: datetime) -
         described = studies.load(conn, study)
     failure = "The series has no image of the view PA: the only one is AP, supine." if state == "unanalysable" else ""
     findings = () if failure else FINDINGS
-    made = _MADE.get((study, job.input_version))
-    if made is None:
+    key = (study, job.input_version, is_real)
+    if key not in _MADE:
         source = reports.radiograph(folder, change=lambda ds: _of(ds, described))
         algorithm = replace(reports.ALGORITHM, input_sha256=f"{job.input_version}" * 64)
-        given = {"predecessor": last, "failure": failure, "findings": findings}
-        made = reports.report([source], algorithm=algorithm, study=described, **given).document  # type: ignore[arg-type]
-        _MADE[study, job.input_version] = made
-    forms = [(made, findings)] if failure else [(summary(f"{made.sop_instance_uid[:60]}.9", described), ()), (made, findings)]
+        result = reports.result([source], algorithm=algorithm, study=described, predecessor=last, failure=failure, findings=findings)
+        made = forms.author(result, ["summary"] if is_real else [])
+        stub = () if is_real or failure else (summary(f"{made[-1].sop_instance_uid[:60]}.9", described),)
+        _MADE[key] = (*stub, *made)
     done = at + timedelta(seconds=2)
     with store.begin() as conn:
-        for document, said in forms:
+        for document in _MADE[key]:
+            said = findings if document.kind == "sr" else ()
             row = documents.add(conn, job, report=document, findings=said, input_sha256=f"{job.input_version}", failure=failure, now=done)
             to = {"document_id": row, "bundle": job.bundle, "input_version": job.input_version, "priority": job.priority}
             queue.enqueue_deliver(conn, study, destination="pacs", now=done, **to)  # type: ignore[arg-type]
@@ -179,7 +183,7 @@ def _of(ds: Dataset, study: Study) -> None:
 
 FINDINGS = (
     replace(reports.FINDINGS[0], shapley={"image": 1.31, "values": 0.42, "text": 0.0}, attributions={"crp": 0.38, "ldh": 0.04}),
-    Finding("infiltrate", reports.Code("409609008", "SCT", "Radiologic infiltrate of lung"), 0.4702, 0.45, "uncertain", {"image": -0.11}),
+    Finding("infiltrate", Code("409609008", "SCT", "Radiologic infiltrate of lung"), 0.4702, 0.45, "uncertain", {"image": -0.11}),
     reports.FINDINGS[1],
 )
 
@@ -193,8 +197,8 @@ def summary(uid: str, study: Study) -> Document:
     ds = Dataset()
     ds.file_meta = FileMetaDataset()
     ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    ds.SOPClassUID, ds.SOPInstanceUID = SecondaryCaptureImageStorage, uid
-    ds.file_meta.MediaStorageSOPClassUID, ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPClassUID, uid
+    ds.SOPClassUID, ds.SOPInstanceUID = SecondaryCaptureImageStorage, UID(uid)
+    ds.file_meta.MediaStorageSOPClassUID, ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPClassUID, UID(uid)
     ds.Rows, ds.Columns, ds.SamplesPerPixel, ds.PhotometricInterpretation, ds.PlanarConfiguration = 720, 960, 3, "RGB", 0
     ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 8, 8, 7, 0
     ds.PixelData = picture.tobytes()

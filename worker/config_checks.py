@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import ipaddress
 from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
 from worker.config_tables import ConfigError
-from worker.domain import KINDS_OF_DOOR, ROLES
+from worker.domain import DICOM_KINDS, KINDS_OF_DOOR, ROLES
 
 if TYPE_CHECKING:
     from worker.config import Config, Destination, Sender, Web
@@ -27,6 +28,7 @@ def check(config: Config) -> None:
     """
     for peer in config.destinations:
         _check_door(peer)
+    _check_notes(config.destinations)
     titles = [("receive.ae_title", config.receive.ae_title)]
     titles += [("senders.ae_title", sender.ae_title) for sender in config.senders]
     titles += [("destinations.ae_title", peer.ae_title) for peer in config.destinations if peer.door == "dicom"]
@@ -72,6 +74,14 @@ def _check_door(peer: Destination) -> None:
         raise ConfigError(f"{where}: documents: {strange[0]!r} is none of {', '.join(known)}.")
 
 
+def _check_notes(destinations: tuple[Destination, ...]) -> None:
+    """A note names the old report and all that was made with it; dcm4chee, unless told otherwise, refuses one that names what it lacks."""
+    made = {"sr", *(kind for peer in destinations if peer.is_archive for kind in peer.wanted)}
+    for peer in destinations:
+        if "rejection" in peer.wanted and (lacking := [kind for kind in DICOM_KINDS if kind in made - set(peer.wanted)]):
+            raise ConfigError(f"destinations {peer.name}: documents: with 'rejection' it must be sent {', '.join(lacking)}, too.")
+
+
 def _check_secrets(peer: Destination, where: str) -> None:
     for key in ("stow", "fhir", "webhook", "smtp"):
         secret = getattr(peer, f"{key}_secret")
@@ -80,10 +90,23 @@ def _check_secrets(peer: Destination, where: str) -> None:
             raise ConfigError(f"{where}: {key}_secret without {door}.")
         if not (secret.isprintable() and secret.isascii()):
             raise ConfigError(f"{where}: {key}_secret is a token, or user:password, in printable ASCII.")
+    _check_key(peer.webhook_secret, where)
     for door in ("stow", "fhir", "webhook"):
         if url := getattr(peer, f"{door}_url"):
             _check_url(f"{where}: {door}_url", url, ends_with="/studies" if door == "stow" else "", secret=f"{door}_secret")
     _check_mail(peer, where)
+
+
+def _check_key(secret: str, where: str) -> None:
+    """A key that cannot be read would be found out by the first critical finding, and nobody be told of it."""
+    if not secret.startswith("whsec_"):
+        return
+    try:
+        key = base64.b64decode(secret.removeprefix("whsec_"), validate=True)
+    except ValueError:
+        key = b""
+    if not key:
+        raise ConfigError(f"{where}: webhook_secret begins with whsec_, and what follows is no key in Base64.")
 
 
 def _check_mail(peer: Destination, where: str) -> None:
@@ -166,6 +189,8 @@ def _check_web(web: Web) -> None:
         is_url = False
     if not is_url or url.path or url.query or url.fragment or "@" in url.netloc:
         raise ConfigError("web.base_url is how a browser calls the page: https://synoptic.hospital.example, with nothing behind the host.")
+    if web.host in ("0.0.0.0", "::") and not web.base_url:  # noqa: S104  what is refused
+        raise ConfigError("web.base_url is needed where host is every address of this one: under another name the page does not answer.")
     is_closed = web.tls_certificate or (_is_near(url.hostname) or url.scheme == "https" if web.base_url else _is_near(web.host))
     if not is_closed:
         raise ConfigError(

@@ -275,7 +275,8 @@ def _idle(config: Config, config_file: Path | None) -> Iterator[Check]:
         Store(config.database_url).check()
     except DatabaseUnavailable:
         return  # its own line has said so
-    wanted = ["receive", *(["run"] if config.run.bundles else []), *(["deliver"] if config.destinations else [])]
+    is_wanted = {"receive": True, "run": config.run.bundles, "deliver": config.destinations, "serve": config.web.enabled}
+    wanted = [name for name, is_so in is_wanted.items() if is_so]
     for name in wanted:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             listener.set_inheritable(True)

@@ -100,7 +100,7 @@ class _Mask:
     def __init__(self, config: Config, config_file: Path | None) -> None:
         self._names = dict.fromkeys(host.secrets(config), "[secret]")
         urls = [config.site.database, *(one.database for one in config.tables), *(one.url for one in config.destinations)]
-        for url in (*urls, config.fhir.url, config.fhir.token_url):
+        for url in (*urls, config.fhir.url, config.fhir.token_url, config.web.base_url, config.web.oidc_issuer):
             self._names |= dict.fromkeys(told_by(url)[1], "[url]")
         self._learn("", dataclasses.asdict(config))
         for place in (config.site.data, config_file and config_file.resolve(), config_file and config_file.resolve().parent):

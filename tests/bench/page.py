@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import httpx2
@@ -69,7 +70,7 @@ def _measure(base: str, studies: int, pages: int, database: str) -> int:
         "newest": lambda: "/",
         "looked at again": lambda: again[1],
         "somewhere deep": lambda: next(deep),
-        **{f"only {state}": (lambda state=state: f"/?state={state}") for state in ("failed", "delivered", "waiting", "held", "excluded")},
+        **{f"only {state}": partial("/?state={}".format, state) for state in ("failed", "delivered", "waiting", "held", "excluded")},
         "urgent": lambda: "/?urgent=true",
         "one patient": lambda: f"/?patient={chance.randint(1, studies)}",
         "one order": lambda: f"/?order={chance.randint(1, studies)}",

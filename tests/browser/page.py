@@ -41,7 +41,7 @@ class Site:
         self.store = Store(f"sqlite:///{folder / 'synoptic.db'}")
         self.store.migrate()
         ward.people(self.store)
-        self.studies = ward.furnish(self.store, folder, now=clock()).studies
+        self.studies = ward.furnish(self.store, folder, now=clock(), is_real=True).studies
         self.port = free_port()
         self.base = f"http://127.0.0.1:{self.port}"
         self.config = folder / "synoptic.toml"
@@ -147,6 +147,7 @@ def test_an_operator_finds_a_failed_study_reads_why_retries_it_and_sees_it_deliv
         # Nobody clicks any more: htmx looks by itself.
         expect(page.locator(".state .badge")).to_have_text("Delivered", timeout=60_000)
         expect(page.locator("#timeline")).to_contain_text("Delivered to pacs")
+        expect(page.locator("#timeline .sent .job.completed")).to_have_count(2)
         page.screenshot(path=SHOTS / "delivered-study.png", full_page=True)
         assert {one.modality for one in pacs.instances()} >= {"SR"}
     assert "Παπαδόπουλος" not in site.log("serve")

@@ -30,14 +30,15 @@ from worker.errors import PeerUnavailable
 from worker.infer import Model
 from worker.intake import assembly
 from worker.joining import MUST_AGREE
-from worker.report import codes
-from worker.store import documents, queue, studies
+from worker.report import codes, forms
+from worker.report.result import Result
+from worker.store import commitments, documents, ledger, queue, studies
 from worker.store.database import Store
-from worker.store.schema import document, job
+from worker.store.schema import commitment, document, job
 
 __all__ = ["bundle"]  # a fixture
 
-KINDS = ("sr", "seg", "summary", "gsps", "keys", "basic", "rejection")
+KINDS = ("sr", "gsps", "keys", "basic", "rejection")
 
 
 @dataclass
@@ -113,7 +114,8 @@ class Site:
         (case,) = pipeline.each(self.line, pipeline.report, [case])
         assert case.error is None
         pipeline.settle(self.line, case)
-        return {one.kind: dcmread(BytesIO(one.data)) for one in (*case.companions, *([case.report] if case.report else []))}
+        made = (*case.companions, *([case.report] if case.report else []))
+        return {one.kind: dcmread(BytesIO(one.data)) for one in made if one.data}
 
 
 @pytest.fixture
@@ -150,6 +152,7 @@ CHANGES: dict[str, tuple[Callable[[Site], None], str]] = {
 }
 
 
+@pytest.mark.requirement("F3")
 @pytest.mark.parametrize("change", CHANGES)
 def test_every_form_of_the_new_version_names_the_old_and_says_why_and_they_agree(change: str, site: Site) -> None:
     """Root and text by their predecessors and in words, the note by what it marks; series and numbers tell them apart in any viewer."""
@@ -232,7 +235,65 @@ def test_the_old_report_is_marked_only_when_the_new_one_is_there(site: Site, mon
     assert (states["sr"], states["rejection"], states["basic"]) == ("available", "available", "completed")
     assert "rejection" not in slow.taken
     assert delivered(site, Pacs(), monkeypatch, hours=1)["sr"] == "completed"
+    assert versions_asked_for(site) == {1, 2}
     assert delivered(site, Pacs(), monkeypatch, hours=2)["rejection"] == "completed"
+    assert versions_asked_for(site) == {2}
+
+
+def versions_asked_for(site: Site) -> set[int]:
+    """Of the delivered documents, those versions that `synoptic check --pacs` looks for."""
+    with site.store.read() as conn:
+        version = {row.id: row.input_version for row, _ in documents.of_study(conn, 1)}
+        return {version[one.document_id] for one in documents.delivered(conn, destination="pacs", since=NOW - timedelta(days=1))}
+
+
+def test_an_old_report_that_is_late_is_marked_when_it_is_there(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The PACS was away when it was made: what comes after its note would stand beside the new report, and look as good."""
+    site.receive()
+    tell(site.store, ADA, crp(5.0))
+    site.analyze()
+    assert delivered(site, Pacs(refuses="sr"), monkeypatch)["sr"] == "available"
+    corrected_value(site)
+    site.analyze()
+    with site.store.begin() as conn:
+        old = sa.select(document.c.id).where(document.c.kind == "sr", document.c.input_version == 1)
+        conn.execute(sa.update(job).where(job.c.document_id.in_(old)).values(not_before=NOW + timedelta(hours=2)))
+    delivered(site, Pacs(), monkeypatch)
+    states = delivered(site, first := Pacs(), monkeypatch, hours=1)
+    assert (states["sr"], states["rejection"], "rejection" in first.taken) == ("completed", "available", False)
+    delivered(site, late := Pacs(), monkeypatch, hours=3)
+    assert late.taken == ["sr"]
+    assert delivered(site, Pacs(), monkeypatch, hours=4)["rejection"] == "completed"
+
+
+def test_what_a_note_has_marked_is_not_missed_and_not_sent_again(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An archive hides it as it was asked to: to a query it is lost, and it will not have it back."""
+    study_id = site.receive()
+    tell(site.store, ADA, crp(5.0))
+    site.analyze()
+    delivered(site, Pacs(), monkeypatch)
+    with site.store.begin() as conn:
+        (old,) = (one for one in documents.delivered(conn, destination="pacs", since=NOW) if kind_of(conn, one.document_id) == "sr")
+        owed = sa.select(job).where(job.c.id == old.id)
+        held = conn.execute(owed).one()
+        conn.execute(sa.insert(commitment).values(job_id=held.id, transaction_uid="2.25.7", state="asked", asked_at=NOW, look_at=NOW))
+    corrected_value(site)
+    site.analyze()
+    delivered(site, Pacs(), monkeypatch)
+    with site.store.read() as conn:
+        assert len(documents.delivered(conn, destination="pacs", since=NOW)) == len(KINDS) - 1 + len(KINDS) - 1
+    assert delivered(site, Pacs(), monkeypatch, hours=1)["rejection"] == "completed"
+    with site.store.begin() as conn:
+        there = documents.delivered(conn, destination="pacs", since=NOW)
+        assert sorted(kind_of(conn, one.document_id) for one in there) == sorted(KINDS)
+        (late,) = commitments.overdue(conn, destination="pacs", limit=9, now=NOW)
+        commitments.looked(conn, late[0], is_found=False, now=NOW)
+        assert conn.execute(owed).one().state == "completed"
+        assert study_id == old.study_id
+
+
+def kind_of(conn: sa.Connection, document_id: int) -> str:
+    return documents.load(conn, document_id).kind
 
 
 def test_the_old_report_stays_unmarked_where_the_new_one_was_given_up(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,3 +309,25 @@ def test_the_old_report_stays_unmarked_where_the_new_one_was_given_up(site: Site
         conn.execute(sa.update(job).where(job.c.document_id.in_(root)).values(state="discarded"))
     assert delivered(site, door := Pacs(), monkeypatch)["rejection"] == "discarded"
     assert "rejection" not in door.taken
+
+
+def test_a_form_that_could_not_be_written_is_a_dead_letter_and_the_study_no_delivered_one(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a notice nobody was told what is critical, of a message the RIS has nothing: a line in the log is not enough."""
+
+    def fails(_result: Result) -> tuple[Document, ...]:
+        raise KeyError("Rows")
+
+    monkeypatch.setitem(cast("dict[str, object]", forms.BUILDERS), "seg", fails)
+    site.receive()
+    tell(site.store, ADA, crp(5.0))
+    site.analyze()
+    states = delivered(site, door := Pacs(), monkeypatch)
+    assert (states["seg"], states["sr"], states["gsps"]) == ("discarded", "completed", "completed")
+    assert "seg" not in door.taken
+    with site.store.read() as conn:
+        one = ledger.standing()
+        (row,) = conn.execute(sa.select(one.c.account, one.c.reason)).all()
+    assert row.account == "failed"
+    assert row.reason == "This form of the result, seg, could not be written and is not sent; the log says where it failed."

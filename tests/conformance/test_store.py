@@ -341,6 +341,27 @@ def test_a_late_report_is_kept_and_opens_nothing(store: Store, modality: str) ->
     assert [job.input_version for job in lease(store, now=NOW + timedelta(seconds=71))] == [1]
 
 
+def test_our_own_summary_page_that_comes_back_opens_nothing_and_messages_are_no_reports(store: Store) -> None:
+    """It is an image as any other; what could not be analysed would be tried again for it, and make the next one."""
+    study_id = complete_study(store)
+    (job,) = lease(store)
+    page = Document("2.25.1.7", "1.2.840.10008.5.1.4.1.1.7", "summary", b"page")
+    message = Document("2.25.1.8", "", "oru", b"MSH")
+    with store.begin() as conn:
+        for one in (page, message):
+            documents.add(conn, job, report=one, findings=(), input_sha256="x", failure="", now=NOW)
+        queue.complete(conn, job, now=NOW)
+    capture = replace(header(7, modality="OT"), sop_class_uid=page.sop_class_uid)
+    assert add(store, capture, now=NOW + timedelta(seconds=60)) is Received.STORED
+    with store.read() as conn:
+        assert studies.load(conn, study_id).is_complete
+        assert [one.reports for one in studies.recent(conn, limit=9)] == [1]
+    stranger = replace(capture, sop_instance_uid="2.25.1.9")
+    add(store, stranger, now=NOW + timedelta(seconds=61))
+    with store.read() as conn:
+        assert not studies.load(conn, study_id).is_complete
+
+
 _STORAGE = "1.2.840.10008.5.1.4.1.1."
 #: What calls itself CT and is no image of the patient (PS3.4 Annex B.5).
 NO_IMAGES = {

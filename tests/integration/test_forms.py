@@ -17,10 +17,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydicom import Dataset, FileDataset, dcmread
 
-from tests import factories, located
+from tests import factories, located, peers
 from tests.unit.test_gsps import marked, region_of
 from tests.unit.test_keys import COMPANIONS, renewed, two_findings
 from tests.unit.test_sr import items
+from worker.deliver import cstore
 from worker.domain import Code, Document, Finding
 from worker.report import codes, forms
 from worker.report.content import percent, tracking_uid
@@ -70,7 +71,7 @@ def of_text(ds: Dataset) -> dict[str, Said]:
     found, verdicts = {}, {code.meaning: verdict for verdict, code in codes.VERDICTS.items()}
     for group in items(ds):
         said = {item.ConceptNameCodeSequence[0].CodeValue: item for item in group.get("ContentSequence") or ()}
-        paragraph = said["121071"].TextValue if {"112040", "121071"} <= said.keys() else ""
+        paragraph = said["121111"].TextValue if {"112040", "121111"} <= said.keys() else ""
         if read := re.search(r"\bProbability: ([0-9.]+) %\..* Verdict at the operating threshold: (\w+)\.", paragraph):
             found[said["112040"].UID] = Said(group.ConceptNameCodeSequence[0].CodeMeaning, float(read[1]), verdicts[read[2]])
     return found
@@ -97,7 +98,7 @@ FINDINGS = st.lists(
 )
 
 
-@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(FINDINGS)
 def test_all_forms_say_the_same_findings_verdicts_and_probabilities_under_the_same_tracking_uids(
     tmp_path: Path, drawn: list[tuple[str, float, str, bool]]
@@ -220,3 +221,21 @@ def test_a_failure_has_the_root_the_text_and_the_note_alone(tmp_path: Path) -> N
     made = forms.author(first, COMPANIONS)
     failed = replace(renewed(first, made[-1]), findings=(), inputs=None, failure="No slice fits.")
     assert [one.kind for one in forms.author(failed, COMPANIONS)] == ["basic", "rejection", "sr"]
+
+
+@pytest.mark.peer
+def test_an_archive_takes_every_form_of_both_versions_and_lists_each_in_a_series_of_its_own(tmp_path: Path) -> None:
+    """By C-STORE, and found again by C-FIND; what a viewer lists tells the versions apart."""
+    first = two_findings(tmp_path / "images")
+    made = forms.author(first, COMPANIONS)
+    later = forms.author(renewed(first, made[-1]), COMPANIONS)
+    (tmp_path / "pacs").mkdir()
+    with peers.orthanc(tmp_path / "pacs") as pacs:
+        sent = cstore.send([*made, *later], peer=pacs.peer())
+        assert [one.error for one in sent] == [None] * len(sent)
+        listed = pacs.qidos("series", includefield="0008103E")
+    told = sorted((one["00080060"]["Value"][0], one["0008103E"]["Value"][0].partition(":")[0]) for one in listed)
+    name = "AI chest-fusion 0.1.0"
+    old = [("KO", f"{name} key images"), ("PR", f"{name} outlines"), ("SEG", f"{name} regions"), ("SR", name), ("SR", f"{name} as text")]
+    new = [(modality, f"{description} #2") for modality, description in old]
+    assert [one for one in told if one[0] != "OT"] == sorted([*old, *new, ("KO", f"{name} outdated #2")])

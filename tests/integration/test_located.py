@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -25,8 +26,9 @@ from worker.domain import Document, Region, Series, Volume
 from worker.imaging import volume
 from worker.imaging.decoding import DecoderPool
 from worker.regions import Place
-from worker.report import codes, forms
+from worker.report import codes, evidence, fhir, forms
 from worker.report.result import Result
+from worker.report.seg import segment_of
 
 KINDS = ("seg", "map")
 RADIUS_MM = 5.0
@@ -131,7 +133,7 @@ def test_the_report_says_where_in_image_and_patient_coordinates(case: Case) -> N
     (center,) = [one for one in named(case.sr, codes.REGION_CENTRE) if one.ValueType == "SCOORD3D"]
     assert center.ReferencedFrameOfReferenceUID == case.seg.FrameOfReferenceUID
     case.near(np.array(center.GraphicData))
-    flat, solid = named(case.sr, codes.REGION)
+    flat, _, solid = named(case.sr, codes.REGION)
     assert (flat.ValueType, flat.GraphicType, solid.ValueType, solid.GraphicType) == ("SCOORD", "POLYLINE", "SCOORD3D", "POLYGON")
     curve = np.reshape(np.array(solid.GraphicData, float), (-1, 3))
     pixels = np.reshape(np.array(flat.GraphicData, float), (-1, 2))
@@ -148,11 +150,11 @@ def test_the_report_says_where_in_image_and_patient_coordinates(case: Case) -> N
 
 
 def test_report_and_segmentation_name_each_other(case: Case) -> None:
-    """The volume is inferred from the segment; its tracking UID and identifier are the group's; the segmentation is evidence."""
-    (number,) = named(case.sr, codes.REGION_VOLUME)
-    (segment,) = [one.ReferencedSOPSequence[0] for one in number.ContentSequence]
+    """The group shows the segment; its tracking UID and identifier are the group's; the segmentation is evidence."""
+    (shown,) = [one for one in named(case.sr, codes.REGION) if one.ValueType == "IMAGE"]
+    segment = shown.ReferencedSOPSequence[0]
     assert (segment.ReferencedSOPInstanceUID, segment.ReferencedSegmentNumber) == (case.seg.SOPInstanceUID, 1)
-    group = next(one for one in items(case.sr) if number in (one.get("ContentSequence") or ()))
+    group = next(one for one in items(case.sr) if shown in (one.get("ContentSequence") or ()))
     said = {one.ConceptNameCodeSequence[0].CodeValue: one for one in group.ContentSequence}
     described = case.seg.SegmentSequence[0]
     assert (said["112039"].TextValue, said["112040"].UID) == (described.TrackingID, described.TrackingUID)
@@ -186,6 +188,19 @@ def test_the_map_has_its_peak_on_the_lesion(case: Case) -> None:
     start = case.map.PerFrameFunctionalGroupsSequence[int(frame)].PlanePositionSequence[0].ImagePositionPatient
     case.near(np.array([float(x) for x in start]) + column * column_mm * along + row * row_mm * down)
     assert stored.max() == 1000
+
+
+def test_the_observation_of_the_record_says_the_same_center_and_volume(case: Case) -> None:
+    """FHIR, SR and SEG are of one region: their numbers may be rounded, not other."""
+    (document,) = fhir.build(case.result)
+    found = next(
+        one["resource"]["component"]
+        for one in json.loads(document.data)["entry"]
+        if "region" in json.dumps(one["resource"].get("component"))
+    )
+    said = {one["code"]["coding"][0]["code"]: one["valueQuantity"]["value"] for one in found if "valueQuantity" in one}
+    case.near(np.array([said[f"{codes.REGION_CENTRE.value}-{axis}"] for axis in "xyz"]))
+    assert said[codes.REGION_VOLUME.value] == pytest.approx(segment_mm(case.seg)[1], rel=1e-3)
 
 
 def test_the_same_result_gives_the_same_bytes(case: Case) -> None:
@@ -247,16 +262,15 @@ def test_no_validator_has_a_finding(case: Case, validate: Callable[..., list[str
 @pytest.mark.slow
 @pytest.mark.parametrize("modality", ["DX", "CR"])
 def test_a_radiograph_has_its_region_in_pixels(modality: str, tmp_path: Path, validate: Callable[..., list[str]]) -> None:
-    """No patient coordinates: a segmentation aligned with the film, an outline on it, an area; no map."""
+    """No patient coordinates: the outline on it and an area; no map, nor a segmentation, at which a common viewer's page goes black."""
     series = located.film(tmp_path, modality=modality)
     where = located.painted_on_film((96, 80), (40, 30), 12)
     uid = series.instances[0].sop_instance_uid
     finding = located.finding_at(where, Place((96, 80), None, (uid,), (1,)))
     documents = forms.author(located.result_with(series, [finding]), KINDS)
-    assert [one.kind for one in documents] == ["seg", "sr"]
-    seg, sr = (dcmread(BytesIO(one.data)) for one in documents)
+    assert [one.kind for one in documents] == ["sr"]
+    sr = dcmread(BytesIO(documents[0].data))
     found = finding.regions[0]
-    np.testing.assert_array_equal(np.argwhere(seg.pixel_array), (np.argwhere(found.mask) + found.origin)[:, 1:])
     (flat,) = named(sr, codes.REGION)
     pixels = np.reshape(np.array(flat.GraphicData, float), (-1, 2))
     assert np.abs((pixels.min(0) + pixels.max(0)) / 2 - 0.5 - np.array([30, 40])).max() < 3.5  # a pixel of the network is three of the film
@@ -282,11 +296,36 @@ def test_each_region_of_an_image_is_a_segment_of_its_own(tmp_path: Path, pool: D
     assert [one.UID for one in items(sr) if one.ConceptNameCodeSequence[0].CodeValue == "112040"][:2] == [
         one.TrackingUID for one in seg.SegmentSequence
     ]
-    numbers = [one.ContentSequence[0].ReferencedSOPSequence[0].ReferencedSegmentNumber for one in named(sr, codes.REGION_VOLUME)]
+    numbers = [one.ReferencedSOPSequence[0].ReferencedSegmentNumber for one in named(sr, codes.REGION) if one.ValueType == "IMAGE"]
     assert numbers == [1, 2]
     read = hd.seg.Segmentation.from_dataset(seg).get_volume()
     for number, finding in enumerate(findings):
         assert read.array[..., number].sum() == finding.regions[0].mask.sum()
+
+
+def test_regions_too_large_for_one_object_are_written_in_several(tmp_path: Path) -> None:
+    """Ten findings that rest on most of a large CT would be gigabytes at once: the report names the object and the segment of each."""
+    large = Region(np.ones((600, 1, 1), np.bool_), (0, 0, 0), (600, 512, 512), np.eye(4), "image", ("1.2",) * 600, tuple(range(1, 601)))
+    small = replace(large, mask=np.ones((2, 1, 1), np.bool_))
+    regions = (large, replace(large), small, replace(small), replace(small, image="other"))
+    findings = [replace(reports.FINDINGS[0], regions=(one,)) for one in regions]
+    result = reports.result([reports.radiograph(tmp_path)], findings=findings)
+    named_by = [segment_of(result, one) for one in regions]
+    assert [number for _, number in named_by] == [1, 1, 1, 2, 1]
+    assert len({uid for uid, _ in named_by}) == 4
+
+
+def test_a_clip_has_its_region_on_the_frame_that_has_most_of_it(case: Case) -> None:
+    """Frames without a place: the outline names the frame; no segmentation, no map, no millimeters."""
+    found = replace(case.region, affine=None)
+    finding = replace(case.result.findings[0], regions=(found,))
+    (only,) = forms.author(located.result_with(case.series, [finding]), KINDS)
+    ds = dcmread(BytesIO(only.data))
+    (flat,) = named(ds, codes.REGION)
+    reference = flat.ContentSequence[0].ReferencedSOPSequence[0]
+    key = found.sop_instance_uids[found.key_plane], found.frame_numbers[found.key_plane]
+    assert (reference.ReferencedSOPInstanceUID, reference.get("ReferencedFrameNumber", 1)) == key
+    assert not [*named(ds, codes.REGION_VOLUME), *named(ds, codes.REGION_CENTRE)]
 
 
 def test_without_a_frame_of_reference_there_is_the_outline_on_the_image_alone(tmp_path: Path, pool: DecoderPool) -> None:
@@ -313,8 +352,10 @@ def test_a_place_that_cannot_be_told_does_not_cost_the_report(tmp_path: Path, po
     result = located.result_with(series, [located.finding_at(located.painted(image, lesion, RADIUS_MM), located.place_of(image))])
     for one in series.instances:
         one.path.unlink()
-    (only,) = forms.author(result, KINDS)
-    ds = dcmread(BytesIO(only.data))
+    *lost, root = forms.author(result, KINDS)
+    assert [(one.kind, one.data) for one in lost] == [("seg", b""), ("map", b"")]
+    ds = dcmread(BytesIO(root.data))
+    assert {str(one.SOPInstanceUID) for one in evidence.referred(ds)} == set(result.source.paths)
     assert len(named(ds, codes.PROBABILITY)) == 2
     assert not [one for one in items(ds) if one.ValueType.startswith("SCOORD")]
     assert {one["kind"] for one in captured.named("document.failed")} == {"seg", "map", "places"}

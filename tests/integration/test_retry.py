@@ -37,4 +37,5 @@ def test_a_study_that_is_done_is_analysed_anew_as_a_new_version(site: Site) -> N
         assert [(one.bundle, one.state, one.priority) for one in queue.of_version(conn, 1, input_version=2)] == [
             ("cxr-severity", "available", 0)
         ]
-        assert history.of_study(conn, 1)[-1].facts["cause"] == "An operator asked for it."
+        (renewed,) = [one for one in history.of_study(conn, 1) if one.name == "study.renewed"]
+        assert renewed.facts["cause"] == "An operator asked for it."

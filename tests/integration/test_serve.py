@@ -1,7 +1,8 @@
-"""`synoptic serve` and `synoptic user` as processes: over TLS, with a certificate that is renewed, and a log that names nobody."""
+"""The page as a child of `synoptic all`: over TLS, with a certificate that is renewed, and a log that names nobody."""
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import ssl
@@ -10,8 +11,7 @@ import sys
 from pathlib import Path
 
 import httpx2
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from tests import ward
 from tests.installation import wait_until
@@ -21,6 +21,11 @@ from worker.cli import app
 from worker.ops import audit
 from worker.store import accounts
 from worker.store.database import Store
+
+
+def is_ready(log: Path, role: str) -> bool:
+    lines = [json.loads(line) for line in log.read_text("utf-8").splitlines() if line.startswith("{")]
+    return any(one["event"] == "role.started" and one["role"] == role for one in lines)
 
 
 def synoptic(config: Path, *arguments: str, stdin: str = "") -> Result:
@@ -35,7 +40,8 @@ def test_the_page_is_served_by_tls_with_a_renewed_certificate_and_its_log_names_
     studies = ward.furnish(store, tmp_path).studies
     config = tmp_path / "synoptic.toml"
     config.write_text(
-        f'[site]\ndata = "."\n[receive]\nlow_water_mb = 1\n[web]\nport = {port}\n'
+        f'[site]\ndata = "."\n[receive]\nport = {free_port()}\nlow_water_mb = 1\n[records]\nenabled = false\n'
+        f"[web]\nenabled = true\nport = {port}\n"
         f'tls_certificate = "{pair.certificate}"\ntls_key = "{pair.key}"\n'
     )
     (tmp_path / "spool").mkdir()
@@ -52,11 +58,11 @@ def test_the_page_is_served_by_tls_with_a_renewed_certificate_and_its_log_names_
     assert any("Security Alert E" in line and "account:ada" in line for line in audit.told(tmp_path / "audit"))
 
     with (tmp_path / "serve.log").open("wb") as log:
-        line = [sys.executable, "-m", "worker", "serve", "--config", str(config)]
+        line = [sys.executable, "-m", "worker", "all", "--config", str(config)]
         process = subprocess.Popen(line, stdout=log, stderr=log)
     try:
         said = tmp_path / "serve.log"
-        wait_until(lambda: '"role": "serve"' in said.read_text() and '"role.started"' in said.read_text(), timeout_s=90, what="the page")
+        wait_until(lambda: all(is_ready(said, role) for role in ("receive", "deliver", "serve")), timeout_s=120, what="every role")
         trusted = ssl.create_default_context(cafile=str(authority.certificate))
         base = f"https://127.0.0.1:{port}"
         with httpx2.Client(base_url=base, verify=trusted, headers={"sec-fetch-site": "same-origin"}, timeout=30) as client:
@@ -64,8 +70,9 @@ def test_the_page_is_served_by_tls_with_a_renewed_certificate_and_its_log_names_
             assert answer.headers["set-cookie"].startswith("__Host-synoptic=")
             assert "Müller, Änne" in client.get(f"/studies/{studies['delivered']}").text
             assert client.get("/ready").text == "ready\n"
-            assert re.search(r'synoptic_certificate_days\{certificate="\[web\] tls_certificate"\} 36\d', client.get("/metrics").text)
-            assert 'synoptic_role_processes{role="serve"} 1.0' in client.get("/metrics").text
+            told = client.get("/metrics").text
+            assert re.search(r'synoptic_certificate_days\{certificate="\[web\] tls_certificate"\} 36\d', told)
+            assert {f'synoptic_role_processes{{role="{role}"}} 1.0' for role in ("receive", "deliver", "serve")} <= set(told.splitlines())
         first = ssl.get_server_certificate(("127.0.0.1", port))
         renewed = authority.issue("renewed")
         renewed.key.replace(pair.key)
@@ -81,6 +88,6 @@ def test_the_page_is_served_by_tls_with_a_renewed_certificate_and_its_log_names_
     store.close()
     text = said.read_text("utf-8")
     assert code == 0
-    assert not (tmp_path / "roles.serve.json").exists()
+    assert list(tmp_path.glob("roles.*")) == []
     assert not re.search(r"Müller|Änne|4711|A-1001|GET /|uvicorn|2\.25\.", text)
     assert "There is no account of this name" in str(synoptic(config, "user", "remove", "ada").exception)

@@ -224,7 +224,8 @@ def test_an_issuer_that_is_away_or_calls_itself_otherwise_is_a_sentence(browser:
 @pytest.mark.parametrize(
     ("web", "says"),
     [
-        (Web(host="0.0.0.0"), "tls_certificate is needed"),
+        (Web(host="0.0.0.0", tls_certificate="x.pem"), "base_url is needed"),
+        (Web(host="10.0.0.7"), "tls_certificate is needed"),
         (Web(host="0.0.0.0", base_url="http://synoptic.test"), "tls_certificate is needed"),
         (Web(base_url="https://synoptic.test/worklist"), "nothing behind the host"),
         (Web(base_url="synoptic.test"), "nothing behind the host"),

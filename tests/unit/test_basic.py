@@ -76,7 +76,8 @@ def test_every_number_code_and_sentence_of_the_root_is_in_it(kind: str, tmp_path
 def test_a_viewer_that_shows_no_concept_names_still_shows_sentences(tmp_path: Path) -> None:
     """DCMTK's, for one: "3.1 % 50 % Negative" would be a riddle."""
     ds = in_words(result_of("radiograph", tmp_path))
-    told = [item.TextValue for item in items(ds) if item.ValueType == "TEXT" and item.ConceptNameCodeSequence[0].CodeValue == "121071"]
+    summaries = [item.TextValue for item in items(ds) if item.ValueType == "TEXT" and item.ConceptNameCodeSequence[0].CodeValue == "121111"]
+    told = summaries[1:]  # that of all comes first
     assert told[0].startswith("Finding: Pneumonia. ")
     assert "Probability: 73.21 %. Operating threshold of the probability: 50 %. " in told[0]
     assert told[0].endswith("Verdict at the operating threshold: Positive.")

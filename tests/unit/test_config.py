@@ -40,6 +40,7 @@ def test_the_example_shows_every_key_with_its_default() -> None:
 
 
 COMMITTING = "[[destinations]]\nname = 'pacs'\nae_title = 'P'\nhost = 'h'\nport = 1\ncommitment = true\n"
+HOOK = "[[destinations]]\nname = 'ward'\nwebhook_url = 'https://ward/hook'\n"
 STOW = "[[destinations]]\nname = 'web'\nstow_url = '{}'\n"
 
 
@@ -51,6 +52,14 @@ STOW = "[[destinations]]\nname = 'web'\nstow_url = '{}'\n"
         ('[receive]\nport = "eleven"', "receive.port must be a whole number, not text in quotes."),
         ('[receive]\nae_title = "MUCH-TOO-LONG-A-TITLE"', "is no AE title"),
         ("[[destinations]]\nname = 'x'", "destinations x needs ae_title, host and port, or stow_url, hl7_host"),
+        (STOW.format("https://a/studies") + "documents = ['basic', 'rejection']", "with 'rejection' it must be sent sr, too."),
+        (
+            STOW.format("https://a/studies")
+            + "documents = ['sr', 'rejection']\n"
+            + STOW.format("https://b/studies").replace("web", "other")
+            + "documents = ['seg', 'keys']",
+            "destinations web: documents: with 'rejection' it must be sent seg, keys, too.",
+        ),
         (STOW.format("http://pacs.example/studies"), "stow_url must begin with https://"),
         (STOW.format("https://user:secret@pacs/studies"), "user name and password belong in stow_secret"),
         (STOW.format("HTTPS://pacs.example/studies"), "stow_url must begin with https://"),
@@ -59,6 +68,8 @@ STOW = "[[destinations]]\nname = 'web'\nstow_url = '{}'\n"
         (STOW.format("https://pacs:99999/studies"), "stow_url must begin with https://"),
         (STOW.format("https://pacs/studies") + "commitment = true", "with stow_url there is no ae_title, host, port or commitment"),
         (STOW.format("https://pacs/studies") + "stow_secret = 'a\\nb'".replace("'", '"'), "printable ASCII"),
+        (HOOK + "webhook_secret = 'whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaS'", "what follows is no key in Base64"),
+        (HOOK + "webhook_secret = 'whsec_'", "what follows is no key in Base64"),
         (STOW.format("http://localhost/studies") + "tls_ca = 'x'", "the connection would be plain"),
         (COMMITTING.replace("commitment = true", "stow_secret = 'x'"), "stow_secret without stow_url"),
         ('[site]\ntimezone = "Mars/Olympus"', "there is no zone 'Mars/Olympus'"),

@@ -97,9 +97,9 @@ def test_a_result_is_a_report_an_observation_a_finding_and_the_device_that_says_
     assert said == {
         "122157": (73.21, "%"),
         "threshold": (50.0, "%"),
-        "shapley-image": (1.3123, "1"),
-        "shapley-values": (-0.2, "1"),
-        "shapley-text": (0.0, "1"),
+        "shapley-image": (1.3123, "{log-odds}"),
+        "shapley-values": (-0.2, "{log-odds}"),
+        "shapley-text": (0.0, "{log-odds}"),
     }
     assert pneumonia["identifier"][1]["value"] == f"urn:oid:{content.tracking_uid(result.study, ALGORITHM, FINDINGS[0])}"
 

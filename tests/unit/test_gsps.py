@@ -222,6 +222,18 @@ def test_slices_that_are_rescaled_each_its_own_way_have_a_state_each(tmp_path: P
     assert len({one.SOPInstanceUID for one in made}) == len({one.InstanceNumber for one in made}) == 2
 
 
+@pytest.mark.parametrize(("center", "width"), [(None, None), (None, "400"), ("40", None)])
+def test_a_window_that_an_image_leaves_open_is_not_in_the_state(center: str | None, width: str | None, tmp_path: Path) -> None:
+    """Half of one, or an empty one, would be shown black, white or not at all."""
+    ds = factories.make_radiograph()
+    ds.WindowCenter, ds.WindowWidth = center, width
+    series = factories.spool([ds], tmp_path)
+    mask = np.zeros((1, ds.Rows, ds.Columns), bool)
+    mask[0, 10:20, 10:20] = True
+    (state,) = states(marked(series, region_of(mask, series)))
+    assert "SoftcopyVOILUTSequence" not in state
+
+
 def test_each_slice_keeps_its_own_window_and_pixels_keep_their_shape(tmp_path: Path) -> None:
     """MR scanners give each slice its window; pixels here are 0.75 mm by 0.5 mm."""
     datasets = factories.make_ct(slices=4)

@@ -71,9 +71,9 @@ def test_each_finding_is_a_group_of_observations_beside_outcome_words_algorithm_
         ("CWE", "233604007^Pneumonia^SCT", "1", "10828004^Positive^SCT", "", "AA", "P"),
         ("NM", "122157^Probability^DCM", "1", "73.21", "%^percent^UCUM", "", "P"),
         ("NM", "threshold^Operating threshold of the probability^99SYNOPTIC", "1", "50", "%^percent^UCUM", "", "P"),
-        ("NM", "shapley-image^Share of the image in the log-odds^99SYNOPTIC", "1", "1.3123", "1^no units^UCUM", "", "P"),
-        ("NM", "shapley-values^Share of the record's values in the log-odds^99SYNOPTIC", "1", "-0.2", "1^no units^UCUM", "", "P"),
-        ("NM", "shapley-text^Share of the record's text in the log-odds^99SYNOPTIC", "1", "0", "1^no units^UCUM", "", "P"),
+        ("NM", "shapley-image^Share of the image in the log-odds^99SYNOPTIC", "1", "1.3123", "{log-odds}^log-odds^UCUM", "", "P"),
+        ("NM", "shapley-values^Share of the record's values in the log-odds^99SYNOPTIC", "1", "-0.2", "{log-odds}^log-odds^UCUM", "", "P"),
+        ("NM", "shapley-text^Share of the record's text in the log-odds^99SYNOPTIC", "1", "0", "{log-odds}^log-odds^UCUM", "", "P"),
         ("CWE", "60046008^Pleural effusion^SCT", "2", "260385009^Negative^SCT", "", "", "P"),
     ]
     assert rows(message(one), 8)[2] == ("A",)
@@ -131,6 +131,22 @@ def test_every_order_that_the_images_answer_gets_the_result(tmp_path: Path) -> N
     found = [tuple(str(segment(n)) for n in (2, 3, 18, 44)) for segment in parsed.segments("OBR")]
     assert found == [("P1", "F1", "A1", "36643-5^XR Chest 2 Views^LN"), ("P2", "F2", "A2", "36643-5^XR Chest 2 Views^LN")]
     assert [str(segment[0]) for segment in parsed].count("OBX") == 2 * len({str(one(1)) for one in parsed.segments("OBX")})
+
+
+@pytest.mark.parametrize("code", [{}, {"CodeValue": ""}, {"CodeMeaning": "XR Chest"}, {"CodeValue": "XR1"}], ids=str)
+def test_an_order_whose_procedure_is_half_coded_gets_the_result_all_the_same(code: dict[str, str], tmp_path: Path) -> None:
+    """Worklists hand on what the RIS has; the RIS would wait for ever."""
+
+    def order(ds: Dataset) -> None:
+        item, requested = Dataset(), Dataset()
+        for keyword, value in code.items():
+            setattr(requested, keyword, value)
+        item.RequestedProcedureCodeSequence = [requested]
+        ds.RequestAttributesSequence = [item]
+
+    obr = hl7.parse(message(result(tmp_path, change=order))).segment("OBR")
+    assert str(obr(25)) == "P"
+    assert (str(obr(44)) if len(obr) > 44 else "") == ("XR1^^99LOCAL" if code.get("CodeValue") else "")
 
 
 def test_images_without_an_order_are_answered_by_their_study(tmp_path: Path) -> None:

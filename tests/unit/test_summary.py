@@ -334,6 +334,24 @@ def test_an_error_of_the_typesetter_quotes_nothing_of_the_page(tmp_path: Path, p
     assert raised.value.__cause__ is None
 
 
+def test_a_panic_of_the_typesetter_costs_the_page_and_not_the_worker(
+    tmp_path: Path, pool: DecoderPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is no Exception: unseen, it would pass all that keeps one study's fault from the others, and end the process at each attempt."""
+
+    class PanicException(BaseException):
+        pass
+
+    def panics(_source: object, **_options: object) -> object:
+        raise PanicException
+
+    made = result_of([radiograph()], tmp_path, pool)
+    monkeypatch.setattr("worker.report.page.typst.compile", panics)
+    assert next((one.kind, one.data) for one in forms.author(made, ["summary"])) == ("summary", b"")
+    with pytest.raises(ReportInvalid, match=r"^The summary page could not be set \(PanicException\)\.$"):
+        page.render(made, None, theme="light", form="pdf")
+
+
 def test_every_color_of_the_page_can_be_read_on_its_ground() -> None:
     """WCAG 2.2 AA, 1.4.3: 4.5 : 1 for text, on the page and on the panel, dark and light."""
     template = resources.files("worker.report").joinpath("page.typ").read_text(encoding="utf-8")

@@ -141,11 +141,12 @@ def test_counters_grow_by_what_ends_and_a_second_scrape_at_once_is_the_first(tmp
     store.migrate()
     now = ward.NOW
     monkeypatch.setattr("worker.web.metrics.clock", lambda: now)
+    monkeypatch.setattr("worker.web.metrics.FRESH_S", 1e6)
     numbers = Numbers(Config(site=Site(data=tmp_path)), store)
     first = numbers.text()
     ward.furnish(store, tmp_path, now=ward.NOW)
     assert numbers.text() == first
-    numbers._made_at, numbers._seen, now = -100.0, ward.NOW - timedelta(hours=2), ward.NOW + timedelta(minutes=1)
+    numbers._made_at, numbers._seen, now = -1e7, ward.NOW - timedelta(hours=2), ward.NOW + timedelta(minutes=1)
     text = numbers.text().decode()
     store.close()
     assert "synoptic_instances_received_total 12.0" in text

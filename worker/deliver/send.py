@@ -82,18 +82,24 @@ def _stop(conn: Connection, job: Job, document: Document) -> Reject | Retry | Su
     """Why a document is not sent at all, or not yet: what was true when it was written may not be any more."""
     if hold := documents.hold_of(conn, job.study_id):
         return PatientConflict(f"The study is held, its report is not sent: {hold}")
+    if not document.data:
+        return ReportInvalid(
+            f"This form of the result, {document.kind}, could not be written and is not sent; the log says where it failed."
+        )
     if not document.is_whole:
         return ReportInvalid("The stored report is not as it was written, its sha256 is another: it is not sent.")
     # A message that waited for the RIS would put the result before the last one in the last one's place.
     if document.kind == "oru" and documents.is_superseded(conn, job.document_id or 0):
         return Superseded("A later result of the study is sent instead.")
-    return _stop_of_note(documents.root_delivery(conn, job)) if document.kind == "rejection" else None
+    return _stop_of_note(conn, job) if document.kind == "rejection" else None
 
 
-def _stop_of_note(state: str) -> Reject | Retry | None:
-    """Why the old report is not marked, by the `state` of the new one's delivery: it must not vanish before that one is there."""
+def _stop_of_note(conn: Connection, job: Job) -> Reject | Retry | None:
+    """Why the old report is not marked: it must not vanish before the new one is there, nor come, unmarked, when the note has gone by."""
+    state = documents.root_delivery(conn, job)
     if state == "completed":
-        return None
+        is_early = documents.is_older_on_its_way(conn, job)
+        return Retry("The replaced report is not delivered yet: the old one is not marked.") if is_early else None
     if state in {"discarded", "cancelled"}:
         return ReportInvalid(f"The delivery of the report that replaces the old one was {state}: the old one is not marked.")
     return Retry("The report that replaces the old one is not delivered yet: the old one is not marked.")

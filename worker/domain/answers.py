@@ -171,7 +171,8 @@ class Finding:
 class Document:
     """An object we authored, ready to be sent as it is: encoded DICOM, or with an empty ``sop_class_uid`` a message of another kind.
 
-    ``kind`` is one of `KINDS_OF_DOOR`; ``sop_instance_uid`` is derived from what it was made of, and is its own whatever it is.
+    ``kind`` is one of `KINDS_OF_DOOR`; ``sop_instance_uid`` is derived from what it was made of, and is its own whatever it is. Without
+    ``data`` it could not be written: it stands in the place of what its destinations miss.
     """
 
     sop_instance_uid: str

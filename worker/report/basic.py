@@ -40,7 +40,8 @@ _CONTAINS: Final = sr.RelationshipTypeValues.CONTAINS
 def build(result: Result) -> tuple[Document, ...]:
     """Write the report in words."""
     tree = result.tree(told_places(result)[0], replaces=replacing.sentence(result))
-    root = sr.ContainerContentItem(tree.name, is_content_continuous=False)
+    # Not the root's title, which is TID 1500's: OHIF 3.13 looks for measurements to draw in whatever is called so, and stays black.
+    root = sr.ContainerContentItem(concept(codes.SERIES), is_content_continuous=False)
     root.ContentSequence = sr.ContentSequence(list(_in_words(tree, result)))
     ds = written(result, sr.EnhancedSR, root, "basic", what="as text")
     ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = BasicTextSRStorage  # of the same modules: PS3.3 Tables A.35.1-1, A.35.2-1
@@ -70,7 +71,8 @@ def _of_group(group: Dataset, result: Result) -> sr.ContainerContentItem:
     tracking = [item for item in group.ContentSequence if item.ValueType == "UIDREF" or _name(item) == _TRACKING]
     said = [item for item in group.ContentSequence if item not in tracking and _name(item) not in _ALGORITHM]
     heading = next((item.value for item in said if _name(item) == _FINDING.value), group.name)
-    return _container(heading, [*tracking, _text(concept(_FINDING), said, result)])
+    # Not named Finding: OHIF 3.13 sets such a text without line breaks, and it runs out of the screen.
+    return _container(heading, [*tracking, _text(concept(codes.SUMMARY), said, result)])
 
 
 def _text(name: sr.CodedConcept, items: Iterable[sr.ContentItem], result: Result) -> sr.TextContentItem:

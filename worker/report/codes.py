@@ -41,6 +41,8 @@ YES: Final = Code("373066001", "SCT", "Yes")
 NO: Final = Code("373067005", "SCT", "No")
 PERCENT: Final = Code("%", "UCUM", "percent")
 NO_UNITS: Final = Code("1", "UCUM", "no units")
+# Not "1": viewers write a unit's code behind the number, and nothing for a number of 0.
+LOG_ODDS: Final = Code("{log-odds}", "UCUM", "log-odds")
 SQUARE_MM: Final = Code("mm2", "UCUM", "square millimeter")
 CUBIC_MM: Final = Code("mm3", "UCUM", "cubic millimeter")
 

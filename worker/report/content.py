@@ -190,7 +190,7 @@ def _image_library(source: Evidence) -> list[sr.ContainerContentItem]:
 
 def _finding_group(finding: Finding, where: Placed, *, study: Study, algorithm: Algorithm) -> sr.MeasurementsAndQualitativeEvaluations:
     """Say one finding, and where it is."""
-    shares = [measurement(codes.shapley(part), round(share, 4), codes.NO_UNITS) for part, share in finding.shapley.items()]
+    shares = [measurement(codes.shapley(part), round(share, 4), codes.LOG_ODDS) for part, share in finding.shapley.items()]
     group = sr.MeasurementsAndQualitativeEvaluations(
         tracking_identifier=sr.TrackingIdentifier(uid=tracking_uid(study, algorithm, finding), identifier=finding.name),
         finding_type=concept(finding.code),

@@ -188,7 +188,7 @@ def _components(finding: Finding) -> Iterator[Json]:
     yield _component(codes.PROBABILITY, content.percent(finding.probability), codes.PERCENT)
     yield _component(codes.THRESHOLD, content.percent(finding.threshold), codes.PERCENT)
     for part, share in finding.shapley.items():
-        yield _component(codes.shapley(part), round(share, 4) + 0.0, codes.NO_UNITS)
+        yield _component(codes.shapley(part), round(share, 4) + 0.0, codes.LOG_ODDS)
     for region in finding.regions:
         if region.volume_mm3 is not None and region.centre_mm is not None:
             yield _component(codes.REGION_VOLUME, round(region.volume_mm3, 1), codes.CUBIC_MM, of=region.image)

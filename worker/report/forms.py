@@ -4,7 +4,8 @@
 
     Result ─▶ companions, each by its builder ─▶ root report (sr.py), which refers to them
 
-A builder that has nothing to say gives none. One that fails costs its own document: the root report is sent all the same.
+A builder that has nothing to say gives none. One that fails costs its own document: the root report is sent all the same, and an empty
+document stands for what is missing, whose deliveries become dead letters (deliver/send.py): a log alone nobody might read.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ BUILDERS: Final[Mapping[str, Builder]] = {
 
 
 def author(result: Result, kinds: Collection[str]) -> tuple[Document, ...]:
-    """Write the documents of `kinds`; the root report is always made, and is the last.
+    """Write the documents of `kinds`, empty where one cannot be written; the root report is always made, and is the last.
 
     Raises
     ------
@@ -52,4 +53,5 @@ def author(result: Result, kinds: Collection[str]) -> tuple[Document, ...]:
             companions += build(result)
         except Exception as exc:  # noqa: BLE001  the root report says it all, and must not wait for a picture
             events.emit("document.failed", kind=kind, bundle=result.algorithm.name, reason=type(exc).__name__, places=places(exc))
+            companions.append(Document(result.uid(kind, "not written"), "", kind, b""))
     return (*companions, sr.build(result, companions))

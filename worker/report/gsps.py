@@ -146,12 +146,15 @@ def _read(result: Result, uid: str) -> Dataset:
 def _flat(ds: Dataset, number: int) -> Dataset:
     """The header of one frame: what its functional groups say stands before what the object says (PS3.3 §C.7.6.16)."""
     flat = Dataset()
-    flat.update({element.tag: element for element in ds if element.keyword not in _GROUPS})
+    flat.update({element.tag: element for element in ds if element.keyword not in _GROUPS and not element.is_empty})
     shared, each = (list(ds.get(keyword) or ()) for keyword in _GROUPS)
     for groups in (*shared[:1], *each[number - 1 : number]):
         for group in (one for one in groups if one.VR == "SQ"):
             for element in (said for item in group.value[:1] for said in item if said.keyword in (*_PLACE, *_MODALITY_LUT, *_VOI_LUT)):
                 flat[element.tag] = element
+    for one, other in (("WindowCenter", "WindowWidth"), ("WindowWidth", "WindowCenter")):  # neither means anything alone
+        if other not in flat:
+            flat.pop(one, None)
     return flat
 
 

@@ -106,13 +106,14 @@ def _order(result: Result, order: Dataset, *, status: str) -> Iterator[str]:
     filler = _text(str(order.get("FillerOrderNumberImagingServiceRequest") or accession or result.study.study_instance_uid))
     algorithm = result.algorithm
     own = Code(codes.short(algorithm.name, 20), codes.OWN, f"AI: {algorithm.title or algorithm.name}")
-    requested = next(iter(order.get("RequestedProcedureCodeSequence") or ()), None)
-    asked = Code(requested.CodeValue, requested.CodingSchemeDesignator, requested.get("CodeMeaning", "")) if requested else None
+    requested = next(iter(order.get("RequestedProcedureCodeSequence") or ()), Dataset())
+    # What a modality was given by its worklist may lack any of them.
+    value, scheme, meaning = (str(requested.get(keyword) or "") for keyword in ("CodeValue", "CodingSchemeDesignator", "CodeMeaning"))
     device = f"{algorithm.bundle_sha256[:12]}&{_text(f'{content.MANUFACTURER} {algorithm.name} {algorithm.version}')}"
     yield _segment("ORC", {1: "RE", 2: placer, 3: filler})
     fields = {1: "1", 2: placer, 3: filler, 4: f"{_coded(own)}^{_coded(algorithm.procedure)}", 18: _text(accession), 24: "RAD"}
     fields |= {7: _time(result.study_at) if result.study_at else "", 22: _time(result.analysed_at), 25: status, 32: device}
-    fields[44] = _coded(asked) if asked else ""
+    fields[44] = _coded(Code(value, scheme, meaning)) if value else ""
     yield _segment("OBR", fields)
 
 
@@ -141,7 +142,7 @@ def _finding(finding: Finding, part: str) -> Iterator[_Observation]:
     yield _Observation("NM", codes.PROBABILITY, f"{content.percent(finding.probability):g}", part, codes.PERCENT)
     yield _Observation("NM", codes.THRESHOLD, f"{content.percent(finding.threshold):g}", part, codes.PERCENT)
     for modality, share in finding.shapley.items():
-        yield _Observation("NM", codes.shapley(modality), f"{round(share, 4) + 0.0:g}", part, codes.NO_UNITS)
+        yield _Observation("NM", codes.shapley(modality), f"{round(share, 4) + 0.0:g}", part, codes.LOG_ODDS)
 
 
 def _obx(result: Result, number: int, one: _Observation, *, status: str) -> str:

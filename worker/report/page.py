@@ -88,10 +88,11 @@ def render(result: Result, picture: Picture | None, *, theme: Theme, form: Liter
         It cannot be set. What Typst says of it is not repeated: it quotes the page.
     """
     words = said(result, picture) | {"theme": theme, "fonts": families()}
-    files = {"main.typ": resources.files("worker.report").joinpath("page.typ").read_bytes(), "page.json": _shown(words)}
+    files = {"main.typ": resources.files("worker.report").joinpath("page.typ").read_bytes()}
     if picture is not None:
         files["picture.svg"] = _wrapped(picture)
     try:
+        files["page.json"] = _shown(words)
         made = typst.compile(  # type: ignore[call-overload]  # its stub knows of no files in memory, its README does
             files,
             font_paths=fonts(),

@@ -4,10 +4,11 @@
 
     Measurement Group (TID 1501) of the finding
     ├── finding site                              what part of the body the image shows
-    ├── NUM   volume, or area of a radiograph     ◀─ inferred from the segment of our segmentation
+    ├── NUM   area on the key plane, volume
     ├── SCOORD POLYLINE on the key plane          ◀─ selected from the image: what viewers draw, so it comes first
-    ├── SCOORD3D POLYGON, the same in the patient
-    └── SCOORD3D POINT, the centre
+    ├── IMAGE, a segment of our segmentation      where that was written
+    ├── SCOORD3D POLYGON, the outline in the patient
+    └── SCOORD3D POINT, the center
 
 All of it hangs in the one group that says the finding (PS3.16 TID 1501 rows 10b to 10e), under names that say what it is: what the answer
 rests on. The templates of outlined regions, TID 1410 and 1411, each allow one of these forms, and would make findings without a region
@@ -28,7 +29,6 @@ from highdicom.spatial import ReferenceToImageTransformer
 from numpy.typing import NDArray
 from pydicom import config
 from pydicom.dataset import Dataset
-from pydicom.sr.codedict import codes as standard
 from pydicom.uid import UID, SegmentationStorage
 from skimage.measure import approximate_polygon, find_contours
 
@@ -43,18 +43,17 @@ from worker.report.seg import segment_of
 #: An outline may leave that of the voxels by this, in voxels: a staircase becomes a line, and none is lost.
 _SMOOTH: Final = 0.25
 _CONTAINS: Final = sr.RelationshipTypeValues.CONTAINS
-_INFERRED_FROM: Final = sr.RelationshipTypeValues.INFERRED_FROM
 
 
 def placed(result: Result, finding: Finding, written: Collection[str]) -> Placed:
     """What the group of `finding` says of its place; `written` are the SOP Instance UIDs of the result's other documents."""
-    shown = [site for image in (result.inputs.series if result.inputs else ()) if (site := sites.of_image(result, image))]
-    unique = {(site.region.value, site.laterality.value if site.laterality else ""): site for site in shown}
+    images = {one.image for one in finding.regions} or set(result.inputs.series if result.inputs else ())
+    site = sites.of_image(result, min(images)) if len(images) == 1 else None  # of several images none is known to be the one
     found = [(region, header(result, region.sop_instance_uids[region.key_plane])) for region in finding.regions]
     return Placed(
-        sites=[sr.FindingSite(site.region, laterality=site.laterality) for site in unique.values()],
-        measurements=[one for region, said in found for one in _measured(result, region, said, written)],
-        items=[item for region, said in found for item in _coordinates(result, region, said)],
+        sites=[sr.FindingSite(site.region, laterality=site.laterality)] if site else [],
+        measurements=[one for region, said in found for one in _measured(region, said)],
+        items=[item for region, said in found for item in _shown(result, region, said, written)],
     )
 
 
@@ -131,10 +130,15 @@ def in_patient(region: Region, edge: NDArray[np.float64]) -> NDArray[np.float64]
     return np.asarray((np.stack([*edge.T, ones * region.key_plane, ones], axis=1) @ region.affine.T)[:, :3])
 
 
-def _coordinates(result: Result, region: Region, said: Dataset) -> Iterator[sr.ContentItem]:
+def _shown(result: Result, region: Region, said: Dataset, written: Collection[str]) -> Iterator[sr.ContentItem]:
     k = region.key_plane
     frame = region.frame_numbers[k] if frames_of(said) > 1 else None
     yield _on(result, region.sop_instance_uids[k], frame, codes.REGION, "POLYLINE", on_image(result, region, said))
+    uid, segment = segment_of(result, region)
+    if uid in written:
+        yield sr.ImageContentItem(
+            concept(codes.REGION), SegmentationStorage, uid, referenced_segment_numbers=[segment], relationship_type=_CONTAINS
+        )
     if region.affine is None or region.centre_mm is None or "FrameOfReferenceUID" not in said:
         return
     points = {
@@ -145,25 +149,12 @@ def _coordinates(result: Result, region: Region, said: Dataset) -> Iterator[sr.C
         yield sr.Scoord3DContentItem(concept(name), kind, data, said.FrameOfReferenceUID, relationship_type=_CONTAINS)
 
 
-def _measured(result: Result, region: Region, said: Dataset, written: Collection[str]) -> Iterator[sr.Measurement]:
-    volume = region.volume_mm3
+def _measured(region: Region, said: Dataset) -> Iterator[sr.Measurement]:
     area = _pixel_mm2(region, said) * int(region.mask[region.key_plane - region.origin[0]].sum())
     if area:
         yield measurement(codes.REGION_AREA, float(f"{area:.4g}"), codes.SQUARE_MM)
-    if volume is None:
-        return
-    item = measurement(codes.REGION_VOLUME, float(f"{volume:.4g}"), codes.CUBIC_MM)
-    uid, number = segment_of(result, region)
-    if uid in written:
-        segment = sr.ImageContentItem(
-            standard.DCM.SourceOfMeasurement,
-            SegmentationStorage,
-            uid,
-            referenced_segment_numbers=[number],
-            relationship_type=_INFERRED_FROM,
-        )
-        item[0].ContentSequence = sr.ContentSequence([segment])
-    yield item
+    if region.volume_mm3 is not None:
+        yield measurement(codes.REGION_VOLUME, float(f"{region.volume_mm3:.4g}"), codes.CUBIC_MM)
 
 
 def _pixel_mm2(region: Region, said: Dataset) -> float:

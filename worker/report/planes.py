@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 from pydicom import config
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
-from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, SecondaryCaptureImageStorage
+from pydicom.uid import CTImageStorage, EnhancedCTImageStorage
 
 from worker.domain import Document, Finding, Region
 from worker.report.content import derive_uid
 from worker.report.result import Result
 
-_FRAME: Final = ["Rows", "Columns", "NumberOfFrames", "FrameOfReferenceUID", "PositionReferenceIndicator", "PatientOrientation"]
+_FRAME: Final = ["Rows", "Columns", "NumberOfFrames", "FrameOfReferenceUID", "PositionReferenceIndicator"]
 _SPACING: Final = ["PixelSpacing", "ImagerPixelSpacing"]
 _COMPRESSED: Final = ["LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod"]
 #: Where a frame stands that was not analysed, mm: it must match no plane.
@@ -79,20 +79,17 @@ def stand_ins(result: Result, region: Region, planes: Sequence[int]) -> list[Dat
     frames: dict[str, dict[int, int]] = {}
     for k in planes:
         frames.setdefault(region.sop_instance_uids[k], {})[region.frame_numbers[k]] = k
+    assert region.affine is not None  # noqa: S101  the caller asked
     said = header(result, region.sop_instance_uids[planes[0]])
     references = {str(one.SOPInstanceUID): one for one in result.source.instances}
     return [_stand_in(result, references[uid], region.affine, numbers, said) for uid, numbers in frames.items()]
 
 
-def _stand_in(result: Result, reference: Dataset, affine: NDArray[np.float64] | None, frames: dict[int, int], said: Dataset) -> Dataset:
+def _stand_in(result: Result, reference: Dataset, affine: NDArray[np.float64], frames: dict[int, int], said: Dataset) -> Dataset:
     ds = deepcopy(result.source.stand_in)
     ds.update(reference)
     ds.Modality = result.source.modality
     ds.update({element.tag: element for element in said if element.keyword not in _SPACING})
-    if affine is None:  # a radiograph: the frame of reference, if it names one, says nothing of where its pixels lie
-        ds.SOPClassUID = SecondaryCaptureImageStorage
-        ds.pop("FrameOfReferenceUID", None)
-        return ds
     shared, per_frame = Dataset(), []
     shared.PlaneOrientationSequence, shared.PixelMeasuresSequence = grid(affine).values()
     if frames_of(said) == 1:

@@ -1,11 +1,14 @@
-"""Regions → DICOM Segmentation: one object per image, one binary segment per region, frames only where there is something.
+"""Regions → DICOM Segmentation: one object per image, or more where it would be large; one binary segment per region.
 
-A segment is what an answer rests on (worker/regions.py), and its codes say so: category "Spatial and relational concept", not an
-abnormal structure; the type is our own. Its tracking UID is that of the finding's group in the report.
+Only frames with something in them are written. A segment is what an answer rests on (worker/regions.py), and its codes say so: category
+"Spatial and relational concept", not an abnormal structure; the type is our own. Its tracking UID is that of the finding's group in the
+report.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import prod
 from typing import Final
 
 import numpy as np
@@ -20,54 +23,73 @@ from worker.report.planes import finished, frames_of, grid, in_frame_of_referenc
 from worker.report.result import Result, about
 
 _KIND: Final = "seg"
+#: Of all segments of one object together: a byte each, and as much again for what highdicom makes of them.
+_MOST_VOXELS: Final = 2**27
 
 
 def build(result: Result) -> tuple[Document, ...]:
-    """Write the segmentation of each image that has regions; of one without patient coordinates only if it is one frame, a radiograph.
+    """Write the segmentation of each image in patient coordinates that has regions.
+
+    None of a radiograph, though PS3.3 has it: OHIF's (3.13.2) whole page goes black at one without plane orientation (measured).
 
     References
     ----------
     PS3.3 §A.51, §C.8.20.
     """
-    images = {
-        name: found for name, found in located(result).items() if found[0][1].shape[0] == 1 or in_frame_of_reference(result, found[0][1])
-    }
-    return tuple(_document(result, name, found, number) for number, (name, found) in enumerate(images.items(), start=1))
+    return tuple(
+        _document(result, part, number) for number, part in enumerate(_parts(result), start=1) if in_frame_of_reference(result, part[0][1])
+    )
 
 
 def segment_of(result: Result, region: Region) -> tuple[str, int]:
     """SOP Instance UID of the segmentation that holds `region`, if it was written, and the number of its segment."""
-    numbers = [one is region for _, one in located(result)[region.image]]
-    return result.uid(_KIND, region.image), numbers.index(True) + 1
+    return next(
+        (result.uid(_KIND, str(number)), segment)
+        for number, part in enumerate(_parts(result), start=1)
+        for segment, (_, one) in enumerate(part, start=1)
+        if one is region
+    )
 
 
-def _document(result: Result, name: str, found: list[tuple[Finding, Region]], number: int) -> Document:
-    any_region = found[0][1]
-    ends = [(one.origin[0], one.origin[0] + one.mask.shape[0]) for _, one in found]
-    first, last = min(low for low, _ in ends), max(high for _, high in ends)
-    pixels = np.zeros((last - first, *any_region.shape[1:], len(found)), np.bool_)
-    for segment, (_, region) in enumerate(found):
-        cut = tuple(slice(low, low + n) for low, n in zip(region.origin, region.mask.shape, strict=True))
-        pixels[slice(cut[0].start - first, cut[0].stop - first), cut[1], cut[2], segment] = region.mask
-    planes = range(first, last)
-    place = {}
-    if any_region.affine is not None:
-        place = {**grid(any_region.affine), "plane_positions": [position(any_region.affine, k) for k in planes]}
+def _parts(result: Result) -> list[list[tuple[Finding, Region]]]:
+    """The regions by object: those of one image together, as long as the voxels that highdicom is given at once stay few."""
+    parts: list[list[tuple[Finding, Region]]] = []
+    for found in located(result).values():
+        parts.append([])
+        for one in found:
+            more = [*parts[-1], one]
+            if parts[-1] and len(_planes(more)) * prod(one[1].shape[1:]) * len(more) > _MOST_VOXELS:
+                parts.append([])
+            parts[-1].append(one)
+    return parts
+
+
+def _planes(part: Sequence[tuple[Finding, Region]]) -> range:
+    """The planes from the first to the last that hold something."""
+    return range(min(one.origin[0] for _, one in part), max(one.origin[0] + len(one.mask) for _, one in part))
+
+
+def _document(result: Result, part: Sequence[tuple[Finding, Region]], number: int) -> Document:
+    any_region, planes = part[0][1], _planes(part)
+    assert any_region.affine is not None  # noqa: S101  `build` looked
+    pixels = np.zeros((len(planes), *any_region.shape[1:], len(part)), np.bool_)
+    for segment, (_, region) in enumerate(part):
+        k, j, i = (slice(low, low + n) for low, n in zip(region.origin, region.mask.shape, strict=True))
+        pixels[k.start - planes.start : k.stop - planes.start, j, i, segment] = region.mask
     sources = stand_ins(result, any_region, planes)
     is_multiframe = frames_of(sources[0]) > 1
     ds = Segmentation(
         source_images=sources[:1] if is_multiframe else sources,
         further_source_images=sources[1:] if is_multiframe else None,
         pixel_array=pixels,
+        plane_positions=[position(any_region.affine, k) for k in planes],
         segmentation_type="BINARY",
-        segment_descriptions=[_segment(result, finding, region, n) for n, (finding, region) in enumerate(found, start=1)],
+        segment_descriptions=[_segment(result, finding, region, n) for n, (finding, region) in enumerate(part, start=1)],
         content_label="SALIENCY",
         content_description="Regions that the answers rest on, not outlined lesions",
-        **about(result, _KIND, name, number=number, what="regions"),
-        **place,
+        **about(result, _KIND, str(number), number=number, what="regions"),
+        **grid(any_region.affine),
     )
-    if any_region.affine is None:  # required where no Image Orientation (Patient) is (PS3.3 §C.7.6.1): as the film says it
-        ds.PatientOrientation = sources[0].get("PatientOrientation", "")
     return finished(result, ds, _KIND)
 
 

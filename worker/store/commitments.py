@@ -152,11 +152,11 @@ def _settle(
 
 
 def _refuse(conn: Connection, row: AnyRow, *, reason: str, now: datetime) -> Change:
-    """Send the document again, unless it was asked about anew since, or was lost too often."""
+    """Send the document again, unless it was asked about anew since, was lost too often, or is one that a note told the archive to hide."""
     change = _settle(conn, row, "refused", reason=reason, now=now)
     of_job = sa.select(commitment.c.id, commitment.c.state).where(commitment.c.job_id == row.job_id)
     rows = conn.execute(of_job).all()
-    if any(one.id > row.id for one in rows):
+    if any(one.id > row.id for one in rows) or documents.is_marked(conn, row.job_id):
         return change
     refusals = sum(one.state == "refused" for one in rows)
     is_final = refusals >= SENDINGS

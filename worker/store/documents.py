@@ -13,11 +13,24 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from worker.domain import Code, Document, Finding, Job, Patient, PatientKey, Saliency
-from worker.store.schema import AnyRow, document, finding, job, study
+from worker.store.schema import UNFINISHED, AnyRow, document, finding, job, study
 from worker.store.studies import insert_or_ignore
 
 #: Of all forms of one result the root report stands for it.
 _IS_ROOT: Final = document.c.kind == "sr"
+
+_note, _of_note = document.alias("note"), job.alias("of_note")
+#: Of a delivery: a rejection note of a later version was delivered to the same destination. A note itself is never marked.
+_IS_MARKED: Final = sa.and_(
+    job.c.document_id.not_in(sa.select(document.c.id).where(document.c.study_id == job.c.study_id, document.c.kind == "rejection")),
+    sa.exists().where(
+        *(_of_note.c[name] == job.c[name] for name in ("study_id", "kind", "bundle", "destination")),
+        _of_note.c.input_version > job.c.input_version,
+        _of_note.c.state == "completed",
+        _note.c.id == _of_note.c.document_id,
+        _note.c.kind == "rejection",
+    ),
+)
 
 
 def add(
@@ -109,11 +122,23 @@ def root_delivery(conn: Connection, one: Job) -> str:
     return str(state or "completed")
 
 
+def is_older_on_its_way(conn: Connection, one: Job) -> bool:
+    """Whether something of the bundle on an earlier version of the study is still to come to the same destination."""
+    earlier = (job.c.study_id == one.study_id, job.c.bundle == one.bundle, job.c.input_version < one.input_version)
+    waiting = (job.c.kind == "deliver", job.c.destination == one.destination, job.c.state.in_(UNFINISHED))
+    return conn.execute(sa.select(job.c.id).where(*earlier, *waiting).limit(1)).first() is not None
+
+
+def is_marked(conn: Connection, job_id: int) -> bool:
+    """Whether a note was taken where this job took its document, of a later version: an archive may hide the document, and refuse it."""
+    return conn.execute(sa.select(job.c.id).where(job.c.id == job_id, _IS_MARKED)).first() is not None
+
+
 def delivered(conn: Connection, *, destination: str, since: datetime) -> list[AnyRow]:
-    """Job, study and document of each delivery to `destination` since then, the newest first."""
+    """Job, study and document of each delivery to `destination` since then, the newest first; without what a note there has marked."""
     done = (job.c.kind == "deliver", job.c.state == "completed", job.c.destination == destination, job.c.finished_at >= since)
-    wanted = sa.select(job.c.id, job.c.study_id, job.c.document_id).where(*done).order_by(job.c.finished_at.desc(), job.c.id.desc())
-    return list(conn.execute(wanted))
+    wanted = sa.select(job.c.id, job.c.study_id, job.c.document_id).where(*done, ~_IS_MARKED)
+    return list(conn.execute(wanted.order_by(job.c.finished_at.desc(), job.c.id.desc())))
 
 
 def predecessor(conn: Connection, study_id: int, *, bundle: str, before_version: int) -> Document | None:

@@ -341,7 +341,7 @@ def of_version(conn: Connection, study_id: int, *, input_version: int) -> list[A
 
 
 def prioritize(conn: Connection, study_id: int, *, now: datetime, priority: int = STAT, by: str = "") -> int:
-    """Move a study's unfinished jobs forward in the queue, those in hand too, for their deliveries inherit it; how many."""
+    """Move a study's unfinished jobs forward in the queue, those in hand too, which may be tried again; how many."""
     is_behind = (job.c.study_id == study_id, job.c.state.in_(UNFINISHED), job.c.priority > priority)
     changed = conn.execute(sa.update(job).where(*is_behind).values(priority=priority)).rowcount
     if changed:

@@ -53,11 +53,10 @@ _SERIES: Final = sa.select(series.c.id).filter_by(study_id=sa.bindparam("study")
 _KNOWN: Final = sa.select(instance.c.id, instance.c.sha256, instance.c.removed_at, series.c.study_id).where(
     instance.c.sop_instance_uid == sa.bindparam("uid"), instance.c.series_id == series.c.id
 )
-_TOUCH: Final = (
-    sa.update(study)
-    .where(study.c.id == sa.bindparam("study"))
-    .values(last_received_at=sa.bindparam("now"), quiet_until=sa.bindparam("quiet"), state="receiving", removed_at=None)
-)
+#: A summary page is an image as any other: analysed again for it, what failed would make another, for ever where all is forwarded.
+_OWN: Final = sa.select(document.c.id).where(document.c.sop_instance_uid == sa.bindparam("uid"))
+_TOUCHED: Final = sa.update(study).where(study.c.id == sa.bindparam("study")).values(state="receiving", removed_at=None)
+_TOUCH: Final = _TOUCHED.values(last_received_at=sa.bindparam("now"), quiet_until=sa.bindparam("quiet"))
 
 
 @cache
@@ -84,7 +83,7 @@ def add_instance(
     quiet_s: float,
     now: datetime,
 ) -> Received:
-    """Record one stored instance; a complete study opens again, unless what came has no image: our own reports come back to us.
+    """Record one stored instance; a complete study opens again, unless what came has no image or is our own: our documents come back to us.
 
     Returns
     -------
@@ -126,7 +125,8 @@ def add_instance(
         history.note(conn, study_row.id, name="study.held", now=now, reason="another patient in the same study")
         result = Received.OTHER_PATIENT
     is_image = takes((), header.modality) and holds_image(header.sop_class_uid)
-    if study_row.state == "complete" and result is Received.STORED and not is_image:
+    is_late = study_row.state == "complete" and result is Received.STORED
+    if is_late and not (is_image and conn.execute(_OWN, {"uid": header.sop_instance_uid}).first() is None):
         history.note(conn, study_row.id, name="document.received", now=now, reason=f"{header.modality}: no image to analyse")
         conn.execute(sa.update(study).where(study.c.id == study_row.id).values(removed_at=None))
         return result
@@ -369,10 +369,10 @@ def _line(conn: Connection, row: AnyRow) -> Line:
         .where(series.c.study_id == row.id)
         .group_by(series.c.modality)
     ).all()
-    jobs = conn.execute(
-        sa.select(job.c.kind, job.c.state, sa.func.count()).where(job.c.study_id == row.id).group_by(job.c.kind, job.c.state)
-    ).all()
-    reports = conn.execute(sa.select(sa.func.count()).select_from(document).where(document.c.study_id == row.id)).scalar_one()
+    of_kind = (job.c.kind, job.c.state)
+    jobs = conn.execute(sa.select(*of_kind, sa.func.count()).where(job.c.study_id == row.id).group_by(*of_kind)).all()
+    ours = (document.c.study_id == row.id, document.c.sop_class_uid != "")  # the others went to no archive
+    reports = conn.execute(sa.select(sa.func.count()).select_from(document).where(*ours)).scalar_one()
     return Line(
         id=row.id,
         study_instance_uid=row.study_instance_uid,

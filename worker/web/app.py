@@ -95,8 +95,14 @@ def application(config: Config, store: Store, *, now: Callable[[], datetime] = c
     for router in (pages.router, study.router, login.router, oidc.router, metrics.router):
         app.include_router(router)
     app.mount("/static", StaticFiles(directory=HERE / "static"))
-    handlers = {LoginNeeded: _to_login, AnyHTTPException: _refused, RequestValidationError: _nowhere, DatabaseUnavailable: _away}
-    for kind, handler in (*handlers.items(), (Exception, _failed)):
+    handlers: dict[type[Exception], Callable[[Request, Exception], Response]] = {
+        LoginNeeded: _to_login,
+        AnyHTTPException: _refused,
+        RequestValidationError: _unread,
+        DatabaseUnavailable: _away,
+        Exception: _failed,
+    }
+    for kind, handler in handlers.items():
         app.add_exception_handler(kind, handler)
     # Around everything, so that the answer to a fault of ours has its headers, too.
     return Guard(TrustedHostMiddleware(app, allowed_hosts=_hosts(config), www_redirect=False), site=site)
@@ -120,8 +126,8 @@ def _refused(request: Request, error: Exception) -> HTMLResponse:
     return _sentence(request, error.status_code, words)
 
 
-def _nowhere(request: Request, _error: Exception) -> HTMLResponse:
-    return _sentence(request, 404, "There is no such page.")
+def _unread(request: Request, _error: Exception) -> HTMLResponse:
+    return _sentence(request, 404, "There is no such page.")  # the framework would repeat what was asked for
 
 
 def _away(request: Request, _error: Exception) -> HTMLResponse:

@@ -17,9 +17,9 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime, timedelta
-from typing import Final
+from typing import Any, Final
 
 from fastapi import APIRouter, HTTPException, Request, Response
 from fastapi.responses import PlainTextResponse
@@ -63,14 +63,21 @@ class Numbers(Collector):
         self._last_instance = -1
         self.registry = CollectorRegistry()
         self.registry.register(self)
-        of = {"registry": self.registry}
-        self._instances = Counter("synoptic_instances_received", "Images stored since the page's process began.", **of)
-        self._bytes = Counter("synoptic_received_bytes", "Bytes of these images.", **of)
+        self._instances = Counter("synoptic_instances_received", "Images stored since the page's process began.", registry=self.registry)
+        self._bytes = Counter("synoptic_received_bytes", "Bytes of these images.", registry=self.registry)
         labels = ("kind", "state", "bundle", "destination")
-        self._finished = Counter("synoptic_jobs_finished", "Jobs that ended since the page's process began.", labels, **of)
-        self._took = Histogram("synoptic_job_seconds", "From a job's first start to its completion.", labels[:1], buckets=_SECONDS, **of)
+        self._finished = Counter(
+            "synoptic_jobs_finished", "Jobs that ended since the page's process began.", labels, registry=self.registry
+        )
+        self._took = Histogram(
+            "synoptic_job_seconds", "From a job's first start to its completion.", labels[:1], buckets=_SECONDS, registry=self.registry
+        )
         self._lag = Histogram(
-            "synoptic_report_lag_seconds", "From a study's last image to its report's delivery.", labels[3:], buckets=_LAG_SECONDS, **of
+            "synoptic_report_lag_seconds",
+            "From a study's last image to its report's delivery.",
+            labels[3:],
+            buckets=_LAG_SECONDS,
+            registry=self.registry,
         )
 
     def text(self) -> bytes:
@@ -180,7 +187,7 @@ class Numbers(Collector):
             self._ledger_next = time.monotonic() + max(_LEDGER_S, _LEDGER_SHARE * took)
 
 
-def _gauge(name: str, words: str, labels: tuple[str, ...], values: dict[tuple[str, ...], float]) -> GaugeMetricFamily:
+def _gauge(name: str, words: str, labels: tuple[str, ...], values: Mapping[Any, float]) -> GaugeMetricFamily:
     family = GaugeMetricFamily(f"synoptic_{name}", words, labels=labels)
     for key, value in values.items():
         family.add_metric(key, value)

@@ -45,7 +45,7 @@ def list_studies(
     """The worklist. `patient` and `order` are the row of a study with that patient ID or accession number."""
     facts = _list(site, who, state=state, urgent=urgent, patient=patient, order=order, after=after, paused=paused)
     with site.store.read() as conn:
-        facts["counts"] = worklist.counts(conn)
+        facts["counts"] = site.counts.of(conn)
     query = "&".join(f"{name}={facts['asked'][name]}" for name in facts["asked"])
     audit.searched(who.party, query or "all studies")
     return site.page(request, "worklist.html", is_none=none, **facts)
@@ -161,6 +161,7 @@ def act(number: int, action: str, site: ASite, fields: Fields, who: Annotated[Vi
             jobs = queue.prioritize(conn, number, now=now, by=who.account.name)
         else:
             raise HTTPException(404, "There is no such action.")
+    site.counts.forget()
     done = words.ending(action, {"jobs": jobs})
     audit.accessed(subject_of(row), person=who.party, action="U", reason=f"{action}: {done}")
     back = "/dead-letters" if fields.get("back") == "dead-letters" else f"/studies/{number}"

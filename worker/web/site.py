@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta, tzinfo
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
 from typing import Annotated, Any, Final
 from urllib.parse import parse_qsl
@@ -23,13 +24,14 @@ from worker import __version__
 from worker.config import Web
 from worker.domain import Account
 from worker.ops import audit
-from worker.store import accounts
-from worker.store.database import Store
+from worker.store import accounts, worklist
+from worker.store.database import Connection, Store
 from worker.web import words
 
 HERE: Final = Path(__file__).parent
 #: Of a form; nothing we ask for is longer.
 MAX_FORM_BYTES: Final = 16 * 1024
+COUNTS_S: Final = 5.0
 MAX_FIELDS: Final = 20
 #: What each role may. An administrator is no radiologist: who says that a finding is wrong must be one.
 RIGHTS: Final[Mapping[str, frozenset[str]]] = {
@@ -43,6 +45,23 @@ class LoginNeeded(Exception):
     """Nobody is logged in."""
 
 
+class Counts:
+    """How many studies are in each state, `COUNTS_S` old at most: the many lists of many browsers share one look."""
+
+    def __init__(self) -> None:
+        self._found, self._until = dict[str, int](), 0.0
+
+    def of(self, conn: Connection) -> dict[str, int]:
+        """The counts; two at once may both look."""
+        if time.monotonic() >= self._until:
+            self._found, self._until = worklist.counts(conn), time.monotonic() + COUNTS_S
+        return self._found
+
+    def forget(self) -> None:
+        """Somebody changed something here, and is to see it at once."""
+        self._until = 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class Site:
     """The installation, as the pages know it."""
@@ -52,6 +71,7 @@ class Site:
     zone: tzinfo
     templates: Environment
     now: Callable[[], datetime]
+    counts: Counts = field(default_factory=Counts)
 
     def page(self, request: Request, name: str, *, status: int = 200, **facts: Any) -> HTMLResponse:
         """A template filled in."""
@@ -187,8 +207,3 @@ def may(right: str) -> Callable[..., Visitor]:
         return who
 
     return check
-
-
-def near(when: datetime | None) -> datetime:
-    """A time, or the beginning of time."""
-    return when or datetime(1900, 1, 1, tzinfo=UTC)

@@ -46,7 +46,7 @@ class Report:
     @property
     def image(self) -> int | None:
         """The row of its summary image."""
-        return next((one.id for one in self.companions if one.kind == _IMAGE), None)
+        return next((one.id for one in self.companions if one.kind == _IMAGE and one.sop_class_uid), None)  # else it could not be written
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,18 +86,19 @@ def timeline(conn: Connection, study_id: int) -> list[Step]:
 
 
 def _facts(site: Site, number: int) -> dict[str, Any]:
-    """What the part says that is asked for again and again."""
+    """What the parts say that are asked for again and again."""
     with site.store.read() as conn:
         row = study_row(conn, number)
         line = worklist.lines(conn, [row])[0]
-        rows = worklist.documents_of(conn, number)
+        jobs, reports = queue.of_study(conn, number), reports_of(conn, number)
         return {
             "study": row,
             "line": line,
-            "jobs": queue.of_study(conn, number),
+            "jobs": jobs,
             "steps": timeline(conn, number),
-            "reports_are": len(rows),
-            "kinds": {one.id: one.kind for one in rows},
+            "reports": reports,
+            "sent": _sent(jobs),
+            "kinds": {one.id: one.kind for report in reports for one in report.companions},
             "every_s": EVERY_S if line.state in worklist.IN_FLIGHT else 0,
             "now": site.now(),
         }
@@ -116,8 +117,7 @@ def show(
     """The study's page; `report`: the row of one that was replaced."""
     facts = _facts(site, number)
     with site.store.read() as conn:
-        all_reports = reports_of(conn, number)
-        shown = [one for one in all_reports if (one.row.id == report if report else one.successor is None)]
+        shown = [one for one in facts["reports"] if (one.row.id == report if report else one.successor is None)]
         if report and not shown:
             raise HTTPException(404, "This study has no such report.")
         said = {one.row.id: _said(conn, one.row.id) for one in shown}
@@ -127,14 +127,12 @@ def show(
         request,
         "study.html",
         **facts,
-        reports=all_reports,
         shown=shown,
         said=said,
         reviewed=reviewed,
         verdicts=VERDICTS,
         did=words.ending(did, {"jobs": jobs}),
         longest=reviews.LONGEST_NOTE,
-        sent=_sent(facts["jobs"]),
         is_new=False,
         is_oob=False,
         sentences=SENTENCES,
@@ -163,9 +161,9 @@ def _said(conn: Connection, document_id: int) -> dict[str, Any]:
 
 @router.get("/studies/{number}/live")
 def show_again(request: Request, number: int, site: ASite, _who: AWatcher, had: int = 0) -> Response:
-    """What changes while one looks, by itself; `had`: how many documents the page knows."""
+    """What changes while one looks, by itself; `had`: how many reports the page knows."""
     facts = _facts(site, number)
-    return site.page(request, "_again.html", **facts, is_new=facts["reports_are"] != had, is_oob=True)
+    return site.page(request, "_again.html", **facts, is_new=len(facts["reports"]) != had, is_oob=True)
 
 
 @router.get("/studies/{number}/documents/{document}.png")
@@ -173,7 +171,8 @@ def image(number: int, document: int, site: ASite, who: AVisitor) -> Response:
     """A summary image for a browser."""
     with site.store.read() as conn:
         study = study_row(conn, number)
-        row = next((one for one in worklist.documents_of(conn, number) if one.id == document and one.kind == _IMAGE), None)
+        shown = (one for one in worklist.documents_of(conn, number) if one.id == document and one.kind == _IMAGE and one.sop_class_uid)
+        row = next(shown, None)
         if row is None:
             raise HTTPException(404, "This study has no such image.")
         whole = documents.load(conn, document)
