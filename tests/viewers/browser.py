@@ -36,6 +36,8 @@ _FLAGS: Final = (
 )
 _TIMEOUT_MS: Final = 90_000
 _STEP_MS: Final = 500
+#: So many until it stands still; Orthanc's viewer keeps a wheel turning, and is taken as it is.
+_STEPS: Final = 30
 _PANE: Final = '[data-cy="viewport-pane"]'
 #: By the viewer's own interface: how a person scrolls is not what is looked at.
 _VIEWPORT: Final = "services.cornerstoneViewportService.getCornerstoneViewport(services.viewportGridService.getActiveViewportId())"
@@ -68,7 +70,7 @@ def picture(page: Page, name: str, where: Locator | None = None) -> Picture:
     """Return what is on the screen once it stands still, and keep it for a person as `name`."""
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     last = b""
-    for _ in range(_TIMEOUT_MS // _STEP_MS):
+    for _ in range(_STEPS):
         page.wait_for_timeout(_STEP_MS)
         now = (where or page).screenshot(animations="disabled")
         if now == last:
