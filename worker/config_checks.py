@@ -196,8 +196,6 @@ def _check_web(web: Web) -> None:
         raise ConfigError(
             'web: host is not this machine alone, so tls_certificate is needed, or base_url = "https://…" where a proxy before it has one.'
         )
-    if not web.base_url and web.host in ("0.0.0.0", "::"):  # noqa: S104  what it answers to, not where it listens
-        raise ConfigError("web: where host is every address, base_url says by which name browsers call the page; it answers to no other.")
     if web.tls_key and not web.tls_certificate:
         raise ConfigError("web: tls_key without tls_certificate.")
     _check_addresses("web.monitors", web.monitors)

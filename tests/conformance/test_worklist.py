@@ -170,7 +170,7 @@ def test_a_session_ends_by_its_age_by_idleness_by_logging_out_and_by_a_new_passw
     assert not any(token in str(stored) for token in tokens)
 
 
-def test_after_five_wrong_passwords_an_account_waits_longer_each_time_and_a_right_one_begins_anew(store: Store) -> None:
+def test_after_too_many_wrong_passwords_an_account_waits_longer_each_time_and_a_right_one_begins_anew(store: Store) -> None:
     made(store)
     now = ward.NOW
     with store.begin() as conn:

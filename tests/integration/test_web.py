@@ -22,6 +22,7 @@ from worker.config import Config, Site, Web
 from worker.ops import audit
 from worker.store import accounts, reviews, worklist
 from worker.store.database import Store
+from worker.web import login
 from worker.web.app import HEADERS, application
 
 BASE = "http://127.0.0.1:8080"
@@ -135,7 +136,7 @@ def test_a_log_in_fails_with_one_sentence_whatever_was_wrong_and_is_audited_with
     browser = place.browser()
     wrong = {browser.log_in(name, password).text for name, password in (("a.viewer", "wrong"), ("nobody", "wrong"), ("", ""))}
     assert len(wrong) == 1
-    for _ in range(accounts.TRIES):
+    for _ in range(login.TRIES):
         browser.log_in("a.operator", "wrong")
     assert browser.log_in("a.operator").status_code == 401  # locked: the right one helps no more
     place.clock.at += timedelta(seconds=31)
@@ -143,7 +144,7 @@ def test_a_log_in_fails_with_one_sentence_whatever_was_wrong_and_is_audited_with
     told = place.audited()
     assert "User Authentication E  a.viewer > SYNOPTIC  again  name or password is wrong" in told
     assert "User Authentication E  unknown > SYNOPTIC  again  name or password is wrong" in told
-    assert "User Authentication E  a.operator > SYNOPTIC  again  the account is locked" in told
+    assert "User Authentication E  a.operator > SYNOPTIC  again  locked after too many tries" in told
     assert told[-1] == "User Authentication E  a.operator > SYNOPTIC"
     assert not any(word in line for line in told for word in ("wrong wrong", ward.PASSWORD))
 

@@ -186,9 +186,12 @@ def test_a_token_that_anybody_could_have_signed_is_not_believed(browser: TestCli
     assert come_back(browser, issuer).status_code == 403
 
 
-def test_a_state_of_another_browser_a_used_one_and_a_wrong_code_are_refused(browser: TestClient, issuer: Issuer) -> None:
-    for state in ("x" * 43, "ä"):
+def test_a_state_of_another_browser_a_used_one_and_a_wrong_code_are_refused(browser: TestClient, issuer: Issuer, tmp_path: Path) -> None:
+    for state in ("x" * 43, "ä", *["of nobody"] * 50):
         assert "not begun here" in come_back(browser, issuer, state=state).text
+    audit.end()  # which writes what was only counted
+    told = [line for line in audit.told(tmp_path / "audit") if "not begun here" in line or "Authentication" in line]
+    assert len(told) <= 2, "who has no name does not fill the trail"
     assert come_back(browser, issuer, code="another").status_code == 403
     assert come_back(browser, issuer).status_code == 303
     again = browser.get("/login/callback", params={"state": issuer.asked["state"], "code": "the-code"})
@@ -229,7 +232,7 @@ def test_an_issuer_that_is_away_or_calls_itself_otherwise_is_a_sentence(browser:
         (Web(host="0.0.0.0", base_url="http://synoptic.test"), "tls_certificate is needed"),
         (Web(base_url="https://synoptic.test/worklist"), "nothing behind the host"),
         (Web(base_url="synoptic.test"), "nothing behind the host"),
-        (Web(host="::", tls_certificate="page.pem"), "by which name"),
+        (Web(host="::", tls_certificate="page.pem"), "every address"),
         (Web(tls_key="key.pem"), "without tls_certificate"),
         (Web(port=0), "no TCP port"),
         (Web(monitors=("everybody",)), "no IP address"),

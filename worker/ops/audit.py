@@ -190,6 +190,12 @@ def asking(destination: Party, query: bytes, *, of: str, syntax: str = "") -> It
     say(outcome=SUCCESS)
 
 
+def turned_away(address: str, reason: str) -> None:
+    """Somebody without a name asked for what nobody may; counted, for whoever may ask as often as they like could fill the trail."""
+    for recorder in _recorders:
+        recorder.rejected.add(address, "", reason)
+
+
 # --- what events say
 
 

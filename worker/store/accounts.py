@@ -31,8 +31,8 @@ LONGEST: Final = 256
 #: OWASP Password Storage Cheat Sheet: N = 2^15, r = 8, p = 3; 32 MiB and about 0.2 s a try.
 COST: Final = (2**15, 8, 3)
 _MEMORY: Final = 128 * 2**20
-#: After so many wrong ones an account waits, twice as long with each more, up to the cap.
-TRIES: Final = 5
+#: After so many wrong ones, from wherever, an account waits, twice as long with each more, up to the cap (NIST, §3.2.2: 100 at most).
+TRIES: Final = 50
 LOCK_S: Final = 30.0
 LOCK_CAP_S: Final = 900.0
 #: How often it is noted that a session is in use.
@@ -161,10 +161,14 @@ def begin_try(conn: Connection, name: str, *, now: datetime) -> AnyRow | None:
     if row is None or not row.password or (row.locked_until is not None and row.locked_until > now):
         return None
     failures = row.failures + 1
-    lock_s = min(LOCK_CAP_S, LOCK_S * 2.0 ** min(failures - TRIES, 30))
-    locked_until = now + timedelta(seconds=lock_s) if failures >= TRIES else None
+    locked_until = now + pause(failures - TRIES) if failures >= TRIES else None
     conn.execute(sa.update(account).where(account.c.id == row.id).values(failures=failures, locked_until=locked_until))
     return row
+
+
+def pause(more: int) -> timedelta:
+    """How long to wait after so many wrong tries more than are free."""
+    return timedelta(seconds=min(LOCK_CAP_S, LOCK_S * 2.0 ** min(more, 30)))
 
 
 def succeed(conn: Connection, row: AnyRow) -> Account:

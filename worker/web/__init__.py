@@ -41,7 +41,7 @@ def serve(config: Config, store: Store, listener: socket.socket, stop: threading
         server_header=False,
         # Whom to believe about the browser's address: a proxy that ends TLS before us, on this host.
         proxy_headers=config.web.base_url.startswith("https:") and credentials is None,
-        forwarded_allow_ips="127.0.0.1",
+        forwarded_allow_ips=["127.0.0.1", "::1"],
         lifespan="off",
         ws="none",
         loop="asyncio",

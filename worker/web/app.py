@@ -87,9 +87,10 @@ class Guard:
 def application(config: Config, store: Store, *, now: Callable[[], datetime] = clock) -> ASGIApp:
     """The page of an installation, as an ASGI application; `now` is the time for sessions and what is done."""
     site = Site(store, config.web, config.zone, environment(config.zone), now)
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.state.site = site
     app.state.numbers = metrics.Numbers(config, store)
+    app.state.guesses = login.Guesses()
     app.state.provider = oidc.provider(config.web)
     for router in (pages.router, study.router, login.router, oidc.router, metrics.router):
         app.include_router(router)

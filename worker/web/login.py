@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from typing import Annotated, Final
 
 from fastapi import APIRouter, Depends, HTTPException, Request, Response
@@ -20,8 +21,11 @@ router = APIRouter()
 #: Each try takes 32 MiB and 0.2 s: so many at once, and so many that wait, each in a thread that the pages want.
 _TRIES: Final = threading.BoundedSemaphore(2)
 _WAITING: Final = threading.BoundedSemaphore(8)
+#: After so many wrong ones an account waits for whoever tries at that address; see accounts.TRIES for all together.
+TRIES: Final = 5
+_MOST: Final = 10_000
 WRONG: Final = (
-    f"Name or password is wrong, or there were too many tries: after {accounts.TRIES} an account waits, longer with each more. "
+    f"Name or password is wrong, or there were too many tries: after {TRIES} one waits, longer with each more. "
     "Who runs this installation can set a new password."
 )
 ENDED: Final = "You are logged out."
@@ -44,6 +48,32 @@ def log_in(request: Request, site: ASite, fields: Fields) -> Response:
     return welcome(request, site, account.name, token)
 
 
+class Guesses:
+    """Wrong tries of an account from an address: who guesses is locked out there, long before the account's owner is."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._of: dict[tuple[str, str], tuple[int, datetime]] = {}
+
+    def begin(self, one: tuple[str, str], now: datetime) -> bool:
+        """Count a try; whether it is one."""
+        with self._lock:
+            count, until = self._of.pop(one, (0, now))
+            is_free = until <= now
+            if is_free:
+                count += 1
+                until = now + accounts.pause(count - TRIES) if count >= TRIES else now
+            self._of[one] = count, until
+            if len(self._of) > _MOST:
+                del self._of[next(iter(self._of))]
+            return is_free
+
+    def succeed(self, one: tuple[str, str]) -> None:
+        """The try was right."""
+        with self._lock:
+            self._of.pop(one, None)
+
+
 @contextmanager
 def turn(waiting: threading.BoundedSemaphore) -> Iterator[None]:
     """One of those who may wait for a log-in; whoever is too much is told so at once."""
@@ -57,18 +87,21 @@ def turn(waiting: threading.BoundedSemaphore) -> Iterator[None]:
 
 def _proven(request: Request, site: Site, name: str, password: str) -> Account | None:
     """Whose name and password these are; None: nobody's, and the audit trail says so."""
+    guesses: Guesses = request.app.state.guesses
     with turn(_WAITING), _TRIES:
         with site.store.begin() as conn:
-            row = accounts.begin_try(conn, name, now=site.now())
+            known = accounts.by_name(conn, name)
+            # Of the password, for with another one begins anew; all names that nobody has are one.
+            whose = ("" if known is None else known.password, address_of(request))
+            row = accounts.begin_try(conn, name, now=site.now()) if guesses.begin(whose, site.now()) else None
         is_right = accounts.is_right(password, "" if row is None else row.password)
     if row is not None and is_right:
+        guesses.succeed(whose)
         with site.store.begin() as conn:
             return accounts.succeed(conn, row)
     # A name that nobody has may be a password, typed into the wrong field.
-    with site.store.read() as conn:
-        known = accounts.by_name(conn, name)
     person = audit.Party("unknown" if known is None else known.name, address_of(request), is_ae=False)
-    reason = "the account is locked" if known is not None and row is None else "name or password is wrong"
+    reason = "locked after too many tries" if known is not None and row is None else "name or password is wrong"
     audit.logged(audit.LOGIN, person, outcome=audit.AGAIN, reason=reason)
     return None
 

@@ -224,13 +224,13 @@ def go(request: Request, site: ASite) -> Response:
 @router.get("/login/callback")
 def come_back(request: Request, site: ASite, state: str = "", code: str = "") -> Response:
     """Take who logged in there."""
-    whence = audit.Party("unknown", address_of(request), is_ae=False)
+    known, whence = _provider(request), audit.Party("unknown", address_of(request), is_ae=False)
     if not code or not state or not hmac.compare_digest(state.encode(), request.cookies.get(_cookie(site), "").encode()):
-        audit.logged(audit.LOGIN, whence, outcome=audit.AGAIN, reason="a log-in elsewhere that was not begun here")
+        audit.turned_away(whence.address, "a log-in elsewhere that was not begun here")
         raise HTTPException(400, "This log-in was not begun here. Begin again.")
     try:
         with turn(_WAITING):
-            claims = _provider(request).finish(state, code)
+            claims = known.finish(state, code)
     except (PeerRefused, PeerUnavailable) as exc:
         audit.logged(audit.LOGIN, whence, outcome=audit.AGAIN, reason=str(exc))
         raise HTTPException(503 if isinstance(exc, PeerUnavailable) else 403, str(exc)) from exc

@@ -65,7 +65,7 @@ def list_again(
     """The same list's first page again, by itself. `seal`: the list is one that this session was shown, and the audit trail says so."""
     facts = _list(site, who, state=state, urgent=urgent, patient=patient, order=order)
     if not hmac.compare_digest(seal.encode(), who.sealed(urlencode(facts["asked"])).encode()):
-        raise HTTPException(403, "This list was not shown yet.")
+        return Response(status_code=204, headers={"HX-Refresh": "true"})  # a tab of an earlier session loads its list anew
     return site.page(request, "_rows.html", **facts)
 
 
