@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from worker.domain import Code, Document, Finding, Header, Job, Merge, Observation, Order, Patient, PatientKey, RecordUpdate
 from worker.intake import assembly
-from worker.store import documents, erasure, feeds, queue, records, schema, studies
+from worker.store import documents, erasure, feeds, queue, records, reviews, schema, studies
 from worker.store.database import Store
 
 NOW = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
@@ -70,6 +70,8 @@ def report(store: Store, job: Job, uid: str, patient: Patient) -> None:
     data = f"{patient.name} {patient.key.patient_id} {patient.birth_date}".encode()
     with store.begin() as conn:
         number = documents.add(conn, job, report=Document(uid, "1.2.3", "sr", data), findings=[one], input_sha256="", failure="", now=NOW)
+        finding_id = conn.execute(sa.select(schema.finding.c.id).where(schema.finding.c.document_id == number)).scalar_one()
+        reviews.add(conn, finding_id, study_id=job.study_id, author="r", verdict="negative", note=f"{patient.name}: old", now=NOW)
         queue.complete(conn, job, now=NOW)
         queue.enqueue_deliver(
             conn, job.study_id, document_id=number, bundle="bundle", input_version=1, destination="PACS", priority=1, now=NOW

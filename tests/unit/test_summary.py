@@ -182,7 +182,6 @@ def test_without_a_region_the_middle_slice_is_shown(tmp_path: Path, pool: Decode
     assert (picture.sop_instance_uid, picture.outlines) == (slices[2].SOPInstanceUID, ())
 
 
-@pytest.mark.requirement("G2")
 def test_in_a_gantry_that_was_put_straight_the_outline_lies_on_the_lesion_of_the_slice(tmp_path: Path, pool: DecoderPool) -> None:
     """The network saw sheared planes, the page shows the slice as it was scanned: the mark must have moved back."""
     lesion = (5.0, 10.0, 24.0)
