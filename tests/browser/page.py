@@ -95,7 +95,7 @@ def opened(browser: Browser, site: Site, name: str = "", *, scheme: str = "light
     """A page of a browser of its own; what the console complains of is an error."""
     context = browser.new_context(
         viewport={"width": width, "height": height},
-        color_scheme=scheme,  # type: ignore[arg-type]
+        color_scheme=scheme,
         reduced_motion="reduce",
         base_url=site.base,
     )

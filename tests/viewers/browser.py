@@ -126,7 +126,7 @@ class Ohif:
 
     def text(self) -> str:
         """What can be read in the viewport."""
-        return self.pane.inner_text()
+        return str(self.pane.inner_text())
 
     def drawn_text(self) -> list[str]:
         """What is written on the image beside graphics."""
