@@ -42,7 +42,8 @@ def check(config: Config) -> None:
         _check_addresses(f"senders {sender.ae_title}", sender.addresses)
     names = [peer.name for peer in config.destinations]
     if len(set(names)) != len(names):
-        raise ConfigError("destinations: two have the same name.")
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ConfigError(f"destinations: two have the same name, {twice!r}; each needs one of its own.")
     if config.receive.processes < 1 or config.run.processes < 1:
         raise ConfigError("receive.processes and run.processes are at least 1.")
     _check_commitment(config)

@@ -88,7 +88,7 @@ def add(conn: Connection, name: str, *, password: str = "", subject: str = "", r
     if not _NAME.fullmatch(name):
         raise AccountRefused("A name has 1 to 64 small letters, digits and . _ @ + -, and begins with a letter or digit.")
     if by_name(conn, name) is not None:
-        raise AccountRefused("There is an account of this name already.")
+        raise AccountRefused("There is an account of this name already: `synoptic user role` or `synoptic user password` changes it.")
     given = {"name": name, "password": password, "subject": subject, "roles": _joined(roles), "created_at": now}
     row = conn.execute(sa.insert(account).values(given).returning(account)).one()
     return _account(row)
