@@ -51,7 +51,8 @@ def standing(of: Sequence[int] | None = None) -> sa.Subquery:
     asked, sent, root, form = job.alias("asked"), job.alias("sent"), document.alias("root"), document.alias("form")
     last = sa.select(document.c.study_id, document.c.bundle, sa.func.max(document.c.id).label("id")).where(document.c.kind == "sr")
     said = last.where(_among(document.c.study_id, of)).group_by(document.c.study_id, document.c.bundle).subquery("said")
-    of_result = ("study_id", "bundle", "input_version", "input_sha256")
+    made_of = sa.select(form.c.input_sha256).where(form.c.id == sent.c.document_id).correlate(sent).scalar_subquery()
+    is_of_result = (made_of == root.c.input_sha256, *(sent.c[name] == root.c[name] for name in ("study_id", "bundle", "input_version")))
     is_stopped, is_unsendable = asked.c.state.in_(GIVEN_UP), sent.c.state.in_(GIVEN_UP)
     of_version = (
         sa.select(
@@ -59,16 +60,15 @@ def standing(of: Sequence[int] | None = None) -> sa.Subquery:
             _any(sa.or_(is_stopped, is_unsendable)).label("is_failed"),
             # A repeated input says nothing new, and its bundle's earlier report is the last.
             _any(sa.and_(asked.c.state == "completed", said.c.id.is_(None))).label("is_unreported"),
-            sa.case((_several(said.c.id) > _several(sa.case((sent.c.id.is_not(None), said.c.id))), 1), else_=0).label("is_unsent"),
+            _any(sa.and_(said.c.id.is_not(None), sent.c.id.is_(None))).label("is_unsent"),
             sa.func.max(sa.case((is_stopped, asked.c.reason), (is_unsendable, sent.c.reason), else_="")).label("reason"),
         )
         .join(study, sa.and_(study.c.id == asked.c.study_id, study.c.version == asked.c.input_version))
         .outerjoin(said, sa.and_(said.c.study_id == asked.c.study_id, said.c.bundle == asked.c.bundle))
         # The root report and the other forms of the same result: one may go where the others do not.
         .outerjoin(root, root.c.id == said.c.id)
-        .outerjoin(form, sa.and_(*(form.c[name] == root.c[name] for name in of_result)))
         # The study again: jobs are indexed by it.
-        .outerjoin(sent, sa.and_(sent.c.document_id == form.c.id, sent.c.study_id == asked.c.study_id, sent.c.kind == "deliver"))
+        .outerjoin(sent, sa.and_(sent.c.study_id == asked.c.study_id, sent.c.kind == "deliver", *is_of_result))
         .where(asked.c.kind == "infer", _among(asked.c.study_id, of))
         .group_by(asked.c.study_id)
         .subquery("of_version")
@@ -94,10 +94,6 @@ def _among(column: sa.ColumnElement[int], of: Sequence[int] | None) -> sa.Column
 
 def _any(condition: sa.ColumnElement[bool]) -> sa.ColumnElement[int]:
     return sa.func.max(sa.case((condition, 1), else_=0))
-
-
-def _several(column: sa.ColumnElement[Any]) -> sa.ColumnElement[int]:
-    return sa.func.count(sa.distinct(column))
 
 
 def entries(conn: Connection, midnights: Sequence[datetime]) -> list[Entry]:
