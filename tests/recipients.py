@@ -7,6 +7,7 @@ import re
 import socket
 import ssl
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -49,7 +50,7 @@ def hang_up(_message: bytes) -> bytes:
 
 
 @dataclass
-class Server:
+class Server(ABC):
     """A TCP server with a thread a connection; ends with the block."""
 
     tls: ssl.SSLContext | None = None
@@ -92,9 +93,9 @@ class Server:
             self._open.append(one)
             self.serve(one)
 
+    @abstractmethod
     def serve(self, one: socket.socket) -> None:
         """Speak on one connection until it ends."""
-        raise NotImplementedError
 
 
 @dataclass

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta, timezone
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 from pydicom import Dataset, FileDataset, dcmread
 
@@ -80,26 +81,9 @@ def study_of(path: Path, *, version: int = 1, patient: PatientKey | None = None)
     return Study(str(ds.StudyInstanceUID), Patient(key), str(ds.get("AccessionNumber", "")), at, "", version)
 
 
-def report(
-    sources: Sequence[Path],
-    *,
-    algorithm: Algorithm = ALGORITHM,
-    study: Study | None = None,
-    inputs: Inputs | None = INPUTS,
-    findings: Sequence[Finding] = FINDINGS,
-    failure: str = "",
-    predecessor: Document | None = None,
-) -> Example:
-    """Build the report of `sources`, the rest as usual."""
-    made_of = {
-        "algorithm": algorithm,
-        "study": study,
-        "inputs": inputs,
-        "findings": findings,
-        "failure": failure,
-        "predecessor": predecessor,
-    }
-    return Example(sr.build(result(sources, **made_of)), tuple(sources))  # type: ignore[arg-type]
+def report(sources: Sequence[Path], **made_of: Any) -> Example:
+    """Build the report of `sources`; what `made_of` does not name is as `result` has it."""
+    return Example(sr.build(result(sources, **made_of)), tuple(sources))
 
 
 def result(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -36,7 +37,7 @@ class Item:
     data: bytes
 
 
-class Repeating:
+class Repeating(ABC):
     """Sends in a thread until told to finish; what was not acknowledged is sent again."""
 
     stop: threading.Event
@@ -58,8 +59,9 @@ class Repeating:
         if not self.has_finished:  # an exception ended it, and the load with it
             raise AssertionError(f"{self._thread.name} stopped before it was told to.")
 
+    @abstractmethod
     def _run(self) -> None:
-        raise NotImplementedError
+        """Send until told to stop."""
 
 
 @dataclass

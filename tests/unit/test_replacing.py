@@ -74,7 +74,7 @@ def test_that_it_can_be_analysed_now_or_not_any_more_is_said(is_failure: bool, t
     """A failure is a report that may be replaced, too."""
     source = reports.radiograph(tmp_path)
     failed: dict[str, object] = {"failure": "no slice fits", "findings": (), "inputs": None}
-    first = reports.report([source], **({} if is_failure else failed)).document  # type: ignore[arg-type]
+    first = reports.report([source], **({} if is_failure else failed)).document
     said = replacing.sentence(after([source], first, **(failed if is_failure else {})))
     assert ("it cannot be analysed any more" if is_failure else "it could be analysed now") in said
 

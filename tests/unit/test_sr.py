@@ -148,7 +148,7 @@ def test_a_failure_says_why_and_states_no_number(tmp_path: Path) -> None:
 def test_findings_and_failure_exclude_each_other(failure: str, findings: tuple[object, ...], tmp_path: Path) -> None:
     """A report with neither says nothing; one with both says two things."""
     with pytest.raises(ValueError, match="either findings or a reason"):
-        reports.report([reports.radiograph(tmp_path)], failure=failure, findings=findings)  # type: ignore[arg-type]
+        reports.report([reports.radiograph(tmp_path)], failure=failure, findings=findings)
 
 
 @pytest.mark.parametrize(("symbol", "code"), [("<", "276139006"), ("<=", "276137008"), (">", "276140008"), (">=", "276138003")])
