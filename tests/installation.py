@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.peers import Orthanc, free_port
-from worker.store import queue, studies
+from worker.store import measures, studies
 from worker.store.database import Store
 
 BUNDLES = Path(os.environ.get("SYN_BUNDLES") or Path(__file__).parents[1] / "models" / "bundles")
@@ -146,7 +146,7 @@ class Installation:
 
         def is_idle() -> bool:
             with store.read() as conn:
-                unfinished = [state for _, state in queue.counts(conn) if state in ("available", "leased")]
+                unfinished = [state for _, state in measures.counts(conn) if state in ("available", "leased")]
                 return not studies.receiving(conn) and not unfinished
 
         wait_until(is_idle, timeout_s=timeout_s, what="no study on its way", step_s=0.3)

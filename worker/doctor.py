@@ -5,6 +5,7 @@ Its output is made to be pasted into a bug report: no patient data, no secrets.
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import json
 import os
@@ -13,23 +14,26 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import psutil
+from pydicom.uid import UID
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from worker import __version__, daemon, guards, host, peers, tls
 from worker.config import ENVIRONMENT_PREFIX, Config, ConfigError
-from worker.errors import PeerRefused, PeerUnavailable, WorkerError
+from worker.errors import BundleError, PeerRefused, PeerUnavailable, WorkerError
 from worker.imaging.codecs import unloadable
 from worker.imaging.decoding import codec_versions
 from worker.record_feeds import clock
+from worker.roles import read_bundles
+from worker.store import accounts, measures
 from worker.store.database import DatabaseUnavailable, Store
 from worker.store.spool import Spool, SpoolError
 
@@ -84,6 +88,8 @@ def checks(config: Config, config_file: Path | None) -> Iterator[Check]:
     if any({"summary", "pdf"} & {*one.documents} for one in config.destinations):
         yield _tried("fonts", _fonts)
     yield from _peers(config)
+    yield from _listeners(config, config_file)
+    yield from _stored(config)
     yield from _certificates(config)
     if config.fhir.url:
         yield _tried("FHIR server", lambda: _fhir(config))
@@ -178,12 +184,73 @@ def _is_loopback(address: str) -> bool:
         return False
 
 
+def _listeners(config: Config, config_file: Path | None) -> Iterator[Check]:
+    """Whether the ports that the roles listen on are theirs, or free to be."""
+    running = {name for name, _ in _running(config_file)}
+    doors = [("receive", "receive", config.receive.host, config.receive.port)]
+    doors += [("records", "receive", config.records.host, config.records.port)] if config.records.enabled else []
+    doors += [("web", "serve", config.web.host, config.web.port)] if config.web.enabled else []
+    for section, role, listens, port in doors:
+        if role not in running:
+            yield _tried(f"[{section}] port", partial(_free, listens, port))
+
+
+def _free(listens: str, port: int) -> str:
+    try:
+        family = socket.AF_INET6 if ":" in listens else socket.AF_INET
+        socket.create_server((listens, port), family=family).close()
+    except OSError as exc:
+        raise PeerRefused(
+            f"{listens}:{port} cannot be listened on, {exc.strerror or exc}: another program has it, or set another."
+        ) from exc
+    return f"{listens}:{port} is free"
+
+
+def _stored(config: Config) -> Iterator[Check]:
+    """What only the database and the bundles tell; where they cannot be read their own lines have said so."""
+    store = Store(config.database_url)
+    with contextlib.suppress(DatabaseUnavailable, BundleError):
+        store.check()
+        bundles = read_bundles(config)
+        yield from _page(config, store)
+        yield from _unwanted(config, store, {one.name for one in bundles})
+        is_told = any("notice" in one.wanted for one in config.destinations)
+        if is_told and bundles and not any(finding.critical for one in bundles for finding in one.findings):
+            yield "notices", "none will ever go: no bundle here calls a finding critical. Its bundle.toml says which is.", False
+
+
+def _page(config: Config, store: Store) -> Iterator[Check]:
+    """Whether anybody can log in."""
+    if config.web.enabled:
+        with store.read() as conn:
+            count = len(accounts.all_of(conn))
+        is_known = bool(count or config.web.oidc_issuer)
+        nobody = "nobody can log in yet: `synoptic user add NAME --role admin`"
+        yield "page", f"{config.web.url}, {count} accounts here" if is_known else nobody, is_known
+
+
+def _unwanted(config: Config, store: Store, bundles: Collection[str]) -> Iterator[Check]:
+    """What waits for a destination or a bundle that the configuration does not name: nobody takes it."""
+    named = {one.name for one in config.destinations}
+    with store.read() as conn:
+        waiting = [row for row in measures.open_jobs(conn) if row.state == "available"]
+    for row in waiting:
+        what, whom = ("documents", row.destination) if row.kind == "deliver" else ("analyses", row.bundle)
+        if whom not in (named if row.kind == "deliver" else bundles):
+            advice = "name it again, or `synoptic cancel` their studies"
+            yield f"waiting {what}", f"{row.jobs} wait for {whom}, which the configuration does not name: {advice}.", False
+
+
 def _peers(config: Config) -> Iterator[Check]:
     own = config.receive.ae_title
     if not config.destinations:
         yield "destinations", "none is configured: reports stay in the database. Add [[destinations]].", False
     for one in config.destinations:
-        yield _tried(f"{_QUESTIONS[one.door]} {one.name}", partial(_echo, partial(peers.peer_of, one, own_ae_title=own)))
+        peer = partial(peers.peer_of, one, own_ae_title=own)
+        said = _tried(f"{_QUESTIONS[one.door]} {one.name}", partial(_echo, peer))
+        yield said
+        if said[2] and one.door == "dicom":
+            yield _tried(f"documents for {one.name}", partial(_accepted, peer, one.wanted))
     for sender in config.senders:
         if sender.query_port:
             peer = partial(peers.peer_to_ask, sender, host=sender.addresses[0], own_ae_title=own)
@@ -205,6 +272,21 @@ def _echo(peer_of: Callable[[], Peer]) -> str:
     ask = {"hl7": mllp.reach, "fhir": fhir.ask, "webhook": mllp.reach, "mail": notice.ask}.get(peer.door, cstore.echo)
     who = f"{peer.ae_title} at " if peer.ae_title else ""
     return f"{who}{peer.host}:{peer.port}{', by TLS' if peer.tls else ''}, {ask(peer) * 1000:.0f} ms"
+
+
+def _accepted(peer_of: Callable[[], Peer], kinds: Sequence[str]) -> str:
+    """Whether an archive would take each kind of document that it is to get: what it does not take becomes dead letters."""
+    from worker.deliver import cstore
+    from worker.report.forms import SOP_CLASSES
+
+    classes = {kind: SOP_CLASSES[kind] for kind in kinds}
+    refused = cstore.unaccepted(peer_of(), dict.fromkeys(classes.values()))
+    lacking = [f"{UID(uid).name} ({kind})" for kind, uid in classes.items() if uid in refused]
+    if lacking:
+        raise PeerRefused(f"it accepts no {', no '.join(lacking)}: let it, or leave that out of `documents`.")
+    if refused:  # the query
+        raise PeerRefused("it does not accept C-FIND, by which we see that it has what it took: let it, or set read_back = false.")
+    return f"it accepts {', '.join(kinds)}"
 
 
 def _certificates(config: Config) -> Iterator[Check]:
@@ -256,17 +338,19 @@ def _said(answer: fhir_http.Answer, host: str) -> str:
     return f"{host} speaks FHIR {release if len(release) < 16 else 'R4'}"
 
 
-def _roles(config_file: Path | None) -> Iterator[Check]:
-    """The roles of this configuration that are running on this host now, with their memory."""
+def _running(config_file: Path | None) -> Iterator[tuple[str, psutil.Process]]:
+    """The roles of this configuration that are running on this host now."""
     for process in psutil.process_iter(["cmdline", "memory_info", "create_time"]):
         line = process.info["cmdline"] or []
         if "worker" in line and "role" in line and (str(config_file) in line if config_file else "--config" not in line):
-            minutes = (time.time() - process.info["create_time"]) / 60
-            yield (
-                f"running: {line[line.index('role') + 1]}",
-                f"{process.info['memory_info'].rss / 2**20:.0f} MB, for {minutes:.0f} min",
-                True,
-            )
+            yield line[line.index("role") + 1], process
+
+
+def _roles(config_file: Path | None) -> Iterator[Check]:
+    """What runs, with its memory."""
+    for name, process in _running(config_file):
+        minutes = (time.time() - process.info["create_time"]) / 60
+        yield f"running: {name}", f"{process.info['memory_info'].rss / 2**20:.0f} MB, for {minutes:.0f} min", True
 
 
 def _idle(config: Config, config_file: Path | None) -> Iterator[Check]:

@@ -53,9 +53,10 @@ def show(out: Console, store: Store, study_id: int, *, with_report: bool) -> Non
 
 
 def _jobs(jobs: Sequence[AnyRow]) -> Table:
-    table = Table("job", "kind", "bundle or destination", "version", "state", "attempt", "reason")
+    table = Table("job", "kind", "bundle, or document to", "version", "state", "attempt", "reason")
     for job in jobs:
-        row = (job.id, job.kind, job.destination or job.bundle, job.input_version, job.state, job.attempt, escape(job.reason))
+        whose = f"{job.document} to {job.destination}" if job.destination else job.bundle
+        row = (job.id, job.kind, whose, job.input_version, job.state, job.attempt, escape(job.reason))
         table.add_row(*(str(cell) for cell in row))
     return table
 

@@ -25,7 +25,7 @@ from worker.errors import PeerUnavailable
 from worker.ops import audit, forwarding
 from worker.record_feeds import clock
 from worker.roles import record_audit
-from worker.store import documents, feeds, ledger, queue, studies
+from worker.store import documents, feeds, ledger, measures, queue, studies
 from worker.store.database import Store
 from worker.store.images import StoredFile
 from worker.store.spool import Spool
@@ -122,10 +122,10 @@ def status_facts(store: Store, spool: Spool, trail: Path) -> dict[str, Any]:
         facts: dict[str, Any] = {
             "version": __version__,
             "studies": studies.counts(conn),
-            "jobs": {f"{kind} {state}": count for (kind, state), count in sorted(queue.counts(conn).items())},
-            "waiting_because": queue.waiting(conn),
+            "jobs": {f"{kind} {state}": count for (kind, state), count in sorted(measures.counts(conn).items())},
+            "waiting_because": measures.waiting(conn),
             "messages": feeds.counts(conn),
-            "oldest_due_job_s": queue.oldest_due_s(conn, now=clock()),
+            "oldest_due_job_s": measures.oldest_due_s(conn, now=clock()),
         }
     facts["spool_free_gb"] = round(spool.free_bytes / 2**30, 1)
     facts["spool_low"] = spool.is_low

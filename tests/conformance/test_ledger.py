@@ -148,6 +148,12 @@ class Line(RuleBasedStateMachine):
             else:
                 queue.operator_retry(conn, study, now=self.now)
 
+    @rule(destination=st.sampled_from(["pacs 0", "pacs 1"]), kinds=st.sampled_from([{"sr"}, {"summary"}]))
+    def want_no_more(self, destination: str, kinds: set[str]) -> None:
+        """The first gets reports alone, the second pictures: one draw in two takes something back."""
+        with self.store.begin() as conn:
+            queue.withdraw(conn, destination, kinds=kinds, now=self.now)
+
     @rule(study=st.integers(1, 3))
     def renew(self, study: int) -> None:
         if accounts(self.store).get(study) in {"delivered", "failed"}:
@@ -182,8 +188,10 @@ def _looked_up(conn: sa.Connection, study_id: int) -> str:
     asked = [job for job in jobs if job.kind == "infer" and job.input_version == study.version]
     if not asked:
         return "excluded"
-    last = {document.bundle: document.id for document, _ in documents.of_study(conn, study_id)}
-    owed = [job for job in jobs if job.kind == "deliver" and job.document_id in {last.get(one.bundle) for one in asked}]
+    made = [document for document, _ in documents.of_study(conn, study_id)]
+    last = {document.bundle: (document.bundle, document.input_version, document.input_sha256) for document in made}
+    said = {document.id for document in made if (document.bundle, document.input_version, document.input_sha256) in last.values()}
+    owed = [job for job in jobs if job.kind == "deliver" and job.document_id in said and job.bundle in {one.bundle for one in asked}]
     return "delivered" if all(job.state == "completed" for job in (*asked, *owed)) else "failed"
 
 

@@ -32,7 +32,7 @@ from worker.intake import assembly
 from worker.joining import MUST_AGREE
 from worker.report import codes, forms
 from worker.report.result import Result
-from worker.store import commitments, documents, ledger, queue, studies
+from worker.store import commitments, documents, history, ledger, queue, studies
 from worker.store.database import Store
 from worker.store.schema import commitment, document, job
 
@@ -312,6 +312,31 @@ def test_a_dead_letter_that_is_put_back_after_its_note_is_not_sent(site: Site, m
     with site.store.read() as conn:
         assert conn.execute(sa.select(job.c.state).where(job.c.document_id.in_(old))).scalars().all() == ["cancelled"]
         assert conn.execute(sa.select(ledger.standing().c.account)).scalars().all() == ["delivered"]
+
+
+@pytest.mark.parametrize("state", ["discarded", "available", "leased", "completed"])
+def test_what_a_destination_is_not_to_get_any_more_is_owed_to_nobody(state: str, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A form that a PACS refuses: its dead letters go with the kind from `documents`. What is in hand or done stays as it is."""
+    study_id = site.receive()
+    tell(site.store, ADA, crp(5.0))
+    site.analyze()
+    delivered(site, Pacs(refuses="keys"), monkeypatch)
+    of_keys = job.c.document_id.in_(sa.select(document.c.id).where(document.c.kind == "keys"))
+    with site.store.begin() as conn:
+        conn.execute(sa.update(job).where(of_keys).values(state=state, lease_expires_at=NOW if state == "leased" else None))
+        (number,) = conn.scalars(sa.select(job.c.id).where(of_keys))
+        conn.execute(sa.insert(commitment).values(job_id=number, transaction_uid="2.25.7", state="refused", asked_at=NOW, look_at=NOW))
+    is_taken_back = state in {"discarded", "available"}
+    with site.store.begin() as conn:
+        assert queue.withdraw(conn, "another", kinds={"sr"}, now=NOW) == 0
+        assert queue.withdraw(conn, "pacs", kinds=KINDS, now=NOW) == 0
+        assert queue.withdraw(conn, "pacs", kinds={*KINDS} - {"keys"}, now=NOW) == is_taken_back
+    with site.store.read() as conn:
+        kinds = sorted(one.document for one in queue.of_study(conn, study_id) if one.kind == "deliver")
+        assert kinds == sorted({*KINDS} - {"rejection"} - ({"keys"} if is_taken_back else set()))
+        assert conn.scalar(sa.select(ledger.standing().c.account)) == ("in flight" if state == "leased" else "delivered")
+        said = [one.facts for one in history.of_study(conn, study_id) if one.name == "deliver.withdrawn"]
+        assert [(one["document"], one["destination"], one["was"]) for one in said] == ([("keys", "pacs", state)] if is_taken_back else [])
 
 
 def kind_of(conn: sa.Connection, document_id: int) -> str:

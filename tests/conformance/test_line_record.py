@@ -39,7 +39,7 @@ from worker.intake import assembly
 from worker.intake.hl7 import parse
 from worker.joining import MUST_AGREE
 from worker.report.result import report_uids
-from worker.store import documents, history, persons, queue, records, studies
+from worker.store import documents, history, measures, persons, queue, records, studies
 from worker.store.database import Connection, Store
 from worker.store.schema import message
 
@@ -285,7 +285,7 @@ def nothing_is_sent(store: Store, study_id: int, captured: Captured, reason: str
     """No document, no delivery, a dead letter, and a line in the log with its reason."""
     assert filed(store, study_id) == []
     with store.read() as conn:
-        assert queue.counts(conn) == {("infer", "discarded"): 1}
+        assert measures.counts(conn) == {("infer", "discarded"): 1}
     (said,) = captured.named("job.discarded")
     assert reason in str(said["reason"])
 

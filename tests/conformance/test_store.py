@@ -41,7 +41,7 @@ from worker.domain import (
 )
 from worker.errors import PeerRefused, PeerUnavailable
 from worker.intake import assembly
-from worker.store import database, documents, feeds, history, queue, records, schema, studies
+from worker.store import database, documents, feeds, history, measures, queue, records, schema, studies
 from worker.store.database import DatabaseUnavailable, Store
 from worker.store.group import GroupCommit
 
@@ -428,7 +428,7 @@ def test_a_late_owners_verdict_is_turned_away(store: Store) -> None:
     with store.begin() as conn:
         assert queue.renew(conn, [slow, quick], lease_s=30, now=NOW + timedelta(seconds=62)) == {quick.id}
         queue.complete(conn, quick, now=NOW)
-        assert queue.counts(conn) == {("infer", "completed"): 1}
+        assert measures.counts(conn) == {("infer", "completed"): 1}
 
 
 @pytest.mark.requirement("Q6")
@@ -442,7 +442,7 @@ def test_a_job_that_kills_its_worker_becomes_a_dead_letter(store: Store) -> None
         with store.begin() as conn:
             queue.rescue(conn, now=now)
     with store.read() as conn:
-        assert queue.counts(conn) == {("infer", "discarded"): 1}
+        assert measures.counts(conn) == {("infer", "discarded"): 1}
 
 
 @pytest.mark.requirement("Q7")
@@ -489,11 +489,11 @@ def test_what_waits_for_a_destination_that_is_down_says_so_and_is_due_at_once_wh
             )
         for name in ("pacs", "pacs later"):
             queue.hold(conn, name, reason="It is left alone.", now=NOW)
-        assert queue.waiting(conn) == {"It is left alone.": 1}
-        assert queue.oldest_due_s(conn, now=later) == 3600
+        assert measures.waiting(conn) == {"It is left alone.": 1}
+        assert measures.oldest_due_s(conn, now=later) == 3600
         for name in ("pacs", "pacs later"):
             queue.release(conn, name, now=NOW)
-        assert queue.waiting(conn) == {}
+        assert measures.waiting(conn) == {}
         due_now = [queue.lease(conn, "deliver", owner="me", limit=9, lease_s=30, now=NOW, destination=f"pacs{x}") for x in ("", " later")]
         assert [len(jobs) for jobs in due_now] == [1, 1]
 
@@ -650,7 +650,7 @@ def test_a_study_that_kills_its_worker_takes_no_other_with_it(store: Store) -> N
                     queue.complete(conn, job, now=now)
             queue.rescue(conn, now=now)
     with store.read() as conn:
-        assert queue.counts(conn) == {("infer", "completed"): 7, ("infer", "discarded"): 1}
+        assert measures.counts(conn) == {("infer", "completed"): 7, ("infer", "discarded"): 1}
 
 
 def test_a_count_older_than_the_last_image_is_not_trusted(store: Store) -> None:

@@ -24,7 +24,7 @@ from worker.config import Config, Deliver, Destination
 from worker.deliver import breaker
 from worker.domain import Header, Job, Patient, PatientKey
 from worker.intake import assembly
-from worker.store import documents, queue, studies
+from worker.store import documents, measures, queue, studies
 from worker.store.database import Store
 
 REPORTS, OTHERS = 1000, 50
@@ -116,8 +116,8 @@ def test_a_thousand_reports_try_a_dead_pacs_once_an_interval_and_all_arrive_when
                 wait_until(lambda: len(calls) >= breaker.TRIES + 2, timeout_s=30, what="some tries more")
                 (down,) = captured.named("destination.down")
                 with store.read() as conn:
-                    because = queue.waiting(conn)
-                    age_s = queue.oldest_due_s(conn, now=datetime.now(UTC))
+                    because = measures.waiting(conn)
+                    age_s = measures.oldest_due_s(conn, now=datetime.now(UTC))
                 retried = captured.named("job.retried")
                 tries, seconds = len(calls), time.monotonic() - began
             with peers.ScriptedPacs(port=port) as back:

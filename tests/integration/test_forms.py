@@ -191,6 +191,7 @@ def test_no_validator_has_a_finding_in_any_form_of_a_result_and_of_the_one_that_
     first = make(tmp_path / "images")
     made = forms.author(first, COMPANIONS)
     later = forms.author(renewed(first, made[-1]), COMPANIONS)
+    assert {one.kind: one.sop_class_uid for one in [*made, *later]}.items() <= forms.SOP_CLASSES.items()
     assert [one.kind for one in later if one.kind in {"gsps", "keys", "basic", "rejection"}] == ["gsps", "keys", "basic", "rejection"]
     assert checked([*made, *later], list(first.source.paths.values()), tmp_path / "made") == []
 

@@ -25,7 +25,7 @@ from tests.peers import ScriptedPacs
 from tests.scu import CT, EXPLICIT, VERIFICATION, Scu, encoded
 from worker.domain import PatientKey
 from worker.intake import mllp
-from worker.store import queue
+from worker.store import measures
 
 #: As many as the phantom bundle wants; 115 kB each.
 SLICES, ROWS = 12, 240
@@ -154,6 +154,6 @@ def waiting(installation: Installation) -> int:
     """How many analyses are due."""
     store = installation.store
     with store.read() as conn:
-        due = queue.counts(conn).get(("infer", "available"), 0)
+        due = measures.counts(conn).get(("infer", "available"), 0)
     store.close()
     return due

@@ -34,7 +34,7 @@ from worker.domain import ROUTINE, Job
 from worker.imaging.decoding import DecoderPool
 from worker.infer import Model
 from worker.intake import assembly
-from worker.store import queue, schema
+from worker.store import measures, queue, schema
 from worker.store.database import Connection, Store
 from worker.store.spool import Spool
 
@@ -223,7 +223,7 @@ def test_a_second_daemon_refuses_and_a_second_worker_shares(tmp_path: Path) -> N
             wait_until(lambda: reports() == studies, timeout_s=120, what=f"{studies} reports")
             first.wait_idle()
             with store.read() as conn:
-                counts = queue.counts(conn)
+                counts = measures.counts(conn)
                 attempts = set(conn.scalars(sa.select(schema.job.c.attempt)))
             assert (counts, attempts, reports()) == ({("infer", "completed"): studies}, {1}, studies)
             done = [one.read_text("utf-8").count('"event": "job.completed"') for one in (first.log, log)]
@@ -231,7 +231,7 @@ def test_a_second_daemon_refuses_and_a_second_worker_shares(tmp_path: Path) -> N
             assert sum(done) == studies
             fenced = _sleeps_with_a_job(first, log, tmp_path)
             with store.read() as conn:
-                assert queue.counts(conn).keys() == {("infer", "completed")}
+                assert measures.counts(conn).keys() == {("infer", "completed")}
                 assert conn.scalars(sa.select(schema.job.c.attempt).where(schema.job.c.id == fenced)).all() == [2]
                 total = conn.scalars(sa.select(sa.func.count()).select_from(schema.job)).one()
             assert reports() == total

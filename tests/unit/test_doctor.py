@@ -8,18 +8,24 @@ import socket
 import time
 import zipfile
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 import torch
+from pydicom.uid import SegmentationStorage
 from rich.console import Console
 
+from tests import peers
 from tests.fhir_server import FhirServer, Reply
+from tests.installation import BUNDLES
 from worker import doctor, support
-from worker.config import Config, Destination, Sender, Site
+from worker.config import Config, Destination, Records, Sender, Site, Web
 from worker.config import FhirServer as Settings
 from worker.report import page
+from worker.store import accounts, queue, schema
 from worker.store.database import Store
 
 STATEMENT = {"resourceType": "CapabilityStatement", "fhirVersion": "4.0.1"}
@@ -127,6 +133,68 @@ def test_a_server_that_drips_is_given_up_in_time(tmp_path: Path, monkeypatch: py
         found, is_well = _found(tmp_path, server.base)
     assert (is_well, "too slow" in found) == (False, True), found
     assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize(
+    ("classes", "finding", "kinds", "words"),
+    [
+        ((peers.COMPREHENSIVE_3D_SR, SegmentationStorage), "honest", ("sr", "seg"), "it accepts sr, seg"),
+        (
+            (peers.COMPREHENSIVE_3D_SR,),
+            "honest",
+            ("sr", "seg", "pdf"),
+            "it accepts no Segmentation Storage (seg), no Encapsulated PDF Storage",
+        ),
+        ((peers.COMPREHENSIVE_3D_SR,), "unsupported", ("sr",), "it does not accept C-FIND"),
+    ],
+)
+def test_a_pacs_is_asked_for_every_class_that_it_will_be_sent(
+    classes: tuple[str, ...], finding: peers.Finding, kinds: tuple[str, ...], words: str
+) -> None:
+    """Before the first report: what it does not take would be dead letters of every study."""
+    with peers.ScriptedPacs(sop_classes=classes, finding=finding) as pacs:
+        port = pacs.peer.port
+        config = replace(
+            Config(), destinations=(Destination(name="pacs", ae_title="SCRIPTED", host="127.0.0.1", port=port, documents=kinds),)
+        )
+        said = {what: (found, is_well) for what, found, is_well in doctor._peers(config)}
+    assert said["C-ECHO pacs"][1]
+    found, is_well = said["documents for pacs"]
+    assert (words in found, is_well) == (True, words.startswith("it accepts sr")), found
+
+
+def test_a_port_that_another_program_has_is_told_before_the_start(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        config = replace(Config(), web=Web(enabled=True, port=other.getsockname()[1]), records=Records(enabled=False))
+        config = replace(config, receive=replace(config.receive, port=peers.free_port()))
+        said = {what: (found, is_well) for what, found, is_well in doctor._listeners(config, tmp_path / "synoptic.toml")}
+    assert said["[receive] port"][1]
+    assert "[records] port" not in said
+    found, is_well = said["[web] port"]
+    assert ("cannot be listened on, Address already in use" in found, is_well) == (True, False)
+
+
+def test_what_nobody_will_ever_do_or_see_is_told(tmp_path: Path) -> None:
+    """Jobs of a destination that the configuration lost; a page without an account; notices of bundles that never alarm."""
+    pacs = Destination(name="pacs", ae_title="PACS", host="127.0.0.1", port=1)
+    config = replace(Config(), site=Site(data=tmp_path), web=Web(enabled=True), destinations=(pacs,))
+    assert list(doctor._stored(config)) == [], "there is no database yet"
+    store = Store(config.database_url)
+    store.migrate()
+    ((what, found, is_well),) = doctor._stored(config)
+    assert (what, "nobody can log in" in found, is_well) == ("page", True, False)
+    with store.begin() as conn:
+        accounts.add(conn, "ada", password="x", roles=["admin"], now=datetime.now(UTC))
+        one = {"study_instance_uid": "2.25.1", "created_at": datetime.now(UTC)}
+        times = dict.fromkeys(("last_received_at", "quiet_until"), datetime.now(UTC))
+        conn.execute(sa.insert(schema.study).values(**one, **times))
+        queue.enqueue_infer(conn, 1, bundle="gone", input_version=1, priority=1, now=datetime.now(UTC))
+    assert [(what, is_well) for what, _, is_well in doctor._stored(config)] == [("page", True), ("waiting analyses", False)]
+    hook = Destination(name="hook", webhook_url="http://127.0.0.1:1/", webhook_secret="s")
+    config = replace(config, web=Web(), destinations=(hook,), run=replace(config.run, bundles=(BUNDLES / "phantom",)))
+    said = {what: found for what, found, _ in doctor._stored(config)}
+    assert "none will ever go" in said["notices"]
+    assert "wait for gone" in said["waiting analyses"]
 
 
 def test_a_port_that_hears_this_machine_alone_is_told_where_others_may_call(tmp_path: Path) -> None:

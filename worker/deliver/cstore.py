@@ -51,9 +51,10 @@ __all__ = [
     "misfiled",
     "open_document",
     "send",
+    "unaccepted",
 ]
 
-#: Stands in `Outcome.status` where the peer gave none; no DICOM status has this value.
+#: Stands in `Outcome.status` where the peer gave none, or speaks no DICOM; no DICOM status has this value.
 NO_RESPONSE: Final = 0xFFFF
 
 _DUPLICATE: Final = 0x0111
@@ -146,6 +147,19 @@ def echo(peer: Peer) -> float:
         if status != 0:
             raise PeerUnavailable(f"{peer.name} answers C-ECHO with 0x{status:04X}.")
         return time.perf_counter() - started
+
+
+def unaccepted(peer: Peer, sop_class_uids: Iterable[str]) -> list[str]:
+    """Of these classes, and of the query where it reads back, what the peer accepts no presentation context for.
+
+    Raises
+    ------
+    PeerUnavailable
+        With the reason in words.
+    """
+    wanted = [*sop_class_uids, *([STUDY_ROOT_FIND] if peer.read_back else [])]
+    with associate(peer, [(uid, NATIVE) for uid in wanted]) as line:
+        return [uid for uid in wanted if line.context(uid, NATIVE) is None]
 
 
 def count_instances(peer: Peer, *, study_instance_uid: str) -> int | None:

@@ -120,7 +120,8 @@ def _settle(job: Job, outcome: cstore.Outcome, *, store: Store, now: datetime, t
     with store.begin() as conn:
         if error is None:
             name = "job.completed"
-            queue.complete(conn, job, now=now, status=f"0x{outcome.status:04X}", warning=outcome.warning)
+            status = "" if outcome.status == cstore.NO_RESPONSE else f"0x{outcome.status:04X}"
+            queue.complete(conn, job, now=now, status=status, warning=outcome.warning)
             if wait_s is not None:
                 commitments.ask(conn, job, transaction_uid=transaction_uid, wait_s=wait_s, now=now)
         elif isinstance(error, Superseded):
@@ -131,7 +132,9 @@ def _settle(job: Job, outcome: cstore.Outcome, *, store: Store, now: datetime, t
             queue.discard(conn, job, error=error, now=now)
         else:
             name = "job.retried" if queue.retry(conn, job, error=error, now=now) else "job.discarded"
-    facts: dict[str, object] = {"reason": str(error)} if error else {}
+    facts: dict[str, object] = {} if outcome.status == cstore.NO_RESPONSE else {"status": outcome.status}
+    if error:
+        facts["reason"] = str(error)
     if outcome.warning:
         facts["warning"] = outcome.warning
     events.emit(
@@ -140,7 +143,7 @@ def _settle(job: Job, outcome: cstore.Outcome, *, store: Store, now: datetime, t
         job=job.id,
         study=job.study_id,
         destination=job.destination,
+        document=job.document,
         attempt=job.attempt,
-        status=outcome.status,
         **facts,
     )

@@ -21,7 +21,7 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One unit of queued work, leased."""
+    """One unit of queued work, leased; ``document`` is the kind of what a delivery brings."""
 
     id: int
     kind: JobKind
@@ -34,3 +34,4 @@ class Job:
     priority: int
     started_at: datetime
     lease: Lease
+    document: str = ""

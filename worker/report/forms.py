@@ -13,6 +13,17 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Final
 
+from pydicom.uid import (
+    BasicTextSRStorage,
+    Comprehensive3DSRStorage,
+    EncapsulatedPDFStorage,
+    GrayscaleSoftcopyPresentationStateStorage,
+    KeyObjectSelectionDocumentStorage,
+    ParametricMapStorage,
+    SecondaryCaptureImageStorage,
+    SegmentationStorage,
+)
+
 from worker import events
 from worker.domain import Document
 from worker.ops.log import places
@@ -34,6 +45,19 @@ BUILDERS: Final[Mapping[str, Builder]] = {
     "oru": oru.build,
     "fhir": fhir.build,
     "notice": notice.build,
+}
+
+#: By kind, of which class a DICOM document is: what an archive must accept to get it.
+SOP_CLASSES: Final[Mapping[str, str]] = {
+    "sr": Comprehensive3DSRStorage,
+    "seg": SegmentationStorage,
+    "map": ParametricMapStorage,
+    "summary": SecondaryCaptureImageStorage,
+    "pdf": EncapsulatedPDFStorage,
+    "gsps": GrayscaleSoftcopyPresentationStateStorage,
+    "keys": KeyObjectSelectionDocumentStorage,
+    "basic": BasicTextSRStorage,
+    "rejection": KeyObjectSelectionDocumentStorage,
 }
 
 

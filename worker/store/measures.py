@@ -26,6 +26,25 @@ def open_jobs(conn: Connection) -> list[AnyRow]:
     return [row for state in states for row in conn.execute(each.where(state))]
 
 
+def counts(conn: Connection) -> dict[tuple[str, str], int]:
+    """How many jobs of each kind are in each state."""
+    rows = conn.execute(sa.select(job.c.kind, job.c.state, sa.func.count()).group_by(job.c.kind, job.c.state))
+    return {(kind, state): count for kind, state, count in rows}
+
+
+def waiting(conn: Connection) -> dict[str, int]:
+    """Why jobs wait for another try or for a record: how many give each reason, the most frequent ten."""
+    count = sa.func.count()
+    wanted = sa.select(job.c.reason, count).where(job.c.state == "available", job.c.reason != "").group_by(job.c.reason)
+    return dict(conn.execute(wanted.order_by(count.desc(), job.c.reason).limit(10)).tuples().all())
+
+
+def oldest_due_s(conn: Connection, *, now: datetime) -> float:
+    """How long the longest waiting due job has been due, in seconds; 0 if none waits."""
+    oldest = conn.execute(sa.select(sa.func.min(job.c.not_before)).where(job.c.state == "available", job.c.not_before <= now)).scalar()
+    return round((now - oldest).total_seconds(), 1) if oldest else 0.0
+
+
 def standing(conn: Connection) -> Mapping[str, int]:
     """Studies that are being received, and that are held."""
     count = sa.select(sa.func.count()).select_from(study)

@@ -7,6 +7,7 @@
         └─ snooze, retry, ─┘ └────cancel────▶ cancelled
            rescue                revive: back to available when the cause is gone; an operator's retry does so whatever the cause
                                  reopen: completed, back to available, for the archive lost the document
+                                 withdraw: a delivery that the configuration wants no more is none; the study's history keeps it
 
 A lease carries a generation (a fencing token). Every verdict is
 ``UPDATE … WHERE id = ? AND lease_generation = ? AND state = 'leased'``; no row means that the job
@@ -17,7 +18,7 @@ Attempts are counted when leased, so that a job which kills its worker is counte
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from datetime import datetime, timedelta
 from functools import cache
 from typing import Final
@@ -29,7 +30,7 @@ from worker.domain import STAT, Job, JobKind, Lease, PatientKey
 from worker.errors import WorkerError
 from worker.store import history
 from worker.store.database import listed, rows_of
-from worker.store.schema import UNFINISHED, AnyRow, job, study
+from worker.store.schema import GIVEN_UP, UNFINISHED, AnyRow, commitment, document, job, study
 from worker.store.studies import insert_or_ignore
 
 #: First retry after about this long, doubling up to the cap; half of it is jitter, so that
@@ -38,6 +39,10 @@ BACKOFF_S: Final = 5.0
 BACKOFF_CAP_S: Final = 600.0
 #: A study that failed this often is for a person; a delivery has no limit (max_attempts NULL).
 INFER_ATTEMPTS: Final = 5
+
+
+#: Of the document that a job is to bring; NULL: it is an analysis.
+_KIND: Final = sa.select(document.c.kind).where(document.c.id == job.c.document_id).scalar_subquery().label("document")
 
 
 class LeaseLost(WorkerError):
@@ -100,7 +105,7 @@ def lease(
 
     PostgreSQL skips rows that another worker is taking; SQLite's write lock serves one at a time.
     """
-    due = sa.select(job).where(job.c.kind == kind, job.c.state == "available", job.c.not_before <= now)
+    due = sa.select(job, _KIND).where(job.c.kind == kind, job.c.state == "available", job.c.not_before <= now)
     if bundles:
         due = due.where(job.c.bundle.in_(bundles))
     if destination:
@@ -143,6 +148,7 @@ def _job(row: AnyRow, *, owner: str, expires_at: datetime, now: datetime) -> Job
         priority=row.priority,
         started_at=row.started_at or now,
         lease=Lease(owner, row.lease_generation + 1, expires_at),
+        document=row.document or "",
     )
 
 
@@ -322,6 +328,19 @@ def operator_cancel(conn: Connection, study_id: int, *, now: datetime, by: str =
     return changed
 
 
+def withdraw(conn: Connection, destination: str, *, kinds: Collection[str], now: datetime) -> int:
+    """Take back deliveries of documents that are none of `kinds`, dead letters too, but none that is done or in hand; how many."""
+    owed = sa.select(job.c.id, job.c.study_id, job.c.bundle, job.c.input_version, job.c.state, _KIND)
+    owed = owed.where(job.c.kind == "deliver", job.c.destination == destination, job.c.state.in_(("available", *GIVEN_UP)))
+    rows = [row for row in conn.execute(owed.with_for_update(of=job)) if row.document not in kinds]
+    for row in rows:
+        conn.execute(sa.delete(commitment).where(commitment.c.job_id == row.id))
+        conn.execute(sa.delete(job).where(job.c.id == row.id))
+        facts = {"bundle": row.bundle, "version": row.input_version, "destination": destination, "document": row.document}
+        history.note(conn, row.study_id, name="deliver.withdrawn", now=now, **facts, was=row.state)
+    return len(rows)
+
+
 def hold(conn: Connection, destination: str, *, reason: str, now: datetime) -> None:
     """Say of a destination's due jobs why nobody takes them: it is left alone. They stay due."""
     due = (job.c.kind == "deliver", job.c.state == "available", job.c.destination == destination, job.c.not_before <= now)
@@ -349,28 +368,9 @@ def prioritize(conn: Connection, study_id: int, *, now: datetime, priority: int 
     return changed
 
 
-def counts(conn: Connection) -> dict[tuple[str, str], int]:
-    """How many jobs of each kind are in each state."""
-    rows = conn.execute(sa.select(job.c.kind, job.c.state, sa.func.count()).group_by(job.c.kind, job.c.state))
-    return {(kind, state): count for kind, state, count in rows}
-
-
-def waiting(conn: Connection) -> dict[str, int]:
-    """Why jobs wait for another try or for a record: how many give each reason, the most frequent ten."""
-    count = sa.func.count()
-    wanted = sa.select(job.c.reason, count).where(job.c.state == "available", job.c.reason != "").group_by(job.c.reason)
-    return dict(conn.execute(wanted.order_by(count.desc(), job.c.reason).limit(10)).tuples().all())
-
-
-def oldest_due_s(conn: Connection, *, now: datetime) -> float:
-    """How long the longest waiting due job has been due, in seconds; 0 if none waits."""
-    oldest = conn.execute(sa.select(sa.func.min(job.c.not_before)).where(job.c.state == "available", job.c.not_before <= now)).scalar()
-    return round((now - oldest).total_seconds(), 1) if oldest else 0.0
-
-
 def of_study(conn: Connection, study_id: int) -> list[AnyRow]:
-    """The jobs of a study, oldest first."""
-    return list(conn.execute(sa.select(job).where(job.c.study_id == study_id).order_by(job.c.id)))
+    """The jobs of a study with their documents' kinds, oldest first."""
+    return list(conn.execute(sa.select(job, _KIND).where(job.c.study_id == study_id).order_by(job.c.id)))
 
 
 def _held(one: Job) -> sa.Update:
@@ -391,7 +391,7 @@ def _settle(conn: Connection, one: Job, state: str, *, reason: str, now: datetim
 def _facts(one: Job) -> dict[str, object]:
     facts: dict[str, object] = {"bundle": one.bundle, "version": one.input_version, "attempt": one.attempt}
     if one.destination:
-        facts["destination"] = one.destination
+        facts |= {"destination": one.destination, "document": one.document}
     return facts
 
 

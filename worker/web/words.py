@@ -60,11 +60,12 @@ _EVENTS: Final[Mapping[str, tuple[str, str]]] = {
     "infer.cancelled": ("Analysis by {bundle} cancelled: {reason}", ""),
     "infer.rescued": ("A worker stopped in the analysis by {bundle}", "bad"),
     "infer.revived": ("Analyses put back, for their cause is gone: {jobs}", ""),
-    "deliver.completed": ("Delivered to {destination}", "good"),
-    "deliver.retried": ("{destination} did not take it, tried again: {reason}", "bad"),
-    "deliver.snoozed": ("Delivery to {destination} waits: {reason}", ""),
-    "deliver.discarded": ("Delivery to {destination} given up: {reason}", "bad"),
-    "deliver.cancelled": ("Delivery to {destination} cancelled: {reason}", ""),
+    "deliver.completed": ("{form} delivered to {destination}", "good"),
+    "deliver.retried": ("{destination} did not take the {form}, tried again: {reason}", "bad"),
+    "deliver.snoozed": ("{form} for {destination} waits: {reason}", ""),
+    "deliver.discarded": ("{form} for {destination} given up: {reason}", "bad"),
+    "deliver.cancelled": ("{form} for {destination} cancelled: {reason}", ""),
+    "deliver.withdrawn": ("{form} for {destination} is not to be sent any more, says the configuration", ""),
     "deliver.rescued": ("A worker stopped in the delivery to {destination}", "bad"),
     "deliver.reopened": ("To be sent to {destination} again: {reason}", "bad"),
     "commitment.committed": ("{destination} promised to keep it", "good"),
@@ -90,6 +91,7 @@ def event(name: str, facts: Mapping[str, object]) -> tuple[str, str, str]:
     """An event of a study's history in words; how grave it is; and what stands beside it."""
     sentence, tone = _EVENTS.get(name, (name, ""))
     given = _Facts({key: value for key, value in facts.items() if value not in ("", None)})
+    given["form"] = KINDS.get(str(facts.get("document")), "Document")
     text = sentence.format_map(given).rstrip(": ")
     if facts.get("failure") and tone == "good":
         tone = "bad"
