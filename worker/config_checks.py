@@ -72,7 +72,8 @@ def _check_door(peer: Destination) -> None:
     _check_secrets(peer, where)
     known = KINDS_OF_DOOR[peer.door]
     if strange := [kind for kind in peer.documents if kind not in known]:
-        raise ConfigError(f"{where}: documents: {strange[0]!r} is none of {', '.join(known)}.")
+        choice = f"none of {', '.join(known)}" if len(known) > 1 else f"not {known[0]!r}, the one kind for this door; leave `documents` out"
+        raise ConfigError(f"{where}: documents: {strange[0]!r} is {choice}.")
 
 
 def _check_notes(destinations: tuple[Destination, ...]) -> None:

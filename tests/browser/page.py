@@ -146,7 +146,7 @@ def test_an_operator_finds_a_failed_study_reads_why_retries_it_and_sees_it_deliv
         expect(page.get_by_role("status")).to_contain_text("2 jobs put back.")
         # Nobody clicks any more: htmx looks by itself.
         expect(page.locator(".state .badge")).to_have_text("Delivered", timeout=60_000)
-        expect(page.locator("#timeline")).to_contain_text("Delivered to pacs")
+        expect(page.locator("#timeline")).to_contain_text("Structured Report delivered to pacs")
         expect(page.locator("#timeline .sent .job.completed")).to_have_count(2)
         page.screenshot(path=SHOTS / "delivered-study.png", full_page=True)
         assert {one.modality for one in pacs.instances()} >= {"SR"}

@@ -177,7 +177,10 @@ def test_doctor_says_that_a_peers_certificate_expired_or_is_not_trusted(hospital
     with peers.ScriptedPacs(tls=served(hospital.issue("pacs", days=-1))) as pacs:
         config = replace(Config(), site=Site(data=tmp_path), destinations=(calling(None, trusted=hospital, port=pacs.peer.port),))
         found = {what: (said, is_well) for what, said, is_well in doctor.checks(config, tmp_path / "synoptic.toml")}
-    assert found["C-ECHO pacs"] == ("pacs cannot be reached by TLS: its certificate is refused, certificate has expired.", False)
+    assert found["C-ECHO pacs"] == (
+        f"pacs cannot be reached by TLS at localhost:{pacs.peer.port}: its certificate is refused, certificate has expired.",
+        False,
+    )
 
 
 @pytest.mark.requirement("L14")

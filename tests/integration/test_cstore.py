@@ -346,7 +346,7 @@ def test_a_port_where_nobody_listens_says_so() -> None:
     peer = Peer("the absent PACS", "NOBODY", "127.0.0.1", peers.free_port(), "WORKER")
     outcomes = cstore.send([make_document(), make_document()], peer=peer)
     for outcome in outcomes:
-        expect_error(outcome, PeerUnreachable, "the absent PACS cannot be reached: Connection refused")
+        expect_error(outcome, PeerUnreachable, f"the absent PACS cannot be reached at 127.0.0.1:{peer.port}: Connection refused")
 
 
 def test_a_peer_is_asked_how_many_instances_a_study_has() -> None:

@@ -195,7 +195,11 @@ def test_every_answer_has_the_headers_and_no_form_is_taken_from_elsewhere(place:
     assert place.browser("a.operator", headers={"origin": BASE}).get("/").status_code == 200
     for csrf in ("", "x" * 64, place.browser("a.operator").client.cookies["synoptic"]):
         assert browser.post(f"/studies/{place.studies['failed']}/retry", csrf=csrf).status_code == 403
-    assert browser.client.get("/login", headers={"host": "rebound.test"}).status_code == 400
+    for name in ("rebound.test", "127.0.0.1.rebound.test", "[", "", "user@rebound.test:8080"):
+        answer = browser.client.get("/login", headers={"host": name})
+        assert (answer.status_code, answer.text) == (400, "This page may not be called by this name: [web] base_url says by which it may.")
+    for name in ("localhost:8080", "127.0.0.1", "[::1]:80"):
+        assert browser.client.get("/login", headers={"host": name}).status_code == 200
     assert browser.post("/login", name="x" * 40_000).status_code == 413
 
 
@@ -275,7 +279,7 @@ def test_a_report_is_shown_with_its_findings_its_image_its_record_and_what_repla
     current = browser.get(f"/studies/{number}").text
     for shown in (
         *("Current report", "C reactive protein", "&lt; 0.3 mg/L", "2024-01-02 06:30", "Fibrin D-dimer", "not repeated here"),
-        *("First image came from XRAY_1", "A late image opened it again", "Delivered to pacs"),
+        *("First image came from XRAY_1", "A late image opened it again", "Structured Report delivered to pacs"),
         f'href="/studies/{number}?report={old.id}"',
     ):
         assert shown in current, shown

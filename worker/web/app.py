@@ -19,7 +19,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, PlainTextResponse, RedirectResponse
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException as AnyHTTPException
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -50,10 +49,14 @@ _STATIC_S: Final = 3600
 
 
 class Guard:
-    """Headers on every answer, and no POST from another origin: a form elsewhere must not even log somebody in."""
+    """Headers on every answer; no name of ours but those we know, or an attacker's could be pointed here (DNS rebinding).
+
+    And no POST from another origin: a form elsewhere must not even log somebody in.
+    """
 
     def __init__(self, app: ASGIApp, *, site: Site) -> None:
         self._app, self._site = app, site
+        self._names = {urlsplit(site.web.url).hostname, "localhost", "127.0.0.1", "::1"}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -71,10 +74,14 @@ class Guard:
                     headers["Strict-Transport-Security"] = _STRICT
             await send(message)
 
-        if scope["method"] not in ("GET", "HEAD") and not self._is_ours(Headers(scope=scope)):
-            await PlainTextResponse("This form was sent from another page.", 403)(scope, receive, with_headers)
-            return
-        await self._app(scope, receive, with_headers)
+        await (self._refusal(scope["method"], Headers(scope=scope)) or self._app)(scope, receive, with_headers)
+
+    def _refusal(self, method: str, headers: Headers) -> Response | None:
+        if _named(headers.get("host", "")) not in self._names:
+            return PlainTextResponse("This page may not be called by this name: [web] base_url says by which it may.", 400)
+        if method not in ("GET", "HEAD") and not self._is_ours(headers):
+            return PlainTextResponse("This form was sent from another page.", 403)
+        return None
 
     @staticmethod
     def _is_ours(headers: Headers) -> bool:
@@ -105,12 +112,15 @@ def application(config: Config, store: Store, *, now: Callable[[], datetime] = c
     for kind, handler in handlers.items():
         app.add_exception_handler(kind, handler)
     # Around everything, so that the answer to a fault of ours has its headers, too.
-    return Guard(TrustedHostMiddleware(app, allowed_hosts=_hosts(config), www_redirect=False), site=site)
+    return Guard(app, site=site)
 
 
-def _hosts(config: Config) -> list[str]:
-    """What a browser or a monitor may call us, so that a name that an attacker points here is none (DNS rebinding)."""
-    return list({str(urlsplit(config.web.url).hostname), "localhost", "127.0.0.1", "[::1]"})
+def _named(host: str) -> str:
+    """The name or address in a Host header; '' for what is none."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
 
 
 def _to_login(request: Request, _error: Exception) -> Response:
