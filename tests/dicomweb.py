@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-import ssl
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from email import message_from_bytes
 from email.policy import HTTP
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from io import BytesIO
-from typing import Any, Self
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 
+from tests.http_peer import HttpPeer
 from worker.deliver.association import Peer
 
 Json = dict[str, Any]
@@ -51,54 +50,20 @@ def response(*, stored: str = "", failed: str = "", reason: int | None = None, w
 
 
 @dataclass
-class Archive:
+class Archive(HttpPeer):
     """Gives `steps`, one for each store, and then keeps and says so. QIDO-RS answers `query_status` where that is not 200."""
 
     steps: Sequence[Answer | Raw] = ()
     query_status: int = 200
     patient_id: str = ""
-    tls: ssl.SSLContext | None = None
     received: list[bytes] = field(default_factory=list)
     kept: dict[str, Dataset] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
     authorizations: set[str | None] = field(default_factory=set)
-    _server: ThreadingHTTPServer | None = None
 
-    def __enter__(self) -> Self:
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-            disable_nagle_algorithm = True
-
-            def do_GET(self) -> None:
-                outer._query(self)
-
-            def do_POST(self) -> None:
-                outer._store(self)
-
-            def log_message(self, *_: object) -> None:
-                """Say nothing."""
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        # A peer that breaks off in the middle is what some tests are about.
-        self._server.handle_error = lambda *_: None  # type: ignore[method-assign]
-        if self.tls:
-            self._server.socket = self.tls.wrap_socket(self._server.socket, server_side=True, do_handshake_on_connect=False)
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        assert self._server is not None
-        self._server.shutdown()
-        self._server.server_close()
-
-    @property
-    def port(self) -> int:
-        """Where it listens."""
-        assert self._server is not None
-        return int(self._server.server_address[1])
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        """Store and be asked."""
+        (self._store if request.command == "POST" else self._query)(request)
 
     @property
     def url(self) -> str:

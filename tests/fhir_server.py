@@ -30,6 +30,8 @@ from urllib.parse import parse_qs, unquote_plus, urlencode, urlsplit
 
 import jwt
 
+from tests.http_peer import handler
+
 Json = dict[str, Any]
 TYPES: Final = (
     "Patient", "Observation", "Condition", "DiagnosticReport", "DocumentReference", "MedicationStatement", "MedicationRequest",
@@ -85,22 +87,7 @@ class FhirServer:
         self.tokens: dict[str, float] = {}
         self.assertions: list[Json] = []
         self.needs_token = False
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-            disable_nagle_algorithm = True  # headers and body are two writes: 40 ms each time otherwise
-
-            def do_GET(self) -> None:
-                outer._serve(self)
-
-            def do_POST(self) -> None:
-                outer._serve(self)
-
-            def log_message(self, *_: object) -> None:
-                """Say nothing."""
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler(self._serve))
         self._server.daemon_threads = True
         if context:
             self._server.socket = context.wrap_socket(self._server.socket, server_side=True)

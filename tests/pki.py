@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import ssl
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -61,6 +62,16 @@ class Authority:
             names = [x509.IPAddress(ipaddress.ip_address(host)) if host[0].isdigit() else x509.DNSName(host) for host in hosts]
             builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
         return builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+
+def served(pair: Pair, *, trusted: Authority | None = None) -> ssl.SSLContext:
+    """A peer that shows `pair`, and that wants a certificate of `trusted`, if any."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pair.certificate, pair.key)
+    if trusted:
+        context.load_verify_locations(trusted.certificate)
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
 
 
 def listening(pair: Pair, *, trusted: Authority | None) -> Receive:

@@ -10,9 +10,10 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Final, Self
 
+from tests.http_peer import HttpPeer
 from worker.deliver.association import Peer
 
 START, END = b"\x0b", b"\x1c\r"
@@ -136,54 +137,29 @@ class Ris(Server):
 
 
 @dataclass
-class Hook:
+class Hook(HttpPeer):
     """A webhook's receiver that answers `statuses`, and then 204."""
 
+    protocol = "HTTP/1.0"
     statuses: Sequence[int] = ()
-    tls: ssl.SSLContext | None = None
     received: list[tuple[dict[str, str], bytes]] = field(default_factory=list)
-    _server: ThreadingHTTPServer | None = None
 
-    def __enter__(self) -> Self:
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            disable_nagle_algorithm = True
-
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                number = len(outer.received)
-                outer.received.append(({name.lower(): value for name, value in self.headers.items()}, body))
-                self.send_response(outer.statuses[number] if number < len(outer.statuses) else 204)
-                self.end_headers()
-
-            def log_message(self, *_: object) -> None:
-                """Say nothing."""
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self._server.handle_error = lambda *_: None  # type: ignore[method-assign]
-        if self.tls:
-            self._server.socket = self.tls.wrap_socket(self._server.socket, server_side=True, do_handshake_on_connect=False)
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        assert self._server is not None
-        self._server.shutdown()
-        self._server.server_close()
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        """Keep what is posted."""
+        body = request.rfile.read(int(request.headers["Content-Length"]))
+        number = len(self.received)
+        self.received.append(({name.lower(): value for name, value in request.headers.items()}, body))
+        request.send_response(self.statuses[number] if number < len(self.statuses) else 204)
+        request.end_headers()
 
     @property
     def url(self) -> str:
         """Where it listens."""
-        assert self._server is not None
-        return f"{'https' if self.tls else 'http'}://127.0.0.1:{self._server.server_address[1]}/notices"
+        return f"{'https' if self.tls else 'http'}://127.0.0.1:{self.port}/notices"
 
     def peer(self, *, secret: str = "", timeout_s: float = 5.0) -> Peer:
         """How we call it."""
-        assert self._server is not None
-        port = int(self._server.server_address[1])
-        return Peer("the webhook", "", "127.0.0.1", port, "", timeout_s=timeout_s, url=self.url, door="webhook", secret=secret)
+        return Peer("the webhook", "", "127.0.0.1", self.port, "", timeout_s=timeout_s, url=self.url, door="webhook", secret=secret)
 
 
 @dataclass

@@ -25,7 +25,7 @@ from tests.dicomweb import Answer, archive, response
 from tests.installation import Installation, wait_until
 from tests.integration.test_commitment import Site
 from tests.peers import dcmtk, orthanc
-from tests.pki import Authority, Pair, listening
+from tests.pki import Authority, Pair, listening, served
 from tests.receivers import receiving
 from tests.scu import CT, EXPLICIT, Scu, encoded, slice_of
 from worker.config import Audit, Config
@@ -230,10 +230,7 @@ def repository(folder: Path) -> tuple[Repository, Config]:
     """A repository by mutual TLS and the configuration that names it; not started."""
     hospital = Authority(folder / "pki", "hospital")
     server, ours = hospital.issue("repository"), hospital.issue("worker")
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(server.certificate, server.key)
-    context.load_verify_locations(hospital.certificate)
-    context.verify_mode = ssl.CERT_REQUIRED
+    context = served(server, trusted=hospital)
     made = Repository(context)
     made.start()
     settings = Audit(
@@ -346,8 +343,7 @@ def test_a_day_that_was_removed_and_began_again_is_sent_from_its_beginning(folde
 def test_nothing_is_sent_to_a_repository_that_cannot_be_trusted(folder: Path, tmp_path: Path, captured: Captured) -> None:
     sink, config = repository(tmp_path)
     other = Authority(tmp_path / "other", "stranger").issue("repository")
-    sink.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    sink.context.load_cert_chain(other.certificate, other.key)
+    sink.context = served(other)
     audit.accessed(SUBJECT, user="b", outcome=audit.SUCCESS)
     forwarder = forwarding.Forwarder(folder, connect=repository_of(config), limit_bytes=2**30)
     forwarder.start()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import ssl
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 
 from tests import peers
-from tests.pki import Authority, Pair, calling, listening
+from tests.pki import Authority, calling, listening, served
 from tests.receivers import receiving
 from tests.scu import hearing
 from worker import doctor, tls
@@ -26,13 +25,6 @@ from worker.tls import server_context
 @pytest.fixture
 def hospital(tmp_path: Path) -> Authority:
     return Authority(tmp_path / "hospital", "hospital")
-
-
-def served(pair: Pair) -> ssl.SSLContext:
-    """A PACS that shows `pair` and asks for nothing."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(pair.certificate, pair.key)
-    return context
 
 
 def put(source: Path, target: Path) -> None:
@@ -103,9 +95,7 @@ def test_a_new_file_that_cannot_be_used_is_an_event_and_the_one_before_stays(hos
 
 def test_our_own_certificate_as_a_caller_is_read_anew_too(hospital: Authority) -> None:
     pair = hospital.issue("worker", days=-1)
-    context = served(hospital.issue("pacs"))
-    context.load_verify_locations(hospital.certificate)
-    context.verify_mode = ssl.CERT_REQUIRED
+    context = served(hospital.issue("pacs"), trusted=hospital)
     with peers.ScriptedPacs(tls=context) as pacs:
         peer = peer_of(calling(pair, trusted=hospital, port=pacs.peer.port), own_ae_title="WORKER")
         with pytest.raises(PeerUnreachable, match="certificate"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import ssl
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,7 +17,7 @@ from tests.fhir_r4 import validated
 from tests.fhir_server import FhirServer, Reply, outcome
 from tests.integration.test_commitment import Site
 from tests.integration.test_cstore import expect_error
-from tests.pki import Authority
+from tests.pki import Authority, served
 from worker import doctor
 from worker.config import Config, Destination, Records
 from worker.config import FhirServer as FhirSettings
@@ -241,8 +240,7 @@ def test_a_restart_between_the_commit_and_its_answer_creates_nothing_twice(ehr: 
 def test_by_tls_the_secret_is_sent_to_who_shows_the_right_certificate(tmp_path: Path) -> None:
     ours = Authority(tmp_path)
     shown = ours.issue("ehr")
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(shown.certificate, shown.key)
+    context = served(shown)
     one = document(tmp_path)
     with FhirServer(context=context) as server:
         admit(server)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from hl7.mllp import start_hl7_server
 from tests import reports
 from tests.integration.test_commitment import Site
 from tests.integration.test_cstore import expect_error
-from tests.pki import Authority
+from tests.pki import Authority, served
 from tests.receivers import hl7_listener
 from tests.recipients import END, START, Ris, Step, acknowledged, control_id, hang_up, ris, silence
 from worker import doctor
@@ -62,9 +61,7 @@ def test_messages_travel_in_order_over_one_connection_as_the_bytes_they_are() ->
     documents = [make_message("part " * 5000) for _ in range(3)]
     with ris() as his:
         outcomes = mllp.send(documents, peer=his.peer())
-        assert [(one.sop_instance_uid, one.delivered, one.status) for one in outcomes] == [
-            (document.sop_instance_uid, True, 0) for document in documents
-        ]
+        assert [(one.sop_instance_uid, one.delivered) for one in outcomes] == [(one.sop_instance_uid, True) for one in documents]
         assert his.received == [document.data for document in documents]
         assert his.connections == 1
         assert mllp.send([], peer=his.peer()) == []
@@ -202,10 +199,7 @@ def test_a_late_acknowledgment_is_not_taken_for_that_of_the_next_message() -> No
 def test_by_tls_both_show_certificates_and_a_stranger_gets_nothing(tmp_path: Path) -> None:
     ours = Authority(tmp_path)
     pair, shown = ours.issue("client"), ours.issue("ris", hosts=("ris.example",))
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(shown.certificate, shown.key)
-    context.load_verify_locations(ours.certificate)
-    context.verify_mode = ssl.CERT_REQUIRED
+    context = served(shown, trusted=ours)
     with ris(tls=context) as his:
         known: dict[str, Any] = {"tls_ca": str(ours.certificate), "tls_certificate": str(pair.certificate), "tls_key": str(pair.key)}
         settings = Destination(name="ris", hl7_host="127.0.0.1", hl7_port=his.port, tls=True, tls_server_name="ris.example", timeout_s=5.0)

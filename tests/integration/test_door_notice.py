@@ -8,7 +8,6 @@ import email.policy
 import hashlib
 import hmac
 import json
-import ssl
 import time
 from dataclasses import replace
 from datetime import timedelta
@@ -20,7 +19,7 @@ import pytest
 from tests import reports
 from tests.integration.test_commitment import Site
 from tests.integration.test_cstore import expect_error
-from tests.pki import Authority
+from tests.pki import Authority, served
 from tests.recipients import Hook, MailServer
 from worker import doctor
 from worker.config import Config, ConfigError, Destination
@@ -99,8 +98,7 @@ def test_the_status_of_a_webhook_decides(told: Document, status: int, error: typ
 def test_by_tls_a_webhook_is_told_nothing_before_it_has_shown_who_it_is(told: Document, tmp_path: Path) -> None:
     ours = Authority(tmp_path)
     shown = ours.issue("hook")
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(shown.certificate, shown.key)
+    context = served(shown)
     with Hook(tls=context) as hook:
         settings = Destination(name="hook", webhook_url=hook.url, webhook_secret="hush", tls_ca=str(ours.certificate), timeout_s=5.0)
         to = peer_of(settings, own_ae_title="US")
@@ -194,8 +192,7 @@ def test_a_deaf_mail_server_is_left_in_time(told: Document) -> None:
 def test_mail_goes_by_starttls_and_logs_in_only_there(told: Document, tmp_path: Path) -> None:
     ours = Authority(tmp_path)
     shown = ours.issue("mail", hosts=("mail.example",))
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(shown.certificate, shown.key)
+    context = served(shown)
     with MailServer(tls=context, login=LOGIN) as server:
         settings = Destination(name="mail", mail_to=("a@h.example",), mail_from="s@h.example", smtp_host="127.0.0.1", smtp_port=server.port,
                                smtp_secret="user:hush", tls=True, tls_ca=str(ours.certificate), tls_server_name="mail.example",

@@ -28,14 +28,6 @@ def model() -> Model:
     return Model(PHANTOM)
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[DecoderPool]:
-    """The decoders of the worker that takes over."""
-    with DecoderPool(processes=1) as made:
-        made.warm()
-        yield made
-
-
 @pytest.fixture
 def site(tmp_path: Path, pool: DecoderPool) -> Iterator[PhantomLine]:
     """One study whose analysis is due, and no daemon."""

@@ -6,7 +6,7 @@ import importlib.util
 import json
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -66,13 +66,6 @@ class Case:
     def near(self, center: NDArray[np.float64]) -> None:
         """Assert that `center` is the lesion's, within a voxel."""
         assert np.abs(np.asarray(center) - self.lesion).max() < max(self.image.spacing_mm)
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[DecoderPool]:
-    """Two decoding processes."""
-    with DecoderPool(processes=2) as made:
-        yield made
 
 
 @pytest.fixture(scope="module", params=SERIES)

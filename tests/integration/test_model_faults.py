@@ -47,14 +47,6 @@ Tensors = dict[str, Any]
 CODE_OF = {"marker": "2039-6", "note": "34109-9"}
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[DecoderPool]:
-    """One warm decoder."""
-    with DecoderPool(processes=1) as made:
-        made.warm()
-        yield made
-
-
 @pytest.fixture
 def site(tmp_path: Path, pool: DecoderPool) -> Iterator[PhantomLine]:
     """An installation without a daemon."""

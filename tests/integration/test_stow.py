@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import ssl
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +20,7 @@ from tests import peers
 from tests.dicomweb import Answer, Raw, archive, response
 from tests.integration.test_commitment import Site
 from tests.integration.test_cstore import expect_error, make_document
-from tests.pki import Authority
+from tests.pki import Authority, served
 from worker import config as configuration
 from worker import doctor
 from worker.config import Config, Destination
@@ -248,10 +247,7 @@ def test_by_tls_the_archive_and_we_show_certificates_and_the_secret_is_sent(tmp_
     """The same Credentials as for C-STORE: the authority, our certificate, a name of its own."""
     ours = Authority(tmp_path)
     pair, shown = ours.issue("client"), ours.issue("archive", hosts=("archive.example",))
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(shown.certificate, shown.key)
-    context.load_verify_locations(ours.certificate)
-    context.verify_mode = ssl.CERT_REQUIRED
+    context = served(shown, trusted=ours)
     with archive(tls=context) as web:
         settings = Destination(
             name="web",
@@ -272,7 +268,7 @@ def test_by_tls_the_archive_and_we_show_certificates_and_the_secret_is_sent(tmp_
         assert web.authorizations == {"Basic dXNlcjpzZWNyZXQ=", "Bearer t0ken"}
         stored = len(web.received)
         other = peer_of(replace(settings, tls_server_name=""), own_ae_title="US")
-        expect_error(send_one(other), PeerUnreachable, "by TLS: its certificate is refused")
+        expect_error(send_one(other), PeerUnreachable, "its certificate is refused")
         assert len(web.received) == stored
 
 

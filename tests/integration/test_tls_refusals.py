@@ -19,7 +19,7 @@ import pytest
 
 from tests import peers
 from tests.integration.test_cstore import expect_error, make_document, send_one
-from tests.pki import Authority, Pair, calling, listening
+from tests.pki import Authority, Pair, calling, listening, served
 from tests.receivers import receiving
 from worker.config import Records
 from worker.deliver import association, cstore, web
@@ -162,8 +162,7 @@ def test_a_caller_that_is_wrong_in_one_thing_is_refused_and_the_right_one_is_ser
 def test_the_old_callers_of_these_tests_could_agree_with_an_old_listener(hospital: Authority, stranger: Authority, wrong: str) -> None:
     """Else this OpenSSL would refuse them by itself, and the tests above would prove nothing."""
     pair = hospital.issue("old", is_rsa=True)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(pair.certificate, pair.key)
+    context = served(pair)
     weaken(context)
     with peers.ScriptedPacs(tls=context) as pacs:
         assert cstore.echo(replace(pacs.peer, tls=lambda: WRONG[wrong](hospital, stranger))) > 0
@@ -213,12 +212,7 @@ def test_the_log_says_why_a_caller_was_refused_and_nothing_of_it(hospital: Autho
 
 def server(pair: Pair, *, trusted: Authority | None = None) -> ssl.SSLContext:
     """A PACS that agrees to anything."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(pair.certificate, pair.key)
-    if trusted:
-        context.load_verify_locations(trusted.certificate)
-        context.verify_mode = ssl.CERT_REQUIRED
-    return weaken(context)
+    return weaken(served(pair, trusted=trusted))
 
 
 def ours(pacs: peers.ScriptedPacs, pair: Pair | None, trusted: Authority, **settings: str) -> Peer:

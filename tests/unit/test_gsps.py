@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -25,12 +25,6 @@ from worker.imaging import volume
 from worker.imaging.decoding import DecoderPool
 from worker.report import gsps
 from worker.report.result import Result
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[DecoderPool]:
-    with DecoderPool(processes=1) as made:
-        yield made
 
 
 def region_of(mask: NDArray[np.bool_], series: Series, *, affine: NDArray[np.float64] | None = None, frames: int = 0) -> Region:

@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib import resources
 from io import BytesIO
@@ -44,13 +44,6 @@ NAMES = {
     "Devanagari": "Modi^Narendra=नरेन्द्र^मोदी",
 }
 GRAY = np.linspace(0, 4095, 90 * 60).reshape(90, 60).round().astype(np.uint16)
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[DecoderPool]:
-    """One decoding process for all."""
-    with DecoderPool(processes=1) as made:
-        yield made
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Annotated, Any, Final
 from urllib.parse import urlencode
@@ -29,21 +30,25 @@ Number = Annotated[int, Query(ge=1, le=LAST)]
 _FILTERS: Final = ("receiving", "waiting", "analysing", "sending", "failed", "held", "delivered", "excluded")
 
 
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """What a list is asked for. `patient` and `order` are the row of a study with that patient ID or accession number."""
+
+    state: str = ""
+    urgent: bool = False
+    patient: Annotated[int, Query(ge=0, le=LAST)] = 0
+    order: Annotated[int, Query(ge=0, le=LAST)] = 0
+
+
+Asked = Annotated[Filter, Depends()]
+
+
 @router.get("/")
 def list_studies(
-    request: Request,
-    site: ASite,
-    who: AVisitor,
-    state: str = "",
-    urgent: bool = False,
-    patient: Annotated[int, Query(ge=0, le=LAST)] = 0,
-    order: Annotated[int, Query(ge=0, le=LAST)] = 0,
-    after: str = "",
-    paused: bool = False,
-    none: bool = False,
+    request: Request, site: ASite, who: AVisitor, asked: Asked, after: str = "", paused: bool = False, none: bool = False
 ) -> Response:
-    """The worklist. `patient` and `order` are the row of a study with that patient ID or accession number."""
-    facts = _list(site, who, state=state, urgent=urgent, patient=patient, order=order, after=after, paused=paused)
+    """The worklist."""
+    facts = _list(site, who, asked, after=after, paused=paused)
     with site.store.read() as conn:
         facts["counts"] = site.counts.of(conn)
     query = "&".join(f"{name}={facts['asked'][name]}" for name in facts["asked"])
@@ -52,33 +57,23 @@ def list_studies(
 
 
 @router.get("/rows")
-def list_again(
-    request: Request,
-    site: ASite,
-    who: AWatcher,
-    state: str = "",
-    urgent: bool = False,
-    patient: Annotated[int, Query(ge=0, le=LAST)] = 0,
-    order: Annotated[int, Query(ge=0, le=LAST)] = 0,
-    seal: str = "",
-) -> Response:
+def list_again(request: Request, site: ASite, who: AWatcher, asked: Asked, seal: str = "") -> Response:
     """The same list's first page again, by itself. `seal`: the list is one that this session was shown, and the audit trail says so."""
-    facts = _list(site, who, state=state, urgent=urgent, patient=patient, order=order)
+    facts = _list(site, who, asked)
     if not hmac.compare_digest(seal.encode(), who.sealed(urlencode(facts["asked"])).encode()):
         return Response(status_code=204, headers={"HX-Refresh": "true"})  # a tab of an earlier session loads its list anew
     return site.page(request, "_rows.html", **facts)
 
 
-def _list(
-    site: Site, who: Visitor, *, state: str, urgent: bool, patient: int, order: int, after: str = "", paused: bool = False
-) -> dict[str, Any]:
-    if state and state not in worklist.STATES:
+def _list(site: Site, who: Visitor, given: Filter, *, after: str = "", paused: bool = False) -> dict[str, Any]:
+    if given.state and given.state not in worklist.STATES:
         raise HTTPException(404, "There is no such state.")
-    wanted = worklist.Wanted(state, urgent, patient or None, order or None)
+    wanted = worklist.Wanted(given.state, given.urgent, given.patient or None, given.order or None)
     with site.store.read() as conn:
         lines, more = worklist.page(conn, wanted, after=_cursor(after))
-        named = worklist.study_of(conn, patient or order) if patient or order else None
-    asked: dict[str, object] = {"state": state, "urgent": "true" if urgent else "", "patient": patient, "order": order}
+        row = given.patient or given.order
+        named = worklist.study_of(conn, row) if row else None
+    asked: dict[str, object] = asdict(given) | {"urgent": "true" if given.urgent else ""}
     asked = {name: value for name, value in asked.items() if value}
 
     def link(**other: object) -> str:
