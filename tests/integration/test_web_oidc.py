@@ -23,6 +23,7 @@ from starlette.testclient import TestClient
 from tests import ward
 from worker.config import Config, ConfigError, Site, Web
 from worker.config_checks import check
+from worker.errors import PeerRefused
 from worker.ops import audit
 from worker.store import accounts
 from worker.store.database import Store
@@ -200,6 +201,22 @@ def test_a_state_of_another_browser_a_used_one_and_a_wrong_code_are_refused(brow
     code = issuer.begin(browser.get("/login/oidc").headers["location"])
     browser.cookies.clear()  # a link that somebody else began
     assert browser.get("/login/callback", params={"state": issuer.asked["state"], "code": code}).status_code == 400
+
+
+def test_no_number_of_log_ins_that_are_begun_elsewhere_ends_one_and_one_that_took_too_long_is_over(
+    issuer: Issuer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is kept of them: whoever is not logged in cannot keep others from it."""
+    known = oidc.Provider(Web(oidc_issuer=issuer.url, oidc_client_id="synoptic", oidc_roles={"radiology": "radiologist"}))
+    url, state = known.begin()
+    code = issuer.begin(url)
+    assert len({known.begin()[1] for _ in range(1100)}) == 1100
+    assert known.finish(state, code)["preferred_username"] == "Ada.Lovelace"
+    with pytest.raises(PeerRefused, match="or elsewhere"):
+        known.finish(f"{state.rpartition('.')[0]}.{'A' * 43}", code)
+    monkeypatch.setattr(oidc, "WAIT_S", 0.0)
+    with pytest.raises(PeerRefused, match="too long ago"):
+        known.finish(state, code)
 
 
 def test_a_new_key_is_asked_for_and_a_name_that_is_a_local_account_is_refused(

@@ -2,9 +2,10 @@
 
 ::
 
-    /login/oidc ─▶ state, nonce, verifier kept here; state in a cookie ─▶ provider ─▶ /login/callback?code&state
+    /login/oidc ─▶ sealed state in a cookie; nonce, verifier follow from it ─▶ provider ─▶ /login/callback?code&state
                                     code + verifier ─▶ token endpoint ─▶ ID token, signed: issuer, audience, nonce, time ─▶ roles of a claim
 
+Nothing is kept of a log-in that is begun, so that no number of them pushes another's out.
 Roles are what the claim says now, at each log-in; without one there is no session. Not here: how a session goes on (site.py).
 """
 
@@ -38,9 +39,8 @@ from worker.web.site import ASite, address_of
 
 router = APIRouter()
 
-#: Between our redirect and the way back; so many at once, the oldest go.
+#: Between our redirect and the way back.
 WAIT_S: Final = 600.0
-_MOST: Final = 1000
 #: One log-in may cost so much.
 _TIMEOUT_S, _BYTES = 10.0, 2**20
 #: How long discovery and keys are used; an unknown key asks anew, at most so often.
@@ -51,6 +51,10 @@ _CLOCKS_S: Final = 60
 _PEER: Final = "log-in server"
 #: So many wait for that server at once, each in a thread that the pages want.
 _WAITING: Final = threading.BoundedSemaphore(8)
+
+
+def _base64(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
 
 
 class Provider:
@@ -65,7 +69,7 @@ class Provider:
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         self._http = Transport(context, _TIMEOUT_S, attempts=2)
         self._lock = threading.Lock()
-        self._waiting: dict[str, tuple[float, str, str]] = {}
+        self._secret = secrets.token_bytes(32)
         self._known: Mapping[str, Any] = {}
         self._keys: list[jwt.PyJWK] = []
         self._known_at = -_FRESH_S
@@ -77,21 +81,16 @@ class Provider:
     def begin(self) -> tuple[str, str]:
         """Where the browser is to go, and the state it must come back with (WorkerError)."""
         self._discover(_FRESH_S)
-        state, nonce, verifier = (secrets.token_urlsafe(32) for _ in range(3))
-        with self._lock:
-            now = time.monotonic()
-            self._waiting = {key: one for key, one in self._waiting.items() if now - one[0] < WAIT_S}
-            while len(self._waiting) >= _MOST:
-                del self._waiting[next(iter(self._waiting))]
-            self._waiting[state] = (now, nonce, verifier)
+        begun = f"{time.monotonic():.0f}.{secrets.token_urlsafe(32)}"
+        state = f"{begun}.{self._derived('state', begun)}"
         asked = {
             "response_type": "code",
             "client_id": self._web.oidc_client_id,
             "redirect_uri": self._back,
             "scope": "openid profile email",
             "state": state,
-            "nonce": nonce,
-            "code_challenge": base64.urlsafe_b64encode(hashlib.sha256(verifier.encode()).digest()).rstrip(b"=").decode(),
+            "nonce": self._derived("nonce", state),
+            "code_challenge": _base64(hashlib.sha256(self._derived("verifier", state).encode()).digest()),
             "code_challenge_method": "S256",
         }
         endpoint = self._endpoint("authorization_endpoint")
@@ -99,10 +98,11 @@ class Provider:
 
     def finish(self, state: str, code: str) -> Mapping[str, Any]:
         """What the provider says of who logged in there (PeerRefused: it is not to be believed; PeerUnavailable)."""
-        with self._lock:
-            began, nonce, verifier = self._waiting.pop(state, (-WAIT_S, "", ""))
-        if time.monotonic() - began >= WAIT_S:
+        begun, _, seal = state.rpartition(".")
+        is_ours = hmac.compare_digest(seal.encode(), self._derived("state", begun).encode())
+        if not is_ours or time.monotonic() - float(begun.partition(".")[0]) >= WAIT_S:
             raise PeerRefused("This log-in was begun too long ago, or elsewhere. Begin again.")
+        verifier = self._derived("verifier", state)
         form = {"grant_type": "authorization_code", "code": code, "redirect_uri": self._back, "code_verifier": verifier}
         headers = {"Accept": "application/json"}
         if self._web.oidc_client_secret:  # RFC 6749 §2.3.1
@@ -113,7 +113,10 @@ class Provider:
         status, answer = self._ask("POST", self._endpoint("token_endpoint"), headers=headers, form=form)
         if status != 200 or not isinstance(answer.get("id_token"), str):
             raise PeerRefused(f"The log-in server gives no ID token: status {status}.")
-        return self._believed(answer["id_token"], nonce)
+        return self._believed(answer["id_token"], self._derived("nonce", state))
+
+    def _derived(self, what: str, text: str) -> str:
+        return _base64(hmac.digest(self._secret, f"{what} of {text}".encode(), "sha256"))
 
     def _believed(self, token: str, nonce: str) -> Mapping[str, Any]:
         """The claims of an ID token that is what it should be (OpenID Connect Core §3.1.3.7)."""
