@@ -51,7 +51,7 @@ class Site:
     def write(self, pacs_port: int) -> None:
         self.config.write_text(
             f'[site]\ndata = "."\ntimezone = "Europe/Berlin"\n[receive]\nlow_water_mb = 1\n[web]\nport = {self.port}\n'
-            f'[[destinations]]\nname = "pacs"\nae_title = "PACS"\nhost = "127.0.0.1"\nport = {pacs_port}\n'
+            f'[[destinations]]\nname = "pacs"\nae_title = "PACS"\nhost = "127.0.0.1"\nport = {pacs_port}\ndocuments = ["sr", "summary"]\n'
         )
 
     def start(self, role: str) -> None:
