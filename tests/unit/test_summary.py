@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydicom import Dataset, dcmread
 from pydicom.dataset import FileDataset
+from scipy import ndimage
 
 from tests import factories, peers, reports
 from tests.conftest import Captured
@@ -379,6 +380,22 @@ def test_the_capture_holds_the_very_pixels_of_the_page_and_the_mark_is_on_them(t
     yellow = np.argwhere((pixels == (0xFF, 0xD2, 0x3F)).all(axis=-1))
     assert len(yellow) > 500
     assert yellow[:, 1].max() < 1684 / 2
+
+
+@pytest.mark.parametrize("rows", [slice(30, 50), slice(38, 50)], ids=["above", "beside the letters"])
+@pytest.mark.parametrize("columns", [slice(0, 10), slice(25, 35), slice(50, 60)], ids=["left", "middle", "right"])
+def test_numbers_of_regions_that_begin_at_one_place_stand_beside_each_other(
+    columns: slice, rows: slice, tmp_path: Path, pool: DecoderPool
+) -> None:
+    """Five findings of one place: each number is whole, under no other and under no letter."""
+    film, mask = radiograph(), np.zeros((1, 90, 60), bool)
+    mask[0, rows, columns] = True
+    here = region(mask, [film])
+    made = result_of([film], tmp_path, pool, findings=[replace(FINDINGS[0], name=f"f{n}", regions=(here,)) for n in range(5)])
+    with Image.open(BytesIO(page.render(made, key_picture(made), theme="dark", form="png"))) as image:
+        yellow = (np.asarray(image.convert("RGB"))[:, :570] == (0xFF, 0xD2, 0x3F)).all(axis=-1)
+    _, sizes = np.unique(ndimage.label(yellow)[0], return_counts=True)
+    assert np.count_nonzero((sizes > 400) & (sizes < 500)) == 5
 
 
 def test_a_destination_that_wants_the_page_gets_it_before_the_report_that_refers_to_it(tmp_path: Path, pool: DecoderPool) -> None:
