@@ -6,7 +6,7 @@ PROCESSES ?= 2
 INSTANCES ?= 10000
 FILES ?= 100000
 KILLS ?= 200
-.PHONY: demo test page viewers verify check fix bench gate fuzz abuse soak restart crash verified lock sbom audit-deps clean
+.PHONY: demo test browser page viewers verify check fix bench gate fuzz abuse soak restart crash verified lock sbom audit-deps clean
 
 .venv/.installed: pyproject.toml .constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Synoptic needs Python 3.11 or newer; say: make PYTHON=python3.11 ...")'
@@ -55,12 +55,17 @@ abuse: .venv/.installed  ## 200 stalled peers and worse beside one honest modali
 soak: .venv/.installed  ## INSTANCES=10000 through a real installation at line rate, memory and descriptors of each process: a quarter of an hour; the result is quoted in deploy/README.md
 	$(BIN)/python -m tests.bench.soak --instances $(INSTANCES) --plot var/soak.png
 
+browser: .venv/.installed  ## the shorter half of `make page` and `make viewers`, for CI: every view of our page, and one CT in OHIF and in Orthanc's viewer; four minutes; pictures in var/page and var/viewers/screenshots
+	$(BIN)/python -m pip install --quiet --constraint .constraints.txt --editable '.[dev,page]'
+	$(BIN)/python -m tests.viewers.fetch
+	$(BIN)/python -m pytest -o timeout=600 tests/browser/page.py tests/viewers/ohif.py tests/viewers/webviewer.py -k "page.py or phantom or webviewer"
+
 page: .venv/.installed  ## our page in Debian's Chromium (apt-get install chromium), by keyboard too, axe-core on each page; 100,000 studies in the list; look at var/page/
 	$(BIN)/python -m pip install --quiet --constraint .constraints.txt --editable '.[dev,page]'
 	$(BIN)/python -m pytest tests/browser/page.py
 	$(BIN)/python -m tests.bench.page
 
-viewers: .venv/.installed  ## what OHIF and Orthanc's web viewer show of each form, in Debian's Chromium (apt-get install chromium npm orthanc-webviewer): ten minutes; look at var/viewers/screenshots/
+viewers: .venv/.installed  ## what OHIF and Orthanc's web viewer show of each form, in Debian's Chromium (apt-get install chromium npm orthanc-webviewer): five minutes; look at var/viewers/screenshots/
 	$(BIN)/python -m pip install --quiet --constraint .constraints.txt --editable '.[dev,page]'
 	$(BIN)/python -m tests.viewers.fetch
 	$(BIN)/python -m pytest -o timeout=600 tests/viewers/ohif.py tests/viewers/webviewer.py
