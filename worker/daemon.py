@@ -240,10 +240,10 @@ def _front(
     config: Config, config_file: Path | None, store: Store, supervisor: Supervisor, watched: sweeps.Clock
 ) -> list[Callable[[], object]]:
     spool = Spool(config.spool, low_water_bytes=config.receive.low_water_mb * 2**20)
-    listener = _listener("receive", config.receive.host, config.receive.port)
-    closers: list[Callable[[], object]] = [listener.close]
+    port = listener("receive", config.receive.host, config.receive.port)
+    closers: list[Callable[[], object]] = [port.close]
     supervisor.children += [
-        Child("receive", command("receive", config_file, descriptor=listener.fileno()), (listener.fileno(),))
+        Child("receive", command("receive", config_file, descriptor=port.fileno()), (port.fileno(),))
         for _ in range(config.receive.processes)
     ]
     if config.records.enabled:
@@ -259,24 +259,25 @@ def _front(
 
 def _page(config: Config, config_file: Path | None, supervisor: Supervisor, *, is_alone: bool) -> list[Callable[[], object]]:
     try:
-        listener = _listener("web", config.web.host, config.web.port)
+        port = listener("web", config.web.host, config.web.port)
     except (OSError, ConfigError):
         if is_alone:
             raise
         # Images are taken even so; the child tries again and again for itself, and its end is told each time.
         supervisor.children.append(Child("serve", command("serve", config_file)))
         return []
-    supervisor.children.append(Child("serve", command("serve", config_file, descriptor=listener.fileno()), (listener.fileno(),)))
-    return [listener.close]
+    supervisor.children.append(Child("serve", command("serve", config_file, descriptor=port.fileno()), (port.fileno(),)))
+    return [port.close]
 
 
-def _listener(section: str, host: str, port: int) -> socket.socket:
+def listener(section: str, host: str, port: int) -> socket.socket:
+    """Listen for children; an OSError or ConfigError says which key is at fault, and what would be right."""
     from worker.intake.scp import listen
 
     with _bound(section, host, port):
-        listener = listen((host, port))
-    listener.set_inheritable(True)
-    return listener
+        made = listen((host, port))
+    made.set_inheritable(True)
+    return made
 
 
 @contextmanager
@@ -320,7 +321,7 @@ def role(name: str, config: Config, *, descriptor: int | None, parent: int, is_c
             from worker.web import serve
 
             web = config.web
-            serve(config, store, _listener("web", web.host, web.port) if descriptor is None else socket.socket(fileno=descriptor), stop)
+            serve(config, store, listener("web", web.host, web.port) if descriptor is None else socket.socket(fileno=descriptor), stop)
         elif name == "run":
             roles.run(config, store, stop)
         else:

@@ -40,7 +40,6 @@ NAMES: Final = frozenset(
         "report.outdated",  # the record changed after it
         "record.expired",  # retention
         "images.removed",  # retention
-        "deliveries.withdrawn",  # at start: of documents that a destination is not to get any more, and that it has not got
         "document.failed",  # one form of a result could not be written: the root report is sent without it, its deliveries are dead letters
         "explanation.failed",  # the findings are reported all the same
         "glyphs.missing",  # no font here has some characters of a summary page; it says so itself

@@ -224,10 +224,6 @@ def _serve(config: Config, store: Store, stop: threading.Event, destination: Des
     from worker.deliver.send import deliver as send
 
     settings = config.deliver
-    with store.begin() as conn:
-        withdrawn = queue.withdraw(conn, destination.name, kinds=destination.wanted, now=clock())
-    if withdrawn:
-        events.emit("deliveries.withdrawn", destination=destination.name, jobs=withdrawn)
     peer = peer_of(destination, own_ae_title=config.receive.ae_title, systems=systems_of(config))
     wait_s = destination.commitment_wait_s if destination.commitment else None
     breaker = Breaker()

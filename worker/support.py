@@ -39,13 +39,14 @@ from worker.store.spool import Spool, SpoolError
 TAIL_BYTES: Final = 8 * 2**20
 _LONGEST: Final = 400
 #: Keys of the configuration and facts of events whose texts are words of ours or of a standard.
-_CLOSED_KEYS: Final = frozenset({"encoding", "device", "level", "format", "must_agree", "scope"})
+_CLOSED_KEYS: Final = frozenset({"encoding", "device", "level", "format", "must_agree", "scope", "documents"})
 _CLOSED_FACTS: Final = frozenset(
-    {"event", "level", "role", "roles", "kind", "verdict", "state", "status", "result", "error", "cause", "places"}
+    {"event", "level", "role", "roles", "kind", "verdict", "state", "status", "result", "error", "cause", "places", "document"}
 )
 _SENTENCES: Final = frozenset({"reason", "sweep"})
 #: A DIMSE status says what went wrong, and of nobody.
 _STATUS: Final = re.compile(r"(\b0x[0-9A-F]{4}\b)")
+_ADDRESS: Final = re.compile(r" at \S+:\d+\b")
 _README: Final = """What this file holds, made by `synoptic support-bundle` {version} to be given to whoever helps:
 
 {parts}
@@ -125,6 +126,7 @@ class _Mask:
 
     def sentence(self, text: str) -> str:
         """A sentence of ours that may hold a peer's words or a number that is somebody's."""
+        text = _ADDRESS.sub(" at [address]", text)  # also of a peer that the configuration names no more
         return "".join(part if _STATUS.fullmatch(part) else redact(part) for part in _STATUS.split(self(text)))
 
     def counted(self, reasons: Iterable[tuple[str, int]]) -> dict[str, int]:

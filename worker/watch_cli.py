@@ -1,5 +1,7 @@
 """The verbs that watch an installation: `status` counts, `check` compares spool, database and archives, `audit` reads the trail.
 
+And `withdraw`, which ends what nobody is to get any more.
+
 Not here: what is counted (worker/store/), what is compared (consistency.py, deliver/cstore.py).
 """
 
@@ -25,7 +27,7 @@ from worker.errors import PeerUnavailable
 from worker.ops import audit, forwarding
 from worker.record_feeds import clock
 from worker.roles import record_audit
-from worker.store import documents, feeds, ledger, measures, queue, studies
+from worker.store import documents, feeds, ledger, measures, queue, studies, withdrawal
 from worker.store.database import Store
 from worker.store.images import StoredFile
 from worker.store.spool import Spool
@@ -111,6 +113,26 @@ def register(app: typer.Typer, opener: Opener) -> None:
     ) -> None:
         """The audit trail, a line a message. It names patients: whoever may run this may know them."""
         _tell_audit(*opener(given), since=since, study=study)
+
+    _add_withdraw(app, opener)
+
+
+def _add_withdraw(app: typer.Typer, opener: Opener) -> None:
+    @app.command()
+    def withdraw(
+        destination: Annotated[str, typer.Argument(help="Its name in [[destinations]], now or once; else all are listed.")] = "",
+        given: ConfigFile = None,
+        is_sure: Annotated[bool, typer.Option("--yes", help="Do it.")] = False,
+    ) -> None:
+        """What is still owed to a destination, and the configuration names no more; with --yes it is owed to nobody.
+
+        That are deliveries, waiting or given up, of kinds that the destination's `documents` do not name, or to a destination that is not
+        there. A form that a PACS will never take leaves a dead letter a study, and the study counts as failed: take the kind out of
+        `documents`, start again, then say this. What was delivered stays; each study's history keeps what was withdrawn. To name the kind
+        again brings nothing back.
+        """
+        settings, store = opener(given)
+        _withdraw(store, {one.name: one.wanted for one in settings.destinations}, destination, is_sure=is_sure)
 
 
 # --- status
@@ -211,6 +233,32 @@ def _print_ledger(facts: Mapping[str, Any], zone: tzinfo) -> None:
         out.print(
             f"[red]{facts['all'][ledger.LOST]} studies are in no account:[/red] {numbers}. `synoptic show STUDY` says what became of one."
         )
+
+
+# --- withdraw
+
+
+def _withdraw(store: Store, wanted: Mapping[str, Sequence[str]], destination: str, *, is_sure: bool) -> None:
+    with store.read() as conn:
+        found = [row for row in withdrawal.unnamed(conn, wanted) if destination in ("", row.destination)]
+    if not found:
+        out.print("Nothing is owed that the configuration does not name.")
+        return
+    count = sum(row.available + row.discarded + row.cancelled for row in found)
+    if destination and is_sure:
+        with progress.bars(err) as bar:
+            task = bar.add_task("withdrawing", total=count)
+            done = 0
+            for several in withdrawal.take_back(store, destination, kinds=wanted.get(destination, ()), now=clock()):
+                done += several
+                bar.update(task, completed=done)
+        out.print(f"{done} deliveries to {destination} are withdrawn.", markup=False)
+        return
+    table = Table("destination", "document", "waiting", "given up", "cancelled", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for row in found:
+        table.add_row(escape(row.destination), row.kind, str(row.available), str(row.discarded), str(row.cancelled))
+    out.print(table)
+    out.print(f"Nothing was changed. `synoptic withdraw {destination or 'DESTINATION'} --yes`: they are owed to nobody.", markup=False)
 
 
 # --- audit

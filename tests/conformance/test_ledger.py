@@ -23,7 +23,7 @@ from worker.cli import app
 from worker.domain import Document, Job, Patient, PatientKey
 from worker.errors import PatientConflict, PeerRefused, PeerUnavailable
 from worker.intake import assembly
-from worker.store import documents, ledger, queue, schema, studies
+from worker.store import documents, ledger, queue, schema, studies, withdrawal
 from worker.store.database import Store
 
 BERTHA = Patient(PatientKey("SITE", "B-2"), "Test^Bertha", "19710101", "F")
@@ -151,8 +151,7 @@ class Line(RuleBasedStateMachine):
     @rule(destination=st.sampled_from(["pacs 0", "pacs 1"]), kinds=st.sampled_from([{"sr"}, {"summary"}]))
     def want_no_more(self, destination: str, kinds: set[str]) -> None:
         """The first gets reports alone, the second pictures: one draw in two takes something back."""
-        with self.store.begin() as conn:
-            queue.withdraw(conn, destination, kinds=kinds, now=self.now)
+        list(withdrawal.take_back(self.store, destination, kinds=kinds, now=self.now))
 
     @rule(study=st.integers(1, 3))
     def renew(self, study: int) -> None:
@@ -279,6 +278,34 @@ class TestCommand:
         told = CliRunner().invoke(app, ["status", "--ledger", "--json", "--config", config])
         assert told.exit_code == 0
         assert json.loads(told.stdout)["failed_because"] == {"The input is wrong.": 1}
+
+    def test_what_a_destination_is_not_to_get_any_more_is_taken_back_by_who_says_so_twice(self, store: Store, config: str) -> None:
+        """Without --yes it is only listed, and what the configuration names is never taken."""
+        add(store, header(1))
+        assembly.sweep(store, wants=WANTS[:1], limit_s=100, now=NOW + STEP)
+        (job,) = lease(store, "infer", NOW + STEP)
+        settled(store, job, "report", now=NOW + STEP, destinations=2)
+        for job in lease(store, "deliver", NOW + STEP):
+            delivered(store, job, "discard", NOW + STEP)
+        path = Path(config)
+        path.write_text(
+            f'{path.read_text("utf-8")}[[destinations]]\nname = "pacs 0"\nae_title = "PACS"\nhost = "127.0.0.1"\nport = 1\n', "utf-8"
+        )
+
+        def said(*words: str) -> str:
+            told = CliRunner().invoke(app, ["withdraw", *words, "--config", config])
+            assert told.exit_code == 0, told.output
+            return " ".join(told.stdout.split())
+
+        assert "pacs 1 summary 0 1 0 Nothing was changed" in said()
+        assert "pacs 1 summary 0 1 0 Nothing was changed" in said("pacs 1")
+        assert "Nothing is owed" in said("pacs 0", "--yes")
+        assert "Nothing was changed" in said("--yes")
+        assert "1 deliveries to pacs 1 are withdrawn" in said("pacs 1", "--yes")
+        assert "Nothing is owed" in said()
+        assert accounts(store) == {1: "failed"}
+        with store.read() as conn:
+            assert [(one.document, one.state) for one in queue.of_study(conn, 1) if one.kind == "deliver"] == [("sr", "discarded")]
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from worker.intake import assembly
 from worker.joining import MUST_AGREE
 from worker.report import codes, forms
 from worker.report.result import Result
-from worker.store import commitments, documents, history, ledger, queue, studies
+from worker.store import commitments, documents, history, ledger, queue, studies, withdrawal
 from worker.store.database import Store
 from worker.store.schema import commitment, document, job
 
@@ -327,10 +327,13 @@ def test_what_a_destination_is_not_to_get_any_more_is_owed_to_nobody(state: str,
         (number,) = conn.scalars(sa.select(job.c.id).where(of_keys))
         conn.execute(sa.insert(commitment).values(job_id=number, transaction_uid="2.25.7", state="refused", asked_at=NOW, look_at=NOW))
     is_taken_back = state in {"discarded", "available"}
-    with site.store.begin() as conn:
-        assert queue.withdraw(conn, "another", kinds={"sr"}, now=NOW) == 0
-        assert queue.withdraw(conn, "pacs", kinds=KINDS, now=NOW) == 0
-        assert queue.withdraw(conn, "pacs", kinds={*KINDS} - {"keys"}, now=NOW) == is_taken_back
+    with site.store.read() as conn:
+        assert withdrawal.unnamed(conn, {"pacs": KINDS}) == []
+        owed = withdrawal.unnamed(conn, {"pacs": {*KINDS} - {"keys"}, "another": ()})
+        assert [(row.destination, row.kind, row.available + row.discarded) for row in owed] == [("pacs", "keys", 1)] * is_taken_back
+    assert sum(withdrawal.take_back(site.store, "another", kinds={"sr"}, now=NOW)) == 0
+    assert sum(withdrawal.take_back(site.store, "pacs", kinds=KINDS, now=NOW)) == 0
+    assert sum(withdrawal.take_back(site.store, "pacs", kinds={*KINDS} - {"keys"}, now=NOW)) == is_taken_back
     with site.store.read() as conn:
         kinds = sorted(one.document for one in queue.of_study(conn, study_id) if one.kind == "deliver")
         assert kinds == sorted({*KINDS} - {"rejection"} - ({"keys"} if is_taken_back else set()))

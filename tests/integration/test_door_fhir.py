@@ -18,7 +18,7 @@ from tests.fhir_server import FhirServer, Reply, outcome
 from tests.integration.test_commitment import Site
 from tests.integration.test_cstore import expect_error
 from tests.pki import Authority, served
-from worker import doctor
+from worker import doctor_peers
 from worker.config import Config, Destination, Records
 from worker.config import FhirServer as FhirSettings
 from worker.config import Site as SiteSettings
@@ -259,7 +259,8 @@ def test_by_tls_the_secret_is_sent_to_who_shows_the_right_certificate(tmp_path: 
 def test_doctor_asks_the_ehr_what_it_is(ehr: FhirServer) -> None:
     def found() -> tuple[str, bool]:
         one = Destination(name="ehr", fhir_url=ehr.base, timeout_s=5.0)
-        [(text, is_well)] = [(text, is_well) for what, text, is_well in doctor._peers(Config(destinations=(one,))) if what == "FHIR ehr"]
+        told = doctor_peers.checks(Config(destinations=(one,)))
+        [(text, is_well)] = [(text, is_well) for what, text, is_well in told if what == "FHIR ehr"]
         return text, is_well
 
     assert found()[1] is True

@@ -22,7 +22,7 @@ from tests.integration.test_cstore import expect_error
 from tests.pki import Authority, served
 from tests.receivers import hl7_listener
 from tests.recipients import END, START, Ris, Step, acknowledged, control_id, hang_up, ris, silence
-from worker import doctor
+from worker import doctor_peers
 from worker.config import Config, Destination
 from worker.deliver import mllp
 from worker.deliver.association import Peer
@@ -61,7 +61,9 @@ def test_messages_travel_in_order_over_one_connection_as_the_bytes_they_are() ->
     documents = [make_message("part " * 5000) for _ in range(3)]
     with ris() as his:
         outcomes = mllp.send(documents, peer=his.peer())
-        assert [(one.sop_instance_uid, one.delivered) for one in outcomes] == [(one.sop_instance_uid, True) for one in documents]
+        assert [(one.sop_instance_uid, one.delivered, one.status) for one in outcomes] == [
+            (one.sop_instance_uid, True, 0) for one in documents
+        ]
         assert his.received == [document.data for document in documents]
         assert his.connections == 1
         assert mllp.send([], peer=his.peer()) == []
@@ -125,9 +127,10 @@ def test_what_is_no_acceptance_says_why_and_whether_it_is_tried_again(step: Step
 
 
 def test_a_refused_message_does_not_hold_up_the_next() -> None:
-    with ris(acknowledged("AR"), acknowledged("AE")) as his:
-        outcomes = mllp.send([make_message() for _ in range(3)], peer=his.peer())
-        assert [type(one.error) for one in outcomes] == [PeerRefused, PeerUnavailable, type(None)]
+    """Nor do several: who answers is there, and each answer is of its own message alone."""
+    with ris(acknowledged("AR"), acknowledged("AE"), acknowledged("AE"), acknowledged("AE")) as his:
+        outcomes = mllp.send([make_message() for _ in range(5)], peer=his.peer())
+        assert [type(one.error) for one in outcomes] == [PeerRefused, *[PeerUnavailable] * 3, type(None)]
         assert his.connections == 1
 
 
@@ -302,7 +305,8 @@ def test_a_message_that_waited_is_not_sent_after_a_later_one_of_its_study(store:
 def test_doctor_connects_to_the_ris() -> None:
     def found(port: int) -> tuple[str, bool]:
         one = Destination(name="ris", hl7_host="127.0.0.1", hl7_port=port, timeout_s=5.0)
-        [(text, is_well)] = [(text, is_well) for what, text, is_well in doctor._peers(Config(destinations=(one,))) if what == "HL7 ris"]
+        told = doctor_peers.checks(Config(destinations=(one,)))
+        [(text, is_well)] = [(text, is_well) for what, text, is_well in told if what == "HL7 ris"]
         return text, is_well
 
     with ris() as his:

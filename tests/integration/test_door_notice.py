@@ -21,7 +21,7 @@ from tests.integration.test_commitment import Site
 from tests.integration.test_cstore import expect_error
 from tests.pki import Authority, served
 from tests.recipients import Hook, MailServer
-from worker import doctor
+from worker import doctor_peers
 from worker.config import Config, ConfigError, Destination
 from worker.config_checks import check
 from worker.deliver import notice as door
@@ -93,6 +93,12 @@ def test_without_a_secret_nothing_is_signed(told: Document) -> None:
 def test_the_status_of_a_webhook_decides(told: Document, status: int, error: type[WorkerError] | None) -> None:
     with Hook(statuses=[status]) as hook:
         assert type(send_one(told, hook.peer()).error) is (error or type(None))
+
+
+def test_answers_that_are_no_success_hold_up_no_other_notice(told: Document) -> None:
+    with Hook(statuses=[500, 500, 500]) as hook:
+        outcomes = door.send([told] * 4, peer=hook.peer())
+    assert [type(one.error) for one in outcomes] == [*[PeerUnavailable] * 3, type(None)]
 
 
 def test_by_tls_a_webhook_is_told_nothing_before_it_has_shown_who_it_is(told: Document, tmp_path: Path) -> None:
@@ -243,6 +249,6 @@ def test_doctor_greets_the_mail_server_and_connects_to_the_webhook(told: Documen
     with MailServer() as server, Hook() as hook:
         mail = Destination(name="mail", mail_to=("a@h.example",), mail_from="s@h.example", smtp_host="127.0.0.1", smtp_port=server.port)
         config = Config(destinations=(mail, Destination(name="hook", webhook_url=hook.url)))
-        found = {what: is_well for what, _, is_well in doctor._peers(config)}
+        found = {what: is_well for what, _, is_well in doctor_peers._peers(config)}
     assert found == {"mail mail": True, "webhook hook": True, "senders": False}
     assert (server.mails, hook.received) == ([], [])

@@ -268,7 +268,7 @@ def test_by_tls_the_archive_and_we_show_certificates_and_the_secret_is_sent(tmp_
         assert web.authorizations == {"Basic dXNlcjpzZWNyZXQ=", "Bearer t0ken"}
         stored = len(web.received)
         other = peer_of(replace(settings, tls_server_name=""), own_ae_title="US")
-        expect_error(send_one(other), PeerUnreachable, "its certificate is refused")
+        expect_error(send_one(other), PeerUnreachable, f"by TLS at 127.0.0.1:{web.port}: its certificate is refused")
         assert len(web.received) == stored
 
 

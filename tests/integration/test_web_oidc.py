@@ -212,8 +212,16 @@ def test_no_number_of_log_ins_that_are_begun_elsewhere_ends_one_and_one_that_too
     code = issuer.begin(url)
     assert len({known.begin()[1] for _ in range(1100)}) == 1100
     assert known.finish(state, code)["preferred_username"] == "Ada.Lovelace"
+    with pytest.raises(PeerRefused, match="too long ago"):
+        known.finish(state, code)  # once is enough
     with pytest.raises(PeerRefused, match="or elsewhere"):
         known.finish(f"{state.rpartition('.')[0]}.{'A' * 43}", code)
+    asked = [parse_qs(urlsplit(known.begin()[0]).query) for _ in range(2)]
+    for secret in ("state", "nonce", "code_challenge"):
+        assert asked[0][secret] != asked[1][secret], "what is known of one log-in says nothing of another"
+    assert float(asked[0]["state"][0].partition(".")[0]) < 60, "not how long the host is up"
+    url, state = known.begin()
+    code = issuer.begin(url)
     monkeypatch.setattr(oidc, "WAIT_S", -1.0)  # whole seconds are kept
     with pytest.raises(PeerRefused, match="too long ago"):
         known.finish(state, code)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import socket
+import subprocess
+import sys
 import time
 import zipfile
 from dataclasses import replace
@@ -21,7 +23,7 @@ from rich.console import Console
 from tests import peers
 from tests.fhir_server import FhirServer, Reply
 from tests.installation import BUNDLES
-from worker import doctor, support
+from worker import doctor, doctor_peers, support
 from worker.config import Config, Destination, Records, Sender, Site, Web
 from worker.config import FhirServer as Settings
 from worker.report import page
@@ -85,12 +87,22 @@ def test_what_is_broken_is_a_line_of_the_table_and_not_its_end(tmp_path: Path, m
     def full() -> str:
         raise torch.OutOfMemoryError("The card is full.")
 
-    assert doctor._tried("bundle", full) == ("bundle", "The card is full.", False)
+    assert doctor_peers.tried("bundle", full) == ("bundle", "The card is full.", False)
     monkeypatch.setattr(doctor, "READY_S", 0.01)
     (tmp_path / "synoptic.toml").write_text('[site]\ndata = "."\n')
     config = replace(Config(), site=Site(data=tmp_path))
     Store(config.database_url).migrate()
     assert list(doctor._idle(config, tmp_path / "synoptic.toml")) == [("role receive", "did not start; see its log", False)]
+
+
+@pytest.mark.requirement("X4")
+def test_the_address_of_a_peer_that_the_configuration_has_lost_is_masked_too() -> None:
+    """A reason is kept as long as its job, and the host may have another name by then."""
+    mask = support._Mask(Config(), None)
+    for address in ("pacs-old.klinik.example:11112", "[fe80::7]:104", "10.1.2.3:104"):
+        said = mask.sentence(f"pacs cannot be reached at {address}: Connection refused. It is left alone after 3 tries.")
+        assert said == "pacs cannot be reached at [address]: Connection refused. It is left alone after 3 tries."
+    assert mask.fact("document", "seg") == "seg"
 
 
 @pytest.mark.requirement("X4")
@@ -126,7 +138,7 @@ def test_settings_that_cannot_be_right_and_a_server_that_is_away_are_told_with_w
 
 
 def test_a_server_that_drips_is_given_up_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "FHIR_S", 0.3)
+    monkeypatch.setattr(doctor_peers, "FHIR_S", 0.3)
     with FhirServer() as server:
         server.script("GET /fhir/metadata", Reply(200, b"{" * 10_000, drip_s=0.05))
         started = time.monotonic()
@@ -157,7 +169,7 @@ def test_a_pacs_is_asked_for_every_class_that_it_will_be_sent(
         config = replace(
             Config(), destinations=(Destination(name="pacs", ae_title="SCRIPTED", host="127.0.0.1", port=port, documents=kinds),)
         )
-        said = {what: (found, is_well) for what, found, is_well in doctor._peers(config)}
+        said = {what: (found, is_well) for what, found, is_well in doctor_peers._peers(config)}
     assert said["C-ECHO pacs"][1]
     found, is_well = said["documents for pacs"]
     assert (words in found, is_well) == (True, words.startswith("it accepts sr")), found
@@ -171,7 +183,22 @@ def test_a_port_that_another_program_has_is_told_before_the_start(tmp_path: Path
     assert said["[receive] port"][1]
     assert "[records] port" not in said
     found, is_well = said["[web] port"]
-    assert ("cannot be listened on, Address already in use" in found, is_well) == (True, False)
+    assert ("[web] port. Is synoptic running already?" in found, is_well) == (True, False)
+
+
+def test_a_role_is_ours_however_its_configuration_is_spelled(tmp_path: Path) -> None:
+    """By the file, not by its name: a synoptic.toml stands in many folders."""
+    (here := tmp_path / "here").mkdir()
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    for folder in (here, elsewhere):
+        (folder / "synoptic.toml").touch()
+    line = [sys.executable, "-c", "import time; time.sleep(60)", "worker", "role", "deliver", "--config", "./synoptic.toml"]
+    with subprocess.Popen(line, cwd=here) as process:
+        try:
+            found = [[name for name, _ in doctor._running(one / "synoptic.toml")] for one in (here, here / ".." / "here", elsewhere)]
+        finally:
+            process.kill()
+    assert found == [["deliver"], ["deliver"], []]
 
 
 def test_what_nobody_will_ever_do_or_see_is_told(tmp_path: Path) -> None:
@@ -189,12 +216,13 @@ def test_what_nobody_will_ever_do_or_see_is_told(tmp_path: Path) -> None:
         times = dict.fromkeys(("last_received_at", "quiet_until"), datetime.now(UTC))
         conn.execute(sa.insert(schema.study).values(**one, **times))
         queue.enqueue_infer(conn, 1, bundle="gone", input_version=1, priority=1, now=datetime.now(UTC))
-    assert [(what, is_well) for what, _, is_well in doctor._stored(config)] == [("page", True), ("waiting analyses", False)]
+    assert [(what, is_well) for what, _, is_well in doctor._stored(config)] == [("page", True), ("analyses", False)]
     hook = Destination(name="hook", webhook_url="http://127.0.0.1:1/", webhook_secret="s")
     config = replace(config, web=Web(), destinations=(hook,), run=replace(config.run, bundles=(BUNDLES / "phantom",)))
     said = {what: found for what, found, _ in doctor._stored(config)}
     assert "none will ever go" in said["notices"]
-    assert "wait for gone" in said["waiting analyses"]
+    assert "1 wait for bundles that [run] bundles does not name" in said["analyses"]
+    assert "gone" not in str(said)
 
 
 def test_a_port_that_hears_this_machine_alone_is_told_where_others_may_call(tmp_path: Path) -> None:
@@ -215,7 +243,7 @@ def test_a_port_that_hears_this_machine_alone_is_told_where_others_may_call(tmp_
 def test_a_certificate_that_is_absent_is_named(tmp_path: Path) -> None:
     ca = str(tmp_path / "ca.pem")
     config = replace(Config(), destinations=(Destination(name="pacs", ae_title="PACS", host="localhost", port=1, tls=True, tls_ca=ca),))
-    ((_, found, is_well),) = doctor._certificates(config)
+    ((_, found, is_well),) = doctor_peers._certificates(config)
     assert (found, is_well) == (f"[destinations pacs] the authority's file {ca} cannot be used: No such file or directory.", False)
 
 

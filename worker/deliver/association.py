@@ -80,6 +80,11 @@ class Peer:
     mail_from: str = ""
     mail_to: tuple[str, ...] = ()
 
+    @property
+    def address(self) -> str:
+        """Host and port as people write them."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
 
 def connect(peer: Peer) -> socket.socket:
     """Connect, and shake hands if TLS is wanted; both together take ``peer.timeout_s`` at most.
@@ -93,7 +98,7 @@ def connect(peer: Peer) -> socket.socket:
     try:
         sock = socket.create_connection((peer.host, peer.port), timeout=peer.timeout_s)
     except OSError as error:
-        raise PeerUnreachable(f"{peer.name} cannot be reached at {peer.host}:{peer.port}: {cause_of(error)}.") from error
+        raise PeerUnreachable(f"{peer.name} cannot be reached at {peer.address}: {cause_of(error)}.") from error
     # Nagle and delayed acknowledgement together cost 40 ms a message on Linux: 120 ms instead of 40 ms a report.
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if peer.tls is None:
@@ -109,7 +114,7 @@ def connect(peer: Peer) -> socket.socket:
     except (OSError, ValueError) as error:  # ValueError: a name that cannot be one of a certificate
         sock.close()
         reason = cause_of(error) if isinstance(error, OSError) else "its name cannot be that of a certificate"
-        raise PeerUnreachable(f"{peer.name} cannot be reached by TLS at {peer.host}:{peer.port}: {reason}.") from error
+        raise PeerUnreachable(f"{peer.name} cannot be reached by TLS at {peer.address}: {reason}.") from error
     return sock
 
 

@@ -54,7 +54,7 @@ __all__ = [
     "unaccepted",
 ]
 
-#: Stands in `Outcome.status` where the peer gave none, or speaks no DICOM; no DICOM status has this value.
+#: Stands in `Outcome.status` where the peer gave none; no DICOM status has this value. Peers that speak no DICOM, and answered, gave 0.
 NO_RESPONSE: Final = 0xFFFF
 
 _DUPLICATE: Final = 0x0111

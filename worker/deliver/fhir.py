@@ -76,7 +76,7 @@ def _deliver(document: Document, *, peer: Peer) -> Outcome:
         status, said = web.exchange(peer, "POST", _base(peer), body=body, headers=headers)
     except WorkerError as error:
         return Outcome(uid, error=error)
-    return Outcome(uid, error=_verdict(status, _object(said), wanted=wanted, peer=peer))
+    return Outcome(uid, 0, error=_verdict(status, _object(said), wanted=wanted, peer=peer))
 
 
 def _verdict(status: int, answer: Json, *, wanted: int, peer: Peer) -> WorkerError | None:

@@ -91,10 +91,10 @@ class _Line:
             return Outcome(uid, error=error)
         what = f"{self._peer.name} answers {code}{f', ERR-3 {reason}' if reason else ''}"
         if code in _ACCEPTED:
-            return Outcome(uid)
+            return Outcome(uid, 0)
         if code in _REFUSED and reason not in _PASSING:
-            return Outcome(uid, error=PeerRefused(f"{what}: it refuses the message."))
-        return Outcome(uid, error=PeerUnavailable(f"{what}: it cannot take the message now."))
+            return Outcome(uid, 0, error=PeerRefused(f"{what}: it refuses the message."))
+        return Outcome(uid, 0, error=PeerUnavailable(f"{what}: it cannot take the message now."))
 
     def _exchange(self, message: bytes) -> tuple[str, str]:
         """Return MSA-1 of the acknowledgment, and ERR-3 (of old versions MSA-6) where there is one."""

@@ -76,7 +76,7 @@ def _post(document: Document, *, peer: Peer) -> Outcome:
     except WorkerError as error:
         return Outcome(uid, error=error)
     what = f"{peer.name} answers the webhook with HTTP status {status}"
-    return Outcome(uid, error=None if status // 100 == 2 else web.refusal(status, what))
+    return Outcome(uid, 0, error=None if status // 100 == 2 else web.refusal(status, what))
 
 
 def _signature(secret: str, own_id: str, sent_at: str, body: bytes) -> str:
@@ -121,7 +121,7 @@ def _mail(document: Document, *, peer: Peer) -> Outcome:
             refused = line.send_message(_message(json.loads(document.data), peer=peer))
     except WorkerError as error:
         return Outcome(uid, error=error)
-    return Outcome(uid, warning=f"{len(refused)} of {len(peer.mail_to)} recipients were refused" if refused else "")
+    return Outcome(uid, 0, f"{len(refused)} of {len(peer.mail_to)} recipients were refused" if refused else "")
 
 
 def _message(notice: Json, *, peer: Peer) -> EmailMessage:

@@ -68,8 +68,17 @@ def deliver(
     transaction_uid = str(generate_uid(prefix=None))  # of random bits: none is ever used twice
     taken = []
     for job, document, outcome in zip(jobs, loaded, outcomes, strict=True):
+        has_status = bool(document.sop_class_uid) and outcome.status != cstore.NO_RESPONSE
         try:
-            _settle(job, outcome, store=store, now=clock(), transaction_uid=transaction_uid, wait_s=commitment_wait_s)
+            _settle(
+                job,
+                outcome,
+                f"0x{outcome.status:04X}" if has_status else "",
+                store=store,
+                now=clock(),
+                transaction_uid=transaction_uid,
+                wait_s=commitment_wait_s,
+            )
             taken += [document] if outcome.error is None else []
         except queue.LeaseLost:
             events.emit("job.fenced", job=job.id, kind=job.kind, study=job.study_id)
@@ -115,12 +124,13 @@ def _subject(document: Document) -> audit.Subject:
     return audit.Subject(uid, patient, accession, {document.sop_class_uid: 1})
 
 
-def _settle(job: Job, outcome: cstore.Outcome, *, store: Store, now: datetime, transaction_uid: str, wait_s: float | None) -> None:
+def _settle(
+    job: Job, outcome: cstore.Outcome, status: str, *, store: Store, now: datetime, transaction_uid: str, wait_s: float | None
+) -> None:
     error = outcome.error
     with store.begin() as conn:
         if error is None:
             name = "job.completed"
-            status = "" if outcome.status == cstore.NO_RESPONSE else f"0x{outcome.status:04X}"
             queue.complete(conn, job, now=now, status=status, warning=outcome.warning)
             if wait_s is not None:
                 commitments.ask(conn, job, transaction_uid=transaction_uid, wait_s=wait_s, now=now)
@@ -132,11 +142,7 @@ def _settle(job: Job, outcome: cstore.Outcome, *, store: Store, now: datetime, t
             queue.discard(conn, job, error=error, now=now)
         else:
             name = "job.retried" if queue.retry(conn, job, error=error, now=now) else "job.discarded"
-    facts: dict[str, object] = {} if outcome.status == cstore.NO_RESPONSE else {"status": outcome.status}
-    if error:
-        facts["reason"] = str(error)
-    if outcome.warning:
-        facts["warning"] = outcome.warning
+    facts = {"status": status, "reason": str(error or ""), "warning": outcome.warning}
     events.emit(
         name,
         kind=job.kind,
@@ -145,5 +151,5 @@ def _settle(job: Job, outcome: cstore.Outcome, *, store: Store, now: datetime, t
         destination=job.destination,
         document=job.document,
         attempt=job.attempt,
-        **facts,
+        **{name: value for name, value in facts.items() if value},
     )

@@ -7,7 +7,6 @@
         └─ snooze, retry, ─┘ └────cancel────▶ cancelled
            rescue                revive: back to available when the cause is gone; an operator's retry does so whatever the cause
                                  reopen: completed, back to available, for the archive lost the document
-                                 withdraw: a delivery that the configuration wants no more is none; the study's history keeps it
 
 A lease carries a generation (a fencing token). Every verdict is
 ``UPDATE … WHERE id = ? AND lease_generation = ? AND state = 'leased'``; no row means that the job
@@ -18,7 +17,7 @@ Attempts are counted when leased, so that a job which kills its worker is counte
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 from functools import cache
 from typing import Final
@@ -30,7 +29,7 @@ from worker.domain import STAT, Job, JobKind, Lease, PatientKey
 from worker.errors import WorkerError
 from worker.store import history
 from worker.store.database import listed, rows_of
-from worker.store.schema import GIVEN_UP, UNFINISHED, AnyRow, commitment, document, job, study
+from worker.store.schema import UNFINISHED, AnyRow, document, job, study
 from worker.store.studies import insert_or_ignore
 
 #: First retry after about this long, doubling up to the cap; half of it is jitter, so that
@@ -224,7 +223,8 @@ def backoff_s(attempt: int) -> float:
 
 def rescue(conn: Connection, *, now: datetime) -> list[int]:
     """Give back jobs whose lease ran out; those that used up their attempts become dead letters."""
-    rows = conn.execute(sa.select(job).where(job.c.state == "leased", job.c.lease_expires_at < now).with_for_update(skip_locked=True)).all()
+    late = sa.select(job, _KIND).where(job.c.state == "leased", job.c.lease_expires_at < now)
+    rows = conn.execute(late.with_for_update(of=job, skip_locked=True)).all()
     for row in rows:
         is_poison = row.max_attempts is not None and row.attempt >= row.max_attempts
         state = "discarded" if is_poison else "available"
@@ -236,10 +236,11 @@ def rescue(conn: Connection, *, now: datetime) -> list[int]:
                 state=state, lease_expires_at=None, lease_owner="", reason=reason, not_before=now, finished_at=now if is_poison else None
             )
         )
-        history.note(conn, row.study_id, name=f"{row.kind}.rescued", now=now, bundle=row.bundle, attempt=row.attempt, state=state)
+        said = {"bundle": row.bundle, "version": row.input_version, "attempt": row.attempt}
+        said |= {"destination": row.destination, "document": row.document} if row.destination else {}
+        history.note(conn, row.study_id, name=f"{row.kind}.rescued", now=now, **said, state=state)
         if is_poison:  # the last word on it: an earlier one, of a cause that may go, must not bring it back
-            said = {"bundle": row.bundle, "version": row.input_version, "attempt": row.attempt, "reason": reason, "error": "LeaseLost"}
-            history.note(conn, row.study_id, name=f"{row.kind}.discarded", now=now, **said)
+            history.note(conn, row.study_id, name=f"{row.kind}.discarded", now=now, **said, reason=reason, error="LeaseLost")
     return [row.id for row in rows]
 
 
@@ -299,10 +300,11 @@ def reopen(conn: Connection, job_id: int, *, reason: str, delay_s: float | None,
     done = (job.c.id == job_id, job.c.state == "completed")
     state, due = ("discarded", now) if delay_s is None else ("available", now + timedelta(seconds=delay_s))
     changed = sa.update(job).where(*done).values(state=state, reason=reason, not_before=due, finished_at=now if delay_s is None else None)
-    row = conn.execute(changed.returning(job.c.study_id, job.c.bundle, job.c.input_version, job.c.destination)).first()
+    row = conn.execute(changed.returning(job.c.study_id, job.c.bundle, job.c.input_version, job.c.destination, _KIND)).first()
     if row is not None:
-        name, facts = "deliver.discarded" if delay_s is None else "deliver.reopened", {"bundle": row.bundle, "version": row.input_version}
-        history.note(conn, row.study_id, name=name, now=now, **facts, destination=row.destination, reason=reason)
+        facts = {"bundle": row.bundle, "version": row.input_version, "destination": row.destination, "document": row.document}
+        name = "deliver.discarded" if delay_s is None else "deliver.reopened"
+        history.note(conn, row.study_id, name=name, now=now, **facts, reason=reason)
     return row is not None
 
 
@@ -326,19 +328,6 @@ def operator_cancel(conn: Connection, study_id: int, *, now: datetime, by: str =
     if changed:
         history.note(conn, study_id, name="operator.cancelled", now=now, jobs=changed, by=by)
     return changed
-
-
-def withdraw(conn: Connection, destination: str, *, kinds: Collection[str], now: datetime) -> int:
-    """Take back deliveries of documents that are none of `kinds`, dead letters too, but none that is done or in hand; how many."""
-    owed = sa.select(job.c.id, job.c.study_id, job.c.bundle, job.c.input_version, job.c.state, _KIND)
-    owed = owed.where(job.c.kind == "deliver", job.c.destination == destination, job.c.state.in_(("available", *GIVEN_UP)))
-    rows = [row for row in conn.execute(owed.with_for_update(of=job)) if row.document not in kinds]
-    for row in rows:
-        conn.execute(sa.delete(commitment).where(commitment.c.job_id == row.id))
-        conn.execute(sa.delete(job).where(job.c.id == row.id))
-        facts = {"bundle": row.bundle, "version": row.input_version, "destination": destination, "document": row.document}
-        history.note(conn, row.study_id, name="deliver.withdrawn", now=now, **facts, was=row.state)
-    return len(rows)
 
 
 def hold(conn: Connection, destination: str, *, reason: str, now: datetime) -> None:

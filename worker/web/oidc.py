@@ -5,7 +5,7 @@
     /login/oidc ─▶ sealed state in a cookie; nonce, verifier follow from it ─▶ provider ─▶ /login/callback?code&state
                                     code + verifier ─▶ token endpoint ─▶ ID token, signed: issuer, audience, nonce, time ─▶ roles of a claim
 
-Nothing is kept of a log-in that is begun, so that no number of them pushes another's out.
+Nothing is kept of a log-in that is only begun, so that no number of them pushes another's out.
 Roles are what the claim says now, at each log-in; without one there is no session. Not here: how a session goes on (site.py).
 """
 
@@ -70,6 +70,9 @@ class Provider:
         self._http = Transport(context, _TIMEOUT_S, attempts=2)
         self._lock = threading.Lock()
         self._secret = secrets.token_bytes(32)
+        self._began_at = time.monotonic()
+        #: States with which somebody logged in, and when; who is not logged in adds none.
+        self._used: dict[str, float] = {}
         self._known: Mapping[str, Any] = {}
         self._keys: list[jwt.PyJWK] = []
         self._known_at = -_FRESH_S
@@ -81,7 +84,7 @@ class Provider:
     def begin(self) -> tuple[str, str]:
         """Where the browser is to go, and the state it must come back with (WorkerError)."""
         self._discover(_FRESH_S)
-        begun = f"{time.monotonic():.0f}.{secrets.token_urlsafe(32)}"
+        begun = f"{self._age_s():.0f}.{secrets.token_urlsafe(32)}"
         state = f"{begun}.{self._derived('state', begun)}"
         asked = {
             "response_type": "code",
@@ -100,7 +103,7 @@ class Provider:
         """What the provider says of who logged in there (PeerRefused: it is not to be believed; PeerUnavailable)."""
         begun, _, seal = state.rpartition(".")
         is_ours = hmac.compare_digest(seal.encode(), self._derived("state", begun).encode())
-        if not is_ours or time.monotonic() - float(begun.partition(".")[0]) >= WAIT_S:
+        if not is_ours or self._age_s() - float(begun.partition(".")[0]) >= WAIT_S or state in self._used:
             raise PeerRefused("This log-in was begun too long ago, or elsewhere. Begin again.")
         verifier = self._derived("verifier", state)
         form = {"grant_type": "authorization_code", "code": code, "redirect_uri": self._back, "code_verifier": verifier}
@@ -113,7 +116,14 @@ class Provider:
         status, answer = self._ask("POST", self._endpoint("token_endpoint"), headers=headers, form=form)
         if status != 200 or not isinstance(answer.get("id_token"), str):
             raise PeerRefused(f"The log-in server gives no ID token: status {status}.")
-        return self._believed(answer["id_token"], self._derived("nonce", state))
+        claims = self._believed(answer["id_token"], self._derived("nonce", state))
+        with self._lock:
+            self._used = {one: at for one, at in self._used.items() if self._age_s() - at < WAIT_S} | {state: self._age_s()}
+        return claims
+
+    def _age_s(self) -> float:
+        """Seconds since this process began to log people in: the host's clocks are nobody's business."""
+        return time.monotonic() - self._began_at
 
     def _derived(self, what: str, text: str) -> str:
         return _base64(hmac.digest(self._secret, f"{what} of {text}".encode(), "sha256"))
