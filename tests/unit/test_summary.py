@@ -398,6 +398,16 @@ def test_numbers_of_regions_that_begin_at_one_place_stand_beside_each_other(
     assert np.count_nonzero((sizes > 400) & (sizes < 500)) == 5
 
 
+@pytest.mark.parametrize("shape", [(2000, 10), (10, 2000)], ids=["narrow", "low"])
+def test_a_film_of_any_proportions_has_its_page(shape: tuple[int, int], tmp_path: Path, pool: DecoderPool) -> None:
+    """A strip has no room for a number, and costs no page; nor do more regions than the list has findings."""
+    film, mask = factories.make_radiograph(stored=np.full(shape, 100, np.uint16)), np.zeros((1, *shape), bool)
+    mask[0, 2:8, 2:8] = True
+    findings = [replace(FINDINGS[0], name=f"f{n}", regions=(region(mask, [film]),)) for n in range(40)]
+    made = result_of([film], tmp_path, pool, findings=findings)
+    assert [one.kind for one in (*capture.summary(made), *capture.pdf(made))] == ["summary", "pdf"]
+
+
 def test_a_destination_that_wants_the_page_gets_it_before_the_report_that_refers_to_it(tmp_path: Path, pool: DecoderPool) -> None:
     """By the kinds of the configuration; the root report is the last."""
     made = result_of([radiograph()], tmp_path, pool)
