@@ -45,11 +45,13 @@ _PASSES: Final = 8
 
 _LINK: Final = re.compile(r"(?i:\b(?:https?|ftp|file|mailto|tel)://?\S++|\bmailto:\S++|\bwww\.\S++)|(?<![\w.+%-])[\w.+%-]++@[\w.-]++")
 
-_CAPITALIZED: Final = r"(?:[A-ZÀ-ÖØ-ÞĀ-ſΑ-ΩЀ-Я][^\W\d_]*+(?:['’.-][^\W\d_]++)*+\.?)"
-_PARTICLE: Final = r"(?:(?:von|vom|van|de|der|den|del|della|di|da|dos|la|le|el|al|bin|ibn|zu|zur|ten|ter)\s{1,3})"
+# Of a possessive group no turn may fail where it has matched a repeat: Python before 3.11.5 (Debian 12 has 3.11.2) goes on from there, as
+# if it had not (github.com/python/cpython issue 106052). So each turn asks first, or has no repeat in it.
+_CAPITALIZED: Final = r"(?:[A-ZÀ-ÖØ-ÞĀ-ſΑ-ΩЀ-Я][^\W\d_]*+(?:(?=['’.-][^\W\d_])['’.-][^\W\d_]++)*+\.?)"
+_PARTICLE: Final = r"(?:(?:von|vom|van|de|der|den|del|della|di|da|dos|la|le|el|al|bin|ibn|zu|zur|ten|ter)(?=\s)\s{1,3})"
 _TITLED: Final = re.compile(
     r"(?<![^\W_])((?:(?:Dr|DR|dr|Drs|Prof|PROF|prof|Professor|Doctor|Doktor|Mr|Mrs|Ms|Mx|Miss|Herrn|Herr|HERR|Frau|FRAU|Fräulein|Nurse"
-    r"|Schwester|Pfleger|Sir|Madame|Mme|Monsieur|(?:Hr|Fr|Dipl|med|rer|nat|phil|h\. ?c)(?=\.))\b\.?\s{0,3}){1,6}+)"
+    r"|Schwester|Pfleger|Sir|Madame|Mme|Monsieur|(?:Hr|Fr|Dipl|med|rer|nat|phil|h\.c|h\. c)(?=\.))\b\.?\s{0,3}){1,6}+)"
     rf"{_PARTICLE}{{0,3}}+{_CAPITALIZED}(?:\s{{1,3}}{_PARTICLE}{{0,3}}+{_CAPITALIZED}){{0,2}}"
 )
 
@@ -91,14 +93,17 @@ _AMOUNT: Final = r"\d{1,6}+(?:[.,]\d{1,6}+)?"
 _VALUE: Final = rf"{_AMOUNT}(?:\s?[-–/x×]\s?{_AMOUNT}){{0,2}}{_UNIT}"
 
 #: A network address, a UID.
-_DOTTED: Final = r"\d++(?:\.\d++){3,}+"
-#: Seven digits and more with at most two signs between them.
-_PHONE: Final = r"\d(?:[ \t\u00a0()/.‐-–-]{0,2}+\d){6,}+"
-_NUMBER: Final = r"\d++(?:[.,]\d++)*+"
+_DOTTED: Final = r"\d++(?:(?=\.\d)\.\d++){3,}+"
+#: A digit with at most two signs before it.
+_SIGN: Final = r"[ \t\u00a0()/.‐-–-]"
+_FURTHER: Final = rf"(?:\d|{_SIGN}\d|{_SIGN}{_SIGN}\d)"
+#: Seven digits and more.
+_PHONE: Final = rf"\d{_FURTHER}{{6,}}+"
+_NUMBER: Final = r"\d++(?:(?=[.,]\d)[.,]\d++)*+"
 _NUMBERS: Final = re.compile(
     rf"(?P<spelled>{_SPELLED})"
     rf"|(?<!\d)(?:(?P<dotted>{_DOTTED})|(?P<date>{_DATE})|(?P<time>{_TIME})|(?P<value>{_VALUE})|\+?\(?(?P<phone>{_PHONE})|(?P<number>{_NUMBER}))"
-    r"|(?P<lead>[+(]{1,2}+\d(?:[ \t\u00a0()/.‐-–-]{0,2}+\d){6,}+)"
+    rf"|(?P<lead>[+(]{{1,2}}+\d{_FURTHER}{{6,}}+)"
 )
 
 #: A result that the sender wrote as a text, whole: a comparator, a number or powers of ten, or two of them.
