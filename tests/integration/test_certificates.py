@@ -168,7 +168,7 @@ def test_doctor_says_that_a_peers_certificate_expired_or_is_not_trusted(hospital
         config = replace(Config(), site=Site(data=tmp_path), destinations=(calling(None, trusted=hospital, port=pacs.peer.port),))
         found = {what: (said, is_well) for what, said, is_well in doctor.checks(config, tmp_path / "synoptic.toml")}
     assert found["C-ECHO pacs"] == (
-        f"pacs cannot be reached by TLS at localhost:{pacs.peer.port}: its certificate is refused, certificate has expired.",
+        f"pacs cannot be reached by TLS at 127.0.0.1:{pacs.peer.port}: its certificate is refused, certificate has expired.",
         False,
     )
 
