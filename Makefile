@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 MINUTES ?= 3
-PROCESSES ?= 2
+PROCESSES ?= 3
 INSTANCES ?= 10000
 FILES ?= 100000
 KILLS ?= 200
@@ -17,7 +17,7 @@ KILLS ?= 200
 demo: .venv/.installed  ## a dozen phantom patients through the real daemon and back, in a minute
 	$(BIN)/synoptic demo
 
-test: .venv/.installed  ## the whole suite, in PROCESSES=2, file by file, those that take longest first (tests/conftest.py)
+test: .venv/.installed  ## the whole suite, in PROCESSES=3, file by file, those that take longest first (tests/conftest.py)
 	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
 verify: .venv/.installed  ## every fault of tests/faults.py: its tests, run, and a table of what came of them; fails where one is not proven
