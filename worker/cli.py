@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from worker import __version__, config, host, lab, record_cli, watch_cli, web_cli
+from worker import __version__, config, host, lab, operate_cli, record_cli, watch_cli, web_cli
 from worker.config import Config, ConfigError, config_file
 from worker.errors import WorkerError
 from worker.ops import log
@@ -173,16 +173,21 @@ def studies(
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="How many.")] = 20,
     discarded: Annotated[bool, typer.Option("--discarded", help="Only those with a dead letter.")] = False,
 ) -> None:
-    """The studies that changed last. No patient is named; `synoptic show` has the rest."""
+    """The studies that changed last, by the ledger's accounts. No patient is named; `synoptic show` has the rest."""
+    from worker.store import ledger
     from worker.store import studies as rows
 
     _, store = _open(given)
-    columns = ("No.", "state", "mod.", "images", "last image, UTC", "jobs", "reports")
+    columns = ("No.", "state", "mod.", "images", "last image, UTC", "jobs", "documents")
     table = Table(*columns, box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     with store.read() as conn:
-        for line in rows.recent(conn, limit=limit, is_discarded=discarded):
+        lines = rows.recent(conn, limit=limit, is_discarded=discarded)
+        accounts = ledger.accounts(conn, [line.id for line in lines])
+        for line in lines:
             at = f"{line.last_received_at.astimezone(UTC):%Y-%m-%d %H:%M}"
-            table.add_row(str(line.id), line.state, line.modalities, str(line.instances), at, line.jobs, str(line.reports))
+            # Of what is in flight it is told whether images still come.
+            state = line.state if line.state == "receiving" else accounts[line.id]
+            table.add_row(str(line.id), state, line.modalities, str(line.instances), at, line.jobs, str(line.reports))
     out.print(table)
 
 
@@ -234,45 +239,6 @@ def select(
         _fail(f"There is no such bundle in [run] bundles; there are: {', '.join(one.name for one in bundles) or 'none'}.", EXIT_NOT_FOUND)
     wanted = [one for one in bundles if bundle in ("", one.name)]
     selection_view.show(out, store, _find(store, study), wanted, as_json=as_json)
-
-
-@app.command()
-def retry(
-    study: StudyArg,
-    given: ConfigFile = None,
-    stat: Annotated[bool, typer.Option("--stat", help="Before everything else.")] = False,
-    anew: Annotated[bool, typer.Option("--anew", help="Those that are done, too: after a new version of a bundle.")] = False,
-) -> None:
-    """Put a study's failed, cancelled or waiting jobs back to the front of their wait.
-
-    With --anew every bundle that analysed it does so again, and a report that says something new names the one that it replaces.
-    """
-    from worker import reissue
-    from worker.record_feeds import clock
-    from worker.roles import read_bundles
-    from worker.store import queue
-
-    settings, store = _open(given)
-    study_id = _find(store, study)
-    bundles = {one.name for one in read_bundles(settings)} if anew else set()
-    with store.begin() as conn:
-        changed = reissue.anew(conn, study_id, bundles=bundles, now=clock()) if anew else queue.operator_retry(conn, study_id, now=clock())
-        if stat:
-            queue.prioritize(conn, study_id, now=clock())
-    nothing = "no bundle that is configured has analysed it" if anew else "no job is discarded, cancelled or waiting"
-    out.print(f"{changed} jobs put back." if changed else f"Nothing to retry: {nothing}.")
-
-
-@app.command()
-def cancel(study: StudyArg, given: ConfigFile = None) -> None:
-    """Cancel a study's unfinished jobs. What was delivered stays delivered."""
-    from worker.record_feeds import clock
-    from worker.store import queue
-
-    _, store = _open(given)
-    with store.begin() as conn:
-        changed = queue.operator_cancel(conn, _find(store, study), now=clock())
-    out.print(f"{changed} jobs cancelled." if changed else "Nothing to cancel: no job is unfinished.")
 
 
 @app.command(name="import")
@@ -368,6 +334,7 @@ def support_bundle(
 lab.register(app)
 record_cli.register(app, _open)
 watch_cli.register(app, _open)
+operate_cli.register(app, _open, _find)
 web_cli.register(app, _open, _serve)
 
 

@@ -1,7 +1,5 @@
 """The verbs that watch an installation: `status` counts, `check` compares spool, database and archives, `audit` reads the trail.
 
-And `withdraw`, which ends what nobody is to get any more.
-
 Not here: what is counted (worker/store/), what is compared (consistency.py, deliver/cstore.py).
 """
 
@@ -27,7 +25,7 @@ from worker.errors import PeerUnavailable
 from worker.ops import audit, forwarding
 from worker.record_feeds import clock
 from worker.roles import record_audit
-from worker.store import documents, feeds, ledger, measures, queue, studies, withdrawal
+from worker.store import documents, feeds, ledger, measures, queue, studies
 from worker.store.database import Store
 from worker.store.images import StoredFile
 from worker.store.spool import Spool
@@ -46,6 +44,8 @@ ConfigFile = Annotated[
 ]
 #: Of studies that no account has, and of reasons, so many are named.
 _NAMED: Final = 20
+#: Sentences stand in lines of their own.
+_SEPARATOR: Final = {"waiting_because": "\n"}
 #: Between two questions to an archive, which serves radiologists meanwhile.
 PAUSE_S: Final = 0.1
 
@@ -95,13 +95,7 @@ def register(app: typer.Typer, opener: Opener) -> None:
         spool = Spool(settings.spool, low_water_bytes=settings.receive.low_water_mb * 2**20)
         is_well = _check(store, spool, with_digests=with_digests, is_repair=is_repair)
         if with_archives:
-            since = clock() - timedelta(days=days)
-            record_audit(settings)
-            for destination in filter(lambda one: one.is_archive, settings.destinations):
-                peer = peers.peer_of(destination, own_ae_title=settings.receive.ae_title)
-                is_well &= _check_archive(store, peer, since=since, is_repair=is_repair)
-            _count_at_senders(settings, store, since=since)
-            audit.end()
+            is_well &= _check_archives(settings, store, since=clock() - timedelta(days=days), is_repair=is_repair)
         if not is_well:
             raise typer.Exit(1)
 
@@ -111,28 +105,11 @@ def register(app: typer.Typer, opener: Opener) -> None:
         since: Annotated[datetime | None, typer.Option(help="UTC; else all that is kept.", formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M"])] = None,
         study: Annotated[int, typer.Option(min=0, help="Its number in `synoptic studies`; 0: all.")] = 0,
     ) -> None:
-        """The audit trail, a line a message. It names patients: whoever may run this may know them."""
-        _tell_audit(*opener(given), since=since, study=study)
+        """The audit trail, a line a message: when, what, who > whom, which study and patient, and why.
 
-    _add_withdraw(app, opener)
-
-
-def _add_withdraw(app: typer.Typer, opener: Opener) -> None:
-    @app.command()
-    def withdraw(
-        destination: Annotated[str, typer.Argument(help="Its name in [[destinations]], now or once; else all are listed.")] = "",
-        given: ConfigFile = None,
-        is_sure: Annotated[bool, typer.Option("--yes", help="Do it.")] = False,
-    ) -> None:
-        """What is still owed to a destination, and the configuration names no more; with --yes it is owed to nobody.
-
-        That are deliveries, waiting or given up, of kinds that the destination's `documents` do not name, or to a destination that is not
-        there. A form that a PACS will never take leaves a dead letter a study, and the study counts as failed: take the kind out of
-        `documents`, start again, then say this. What was delivered stays; each study's history keeps what was withdrawn. To name the kind
-        again brings nothing back.
+        What is not well is "not done" (it may be tried again), "failed" or "died". It names patients: whoever may run this may know them.
         """
-        settings, store = opener(given)
-        _withdraw(store, {one.name: one.wanted for one in settings.destinations}, destination, is_sure=is_sure)
+        _tell_audit(*opener(given), since=since, study=study)
 
 
 # --- status
@@ -163,7 +140,11 @@ def _status(store: Store, spool: Spool, trail: Path, *, as_json: bool) -> None:
         return
     table = Table(show_header=False, box=None)
     for name, value in facts.items():
-        text = ", ".join(f"{count} {key}" for key, count in value.items()) or "none" if isinstance(value, dict) else str(value) or "none"
+        text = (
+            _SEPARATOR.get(name, ", ").join(f"{count} {key}" for key, count in value.items()) or "none"
+            if isinstance(value, dict)
+            else str(value) or "none"
+        )
         table.add_row(name.replace("_", " "), text)
     out.print(table)
     if facts["jobs"].get("infer discarded") or facts["jobs"].get("deliver discarded"):
@@ -235,32 +216,6 @@ def _print_ledger(facts: Mapping[str, Any], zone: tzinfo) -> None:
         )
 
 
-# --- withdraw
-
-
-def _withdraw(store: Store, wanted: Mapping[str, Sequence[str]], destination: str, *, is_sure: bool) -> None:
-    with store.read() as conn:
-        found = [row for row in withdrawal.unnamed(conn, wanted) if destination in ("", row.destination)]
-    if not found:
-        out.print("Nothing is owed that the configuration does not name.")
-        return
-    count = sum(row.available + row.discarded + row.cancelled for row in found)
-    if destination and is_sure:
-        with progress.bars(err) as bar:
-            task = bar.add_task("withdrawing", total=count)
-            done = 0
-            for several in withdrawal.take_back(store, destination, kinds=wanted.get(destination, ()), now=clock()):
-                done += several
-                bar.update(task, completed=done)
-        out.print(f"{done} deliveries to {destination} are withdrawn.", markup=False)
-        return
-    table = Table("destination", "document", "waiting", "given up", "cancelled", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    for row in found:
-        table.add_row(escape(row.destination), row.kind, str(row.available), str(row.discarded), str(row.cancelled))
-    out.print(table)
-    out.print(f"Nothing was changed. `synoptic withdraw {destination or 'DESTINATION'} --yes`: they are owed to nobody.", markup=False)
-
-
 # --- audit
 
 
@@ -313,6 +268,21 @@ def _print_faults(faults: Sequence[tuple[StoredFile, str]]) -> None:
 
 
 # --- check --pacs
+
+
+def _check_archives(settings: Any, store: Store, *, since: datetime, is_repair: bool) -> bool:
+    """Ask destinations for what they took, and senders for what they have; whether all is there, or will be sent again."""
+    is_well = True
+    record_audit(settings)
+    for destination in filter(lambda one: one.is_archive, settings.destinations):
+        if destination.read_back:
+            peer = peers.peer_of(destination, own_ae_title=settings.receive.ae_title)
+            is_well &= _check_archive(store, peer, since=since, is_repair=is_repair)
+        else:
+            out.print(f"{destination.name}: not asked, its read_back is off.", markup=False)
+    _count_at_senders(settings, store, since=since)
+    audit.end()
+    return is_well
 
 
 def _check_archive(store: Store, peer: Peer, *, since: datetime, is_repair: bool) -> bool:

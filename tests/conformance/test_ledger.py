@@ -301,8 +301,10 @@ class TestCommand:
         assert "pacs 1 summary 0 1 0 Nothing was changed" in said("pacs 1")
         assert "Nothing is owed" in said("pacs 0", "--yes")
         assert "Nothing was changed" in said("--yes")
-        assert "1 deliveries to pacs 1 are withdrawn" in said("pacs 1", "--yes")
+        assert "Withdrawn, to pacs 1: 1." in said("pacs 1", "--yes")
         assert "Nothing is owed" in said()
+        none = CliRunner().invoke(app, ["withdraw", "pacs l", "--yes", "--config", config])
+        assert (none.exit_code, "the configuration names none" in none.stderr) == (3, True)
         assert accounts(store) == {1: "failed"}
         with store.read() as conn:
             assert [(one.document, one.state) for one in queue.of_study(conn, 1) if one.kind == "deliver"] == [("sr", "discarded")]

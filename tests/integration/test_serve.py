@@ -55,7 +55,7 @@ def test_the_page_is_served_by_tls_with_a_renewed_certificate_and_its_log_names_
     assert row is not None
     assert row.password.startswith("scrypt$32768$8$3$")
     assert "ada" in synoptic(config, "user", "list").stdout
-    assert any("Security Alert E" in line and "account:ada" in line for line in audit.told(tmp_path / "audit"))
+    assert any("User Security Attributes Changed" in line and "account:ada" in line for line in audit.told(tmp_path / "audit"))
 
     with (tmp_path / "serve.log").open("wb") as log:
         line = [sys.executable, "-m", "worker", "all", "--config", str(config)]

@@ -142,10 +142,10 @@ def test_a_log_in_fails_with_one_sentence_whatever_was_wrong_and_is_audited_with
     place.clock.at += timedelta(seconds=31)
     assert browser.log_in("a.operator").headers["location"] == "/"
     told = place.audited()
-    assert "User Authentication E  a.viewer > SYNOPTIC  again  name or password is wrong" in told
-    assert "User Authentication E  unknown > SYNOPTIC  again  name or password is wrong" in told
-    assert "User Authentication E  a.operator > SYNOPTIC  again  locked after too many tries" in told
-    assert told[-1] == "User Authentication E  a.operator > SYNOPTIC"
+    assert "Login  a.viewer > SYNOPTIC  not done  name or password is wrong" in told
+    assert "Login  unknown > SYNOPTIC  not done  name or password is wrong" in told
+    assert "Login  a.operator > SYNOPTIC  not done  locked after too many tries" in told
+    assert told[-1] == "Login  a.operator > SYNOPTIC"
     assert not any(word in line for line in told for word in ("wrong wrong", ward.PASSWORD))
 
 
@@ -158,7 +158,7 @@ def test_a_session_is_a_cookie_that_no_script_reads_and_ends_on_both_sides(place
     assert browser.send("/logout").headers["location"] == "/login?ended=true"
     browser.client.cookies.set("synoptic", kept)
     assert browser.get("/").headers["location"] == "/login"
-    assert place.audited()[-1] == "User Authentication E  a.viewer > SYNOPTIC"
+    assert place.audited()[-1] == "Logout  a.viewer > SYNOPTIC"
     idle = place.browser("a.viewer")
     again = re.search(r'hx-get="(/rows[^"]*)"', idle.get("/").text)
     assert again
@@ -239,7 +239,7 @@ def test_the_worklist_shows_each_study_and_a_search_leads_to_rows_not_to_an_id_i
         answer = browser.get(path)
         assert answer.status_code == 404, path
         assert "nonsense" not in answer.text
-    assert any(line.startswith("Query E  a.viewer > SYNOPTIC") for line in place.audited())
+    assert any(line.startswith("Query  a.viewer > SYNOPTIC") for line in place.audited())
 
 
 def test_a_failed_study_says_why_and_is_retried_by_an_operator_alone(place: Place) -> None:
@@ -264,10 +264,10 @@ def test_a_failed_study_says_why_and_is_retried_by_an_operator_alone(place: Plac
     assert operator.send(f"/studies/{number}/erase").status_code == 404
     told = place.audited()
     uid, whose = f"2.25.771  {ward.PATIENTS[1][1].key.patient_id}^^^SITE", "a.operator > SYNOPTIC"
-    assert f"DICOM Instances Accessed U  {whose}  {uid}  retry: 2 jobs put back." in told
-    assert f"DICOM Instances Accessed U  {whose}  {uid}  cancel: 2 jobs cancelled." in told
-    assert f"DICOM Instances Accessed R  a.viewer > SYNOPTIC  {uid}" in told
-    assert any(line == "Security Alert E  a.viewer  account:a.viewer  again" for line in told)
+    assert f"DICOM Instances Accessed, changed  {whose}  {uid}  retry: 2 jobs put back." in told
+    assert f"DICOM Instances Accessed, changed  {whose}  {uid}  cancel: 2 jobs cancelled." in told
+    assert f"DICOM Instances Accessed, read  a.viewer > SYNOPTIC  {uid}" in told
+    assert any(line.startswith("Use of Restricted Function  a.viewer  account:a.viewer  not done  ") for line in told)
 
 
 def test_a_report_is_shown_with_its_findings_its_image_its_record_and_what_replaced_it(place: Place) -> None:

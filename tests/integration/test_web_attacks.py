@@ -83,7 +83,7 @@ def test_whatever_shows_a_patient_is_audited_or_was_shown_to_the_same_session_be
     with place.store.read() as conn:
         picture = next(row.id for row in worklist.documents_of(conn, number) if row.kind == "summary")
     assert browser.get(f"/studies/{number}/documents/{picture}.png").status_code == 200
-    assert place.audited()[-1] == "DICOM Instances Accessed R  a.viewer > SYNOPTIC  2.25.770  4711^^^SITE  summary image"
+    assert place.audited()[-1] == "DICOM Instances Accessed, read  a.viewer > SYNOPTIC  2.25.770  4711^^^SITE  summary image"
     again = re.search(r'hx-get="(/rows[^"]*)"', browser.get("/").text)
     assert again
     assert "Müller, Änne" in browser.get(again[1]).text
@@ -113,7 +113,7 @@ def test_a_new_password_that_is_refused_is_no_wrong_try_and_a_wrong_old_one_is_a
         assert "12 to 256 characters" in browser.send("/account", old=ward.PASSWORD, new="short").text
     assert place.browser().log_in("a.viewer").status_code == 303
     browser.send("/account", old="wrong", new="a new long pass phrase")
-    assert place.audited()[-1] == "User Authentication E  a.viewer > SYNOPTIC  again  name or password is wrong"
+    assert place.audited()[-1] == "Login  a.viewer > SYNOPTIC  not done  name or password is wrong"
 
 
 def test_a_second_log_in_of_a_browser_ends_its_first_session(place: Place) -> None:

@@ -345,11 +345,26 @@ def told(folder: Path, *, since: str = "", study_instance_uid: str = "") -> Iter
                     yield _words(fromstring(said))  # noqa: S314  our own lines, and no entity can be declared in one
 
 
+#: RFC 3881 §5.1.1 and §5.1.5.
+_ACTIONS: Final = {"C": "new", "R": "read", "U": "changed", "D": "removed"}
+_OUTCOMES: Final = {AGAIN: "not done", FAILED: "failed", GONE: "died"}
+
+
 def _words(root: Element) -> str:
     event = root[0]
-    code, description = event.find("EventID"), event.findtext("EventOutcomeDescription", "")
-    parties = [f"{one.get('AlternativeUserID', '')[9:] or one.get('UserID')}" for one in root.findall("ActiveParticipant")]
-    subjects = [one.get("ParticipantObjectID", "") for one in root.findall("ParticipantObjectIdentification")]
-    outcome = {"0": "", "4": "again", "8": "failed", "12": "gone"}[event.get("EventOutcomeIndicator", "0")]
-    name = f"{'' if code is None else code.get('originalText')} {event.get('EventActionCode')}"
-    return "  ".join(filter(None, (event.get("EventDateTime"), name, " > ".join(parties), *subjects, outcome, description)))
+    # The kind of an event says more than its class: Login, Application Stop.
+    name = next(one.get("originalText", "") for tag in ("EventTypeCode", "EventID") if (one := event.find(tag)) is not None)
+    action = _ACTIONS.get(event.get("EventActionCode", ""), "")
+    parties = [_party(one) for one in root.findall("ActiveParticipant")]
+    objects = root.findall("ParticipantObjectIdentification")
+    subjects = [one.get("ParticipantObjectID", "") for one in objects]
+    details = [one.get("value", "") for whole in objects for one in whole.findall("ParticipantObjectDetail[@type='Alert Description']")]
+    said = [base64.b64decode(one).decode("utf-8", "replace") for one in details]
+    outcome, reason = _OUTCOMES.get(event.get("EventOutcomeIndicator", SUCCESS), ""), event.findtext("EventOutcomeDescription", "")
+    what = f"{name}, {action}" if action else name
+    return "  ".join(filter(None, (event.get("EventDateTime"), what, " > ".join(parties), *subjects, outcome, reason, *said)))
+
+
+def _party(one: Element) -> str:
+    name = one.get("AlternativeUserID", "").removeprefix("AETITLES=") or one.get("UserID", "")
+    return f"{name} ({user})" if (user := one.get("UserName")) else name

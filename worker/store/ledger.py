@@ -96,6 +96,12 @@ def _any(condition: sa.ColumnElement[bool]) -> sa.ColumnElement[int]:
     return sa.func.max(sa.case((condition, 1), else_=0))
 
 
+def accounts(conn: Connection, of: Sequence[int]) -> dict[int, str]:
+    """Study → its account."""
+    one = standing(of)
+    return dict(conn.execute(sa.select(one.c.id, one.c.account)).tuples().all())
+
+
 def entries(conn: Connection, midnights: Sequence[datetime]) -> list[Entry]:
     """All studies by the day of their first image, account and reason; `midnights` begin the days, the newest first."""
     one = standing()

@@ -31,7 +31,7 @@ def unnamed(conn: Connection, wanted: Mapping[str, Collection[str]]) -> list[Any
     return [row for row in rows if row.kind not in wanted.get(row.destination, ())]
 
 
-def take_back(store: Store, destination: str, *, kinds: Collection[str], now: datetime) -> Iterator[int]:
+def take_back(store: Store, destination: str, *, kinds: Collection[str], now: datetime, by: str = "") -> Iterator[int]:
     """Delete the deliveries to `destination` of documents that are none of `kinds`, `BATCH` by `BATCH`; yields how many.
 
     What is done or in hand stays, and what was deleted stands in each study's history.
@@ -47,7 +47,7 @@ def take_back(store: Store, destination: str, *, kinds: Collection[str], now: da
             conn.execute(sa.delete(job).where(job.c.id.in_(ids)))
             for row in rows:
                 facts = {"bundle": row.bundle, "version": row.input_version, "destination": destination, "document": row.kind}
-                history.note(conn, row.study_id, name="deliver.withdrawn", now=now, **facts, was=row.state)
+                history.note(conn, row.study_id, name="deliver.withdrawn", now=now, **facts, was=row.state, by=by)
         if not rows:
             return
         yield len(rows)

@@ -65,7 +65,7 @@ _EVENTS: Final[Mapping[str, tuple[str, str]]] = {
     "deliver.snoozed": ("{form} for {destination} waits: {reason}", ""),
     "deliver.discarded": ("{form} for {destination} given up: {reason}", "bad"),
     "deliver.cancelled": ("{form} for {destination} cancelled: {reason}", ""),
-    "deliver.withdrawn": ("{form} for {destination} is not to be sent any more, says the configuration", ""),
+    "deliver.withdrawn": ("{by} withdrew {form} for {destination}", ""),
     "deliver.rescued": ("A worker stopped in the delivery to {destination}", "bad"),
     "deliver.reopened": ("To be sent to {destination} again: {reason}", "bad"),
     "commitment.committed": ("{destination} promised to keep it", "good"),
