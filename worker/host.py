@@ -6,6 +6,7 @@ Not here: the folders of patient data (store/spool.py, store/database.py), which
 from __future__ import annotations
 
 import ctypes
+import getpass
 import os
 import resource
 import stat
@@ -87,3 +88,11 @@ def _mode(path: Path) -> int:
         return path.stat().st_mode
     except OSError:
         return 0  # whoever needs it says that it is missing
+
+
+def caller() -> str:
+    """Who runs this command, also behind sudo; where the host knows no name, as in a container, the number."""
+    try:
+        return os.environ.get("SUDO_USER") or getpass.getuser()
+    except (KeyError, OSError):
+        return f"uid {os.getuid()}"

@@ -5,8 +5,6 @@ A study's history and the audit trail say who did. The page has the first two, t
 
 from __future__ import annotations
 
-import getpass
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -17,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from worker import progress, reissue
+from worker import host, progress, reissue
 from worker.ops import audit
 from worker.record_feeds import clock
 from worker.roles import read_bundles, record_audit
@@ -53,7 +51,7 @@ def register(app: typer.Typer, opener: Opener, find: Finder) -> None:
         With --anew every bundle that analysed it does so again, and a report that says something new names the one that it replaces.
         """
         settings, store = opener(given)
-        study_id, who, now = find(store, study), _who(), clock()
+        study_id, who, now = find(store, study), host.caller(), clock()
         bundles = {one.name for one in read_bundles(settings)} if anew else set()
         with store.begin() as conn:
             again = (
@@ -70,7 +68,7 @@ def register(app: typer.Typer, opener: Opener, find: Finder) -> None:
         settings, store = opener(given)
         study_id = find(store, study)
         with store.begin() as conn:
-            ended = queue.operator_cancel(conn, study_id, now=clock(), by=_who())
+            ended = queue.operator_cancel(conn, study_id, now=clock(), by=host.caller())
         _tell(settings, store, study_id, "cancel", f"{_jobs(ended)} cancelled." if ended else "Nothing to cancel: no job is unfinished.")
 
     @app.command()
@@ -90,11 +88,6 @@ def register(app: typer.Typer, opener: Opener, find: Finder) -> None:
         _withdraw(store, {one.name: one.wanted for one in settings.destinations}, destination, is_sure=is_sure)
 
 
-def _who() -> str:
-    """Who says so, also behind sudo."""
-    return os.environ.get("SUDO_USER") or getpass.getuser()
-
-
 def _jobs(count: int) -> str:
     return "1 job" if count == 1 else f"{count} jobs"
 
@@ -104,7 +97,7 @@ def _tell(settings: Any, store: Store, study_id: int, verb: str, said: str) -> N
     with store.read() as conn:
         subject = audit.Subject(*documents.owner(conn, study_id))
     record_audit(settings)
-    audit.accessed(subject, person=audit.Party(_who(), is_ae=False), action="U", reason=f"{verb}: {said}")
+    audit.accessed(subject, person=audit.Party(host.caller(), is_ae=False), action="U", reason=f"{verb}: {said}")
     audit.end()
 
 
@@ -120,7 +113,7 @@ def _withdraw(store: Store, wanted: Mapping[str, Sequence[str]], destination: st
         done, count = 0, sum(row.available + row.discarded + row.cancelled for row in found)
         with progress.bars(err) as bar:
             task = bar.add_task("withdrawing", total=count)
-            for several in withdrawal.take_back(store, destination, kinds=wanted.get(destination, ()), now=clock(), by=_who()):
+            for several in withdrawal.take_back(store, destination, kinds=wanted.get(destination, ()), now=clock(), by=host.caller()):
                 done += several
                 bar.update(task, completed=done)
         out.print(f"Withdrawn, to {destination}: {done}.", markup=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import getpass
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from worker import host
 from worker.domain import ROLES
 from worker.ops import audit
 from worker.record_feeds import clock
@@ -114,6 +114,5 @@ def _password() -> str:
 
 def _audit(settings: Any, name: str, reason: str) -> None:
     record_audit(settings)
-    who = os.environ.get("SUDO_USER") or getpass.getuser()
-    audit.guarded(audit.ATTRIBUTES, audit.Party(who, is_ae=False), name=accounts.plain(name), reason=reason)
+    audit.guarded(audit.ATTRIBUTES, audit.Party(host.caller(), is_ae=False), name=accounts.plain(name), reason=reason)
     audit.end()

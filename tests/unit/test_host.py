@@ -183,3 +183,13 @@ def test_neither_the_version_nor_doctor_nor_help_shows_a_secret(tmp_path: Path) 
     assert "database" in said
     assert SECRET not in said
     assert PASSWORD not in said
+
+
+def test_who_runs_a_command_is_said_also_where_the_host_knows_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rootless container's user has a number alone."""
+    for name in ("SUDO_USER", "LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 987_654)
+    assert host.caller() == "uid 987654"
+    monkeypatch.setenv("SUDO_USER", "ada")
+    assert host.caller() == "ada"
