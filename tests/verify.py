@@ -106,9 +106,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Print the table."""
-    if not config.getoption("verify") and not os.environ.get("CI"):
-        return
     outcomes = config.stash[_OUTCOMES]
+    if not config.getoption("verify") and not (os.environ.get("CI") and outcomes):  # what viewers show proves no fault
+        return
     table = rows(outcomes)
     terminalreporter.section("faults")
     for row in table:
