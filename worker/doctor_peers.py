@@ -77,7 +77,7 @@ def _echo(peer_of: Callable[[], Peer]) -> str:
         return f"{peer.stow_url} answers QIDO-RS, {stow.ask(peer) * 1000:.0f} ms"
     ask = {"hl7": mllp.reach, "fhir": fhir.ask, "webhook": mllp.reach, "mail": notice.ask}.get(peer.door, cstore.echo)
     who = f"{peer.ae_title} at " if peer.ae_title else ""
-    return f"{who}{peer.host}:{peer.port}{', by TLS' if peer.tls else ''}, {ask(peer) * 1000:.0f} ms"
+    return f"{who}{peer.address}{', by TLS' if peer.tls else ''}, {ask(peer) * 1000:.0f} ms"
 
 
 def _accepted(peer_of: Callable[[], Peer], destination: Destination) -> str:

@@ -1,6 +1,6 @@
 """The verbs of an operator: `retry` and `cancel` a study's jobs, `withdraw` what nobody is to get any more.
 
-A study's history and the audit trail say who did. The page has the first two, too (web/pages.py).
+A study's history says who did, and of the first two, which the page has too (web/pages.py), the audit trail.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def register(app: typer.Typer, opener: Opener, find: Finder) -> None:
     ) -> None:
         """What is still owed to a destination, and the configuration names no more; with --yes it is owed to nobody.
 
-        That are deliveries, waiting or given up, of kinds that the destination's `documents` do not name, or to a destination that is not
+        These are deliveries, waiting or given up, of kinds that the destination's `documents` do not name, or to a destination that is not
         there. A form that a PACS will never take leaves a dead letter a study, and the study counts as failed: take the kind out of
         `documents`, start again, then say this. What was delivered stays; each study's history keeps what was withdrawn. To name the kind
         again brings nothing back.

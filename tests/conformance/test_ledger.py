@@ -33,8 +33,7 @@ STEP = timedelta(seconds=20)
 
 def accounts(store: Store) -> dict[int, str]:
     with store.read() as conn:
-        one = ledger.standing()
-        return dict(conn.execute(sa.select(one.c.id, one.c.account)).tuples().all())
+        return ledger.accounts(conn, list(conn.scalars(sa.select(schema.study.c.id))))
 
 
 def settled(store: Store, job: Job, verdict: str, *, now: datetime, destinations: int = 1, input_sha256: str = "x") -> None:
