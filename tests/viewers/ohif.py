@@ -12,6 +12,7 @@ from playwright.sync_api import Page
 from pydicom import dcmread
 
 from tests import peers
+from tests.unit.test_keys import renewed
 from tests.viewers import cases
 from tests.viewers.browser import Ohif, Picture, chromium, likeness, picture
 from tests.viewers.cases import Case
@@ -19,6 +20,7 @@ from tests.viewers.fetch import fetch
 from tests.viewers.site import Site, site
 from worker.deliver import cstore
 from worker.imaging.decoding import DecoderPool
+from worker.report import forms
 from worker.report.result import SERIES_NUMBERS
 
 #: A line is 1 to 2 pixels wide, and half a pixel of the image is a little more.
@@ -195,3 +197,18 @@ def test_the_pdf_is_handed_to_the_browser(ohif: Ohif, case: Case, name: str) -> 
     )
     [document] = case.of_kind("pdf")
     assert bytes(got).rstrip(b"\0") == bytes(dcmread(BytesIO(document.data)).EncapsulatedDocument).rstrip(b"\0")
+
+
+@pytest.mark.parametrize("name", ["phantom"])
+def test_of_two_versions_the_list_says_which_is_current_and_the_newer_what_it_replaces(
+    ohif: Ohif, case: Case, archive: Site, name: str
+) -> None:
+    """By the number in the newer one's name, and in words when it is opened; last, for it changes the study."""
+    newer = forms.author(renewed(case.result, case.of_kind("sr")[0]), ("basic",))
+    assert all(one.delivered for one in cstore.send(newer, peer=archive.orthanc.peer()))
+    ohif.open()
+    texts = [one for one in ohif.series() if f"S:{SERIES_NUMBERS['basic']}" in one]
+    assert sorted(" #2: " in one for one in texts) == [False, True]
+    ohif.page.locator('[data-cy^="study-browser-thumbnail"]', has_text="as text #2").first.dblclick()
+    picture(ohif.page, f"{name}-replacing")
+    assert "Replaces the report of" in ohif.text()
