@@ -6,7 +6,7 @@ PROCESSES ?= 3
 INSTANCES ?= 10000
 FILES ?= 100000
 KILLS ?= 200
-.PHONY: demo test browser page viewers verify check fix bench gate fuzz abuse soak restart crash verified lock sbom audit-deps clean
+.PHONY: demo test browser page viewers verify check fix container runbook bench gate fuzz abuse soak restart crash verified lock sbom audit-deps clean
 
 .venv/.installed: pyproject.toml .constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Synoptic needs Python 3.11 or newer; say: make PYTHON=python3.11 ...")'
@@ -69,6 +69,12 @@ viewers: .venv/.installed  ## what OHIF and Orthanc's web viewer show of each fo
 	$(BIN)/python -m pip install --quiet --constraint .constraints.txt --editable '.[dev,page]'
 	$(BIN)/python -m tests.viewers.fetch
 	$(BIN)/python -m pytest -o timeout=600 tests/viewers/ohif.py tests/viewers/webviewer.py
+
+container: .venv/.installed  ## deploy/Containerfile and compose.yaml by a rootless podman (apt-get install podman podman-compose; without a registry of images, mmdebstrap): five minutes; the result is quoted in deploy/README.md
+	$(BIN)/python -m pytest -s -o timeout=2400 tests/container/compose.py
+
+runbook: .venv/.installed  ## as root: the runbook's installation, to the letter, in a bare Debian with systemd and an Orthanc (podman, as above): ten minutes; the result is quoted in deploy/README.md
+	$(BIN)/python -m pytest -s -o timeout=2400 tests/container/runbook.py
 
 restart: .venv/.installed  ## a start with FILES=100000 in the spool: ready within 30 s, the sweep behind it; the result is quoted in deploy/README.md
 	SPOOL_FILES=$(FILES) $(BIN)/python -m pytest -s tests/integration/test_restart.py

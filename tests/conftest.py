@@ -53,13 +53,13 @@ def postgres() -> Iterator[PostgresServer]:
 
 
 @pytest.fixture
-def postgres_url(postgres: PostgresServer) -> Iterator[str]:
-    """A database of its own in it."""
+def postgres_url(request: pytest.FixtureRequest, postgres: PostgresServer) -> Iterator[str]:
+    """A database of its own in it; by indirect parametrization, with other words of CREATE DATABASE."""
     postgres_uri = postgres.get_uri().replace("postgresql://", "postgresql+psycopg://")
     name = f"test_{uuid.uuid4().hex}"
     engine = sa.create_engine(postgres_uri, isolation_level="AUTOCOMMIT")
     with engine.connect() as conn:
-        conn.execute(sa.text(f"CREATE DATABASE {name}"))
+        conn.execute(sa.text(f"CREATE DATABASE {name} {getattr(request, 'param', '')}"))
     yield sa.make_url(postgres_uri).set(database=name).render_as_string(hide_password=False)
     with engine.connect() as conn:
         conn.execute(sa.text(f"DROP DATABASE {name} WITH (FORCE)"))

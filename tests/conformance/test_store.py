@@ -199,6 +199,20 @@ def test_another_revision_is_refused_in_words(store: Store) -> None:
         store.check()
 
 
+@pytest.mark.parametrize(
+    "postgres_url", [f"ENCODING '{name}' LOCALE 'C' TEMPLATE template0" for name in ("SQL_ASCII", "LATIN1", "EUC_KR")], indirect=True
+)
+def test_a_database_that_cannot_hold_every_name_is_refused_in_words_before_a_table_is_made(postgres_url: str) -> None:
+    store = Store(postgres_url)
+    with pytest.raises(DatabaseUnavailable, match="must be UTF8: createdb --encoding=UTF8"):
+        store.migrate()
+    with pytest.raises(DatabaseUnavailable, match="must be UTF8"):
+        store.check()
+    with store.read() as conn:
+        assert sa.inspect(conn).get_table_names() == []
+    store.close()
+
+
 def test_each_film_keeps_its_view(store: Store) -> None:
     for number, view in enumerate(("PA", "", "LL")):
         add(store, replace(header(number), view=view))

@@ -66,7 +66,8 @@ class Store:
                 self.url,
                 pool_pre_ping=True,
                 hide_parameters=True,  # they are patient data
-                connect_args={"options": options, "connect_timeout": 5, **_KEEPALIVE},
+                # Without client_encoding, psycopg gives bytes for text where the database is SQL_ASCII, and SQLAlchemy fails on them.
+                connect_args={"options": options, "connect_timeout": 5, "client_encoding": "utf8", **_KEEPALIVE},
                 **POOL,
             )
         sa.event.listen(self.engine, "handle_error", _forget_read_only)
@@ -124,7 +125,7 @@ class Store:
             raise DatabaseUnavailable(_reason(exc)) from exc
 
     def check(self) -> None:
-        """Refuse to start on a database that is absent, damaged or of another version.
+        """Refuse to start on a database that is absent, damaged, of another version, or cannot hold every name.
 
         Raises
         ------
@@ -144,9 +145,16 @@ class Store:
 
     def _revision(self) -> str:
         with self.read() as conn:
+            self._check_encoding(conn)
             if not sa.inspect(conn).has_table("alembic_version"):
                 raise DatabaseUnavailable("The database is empty. Run: synoptic migrate")
             return str(conn.exec_driver_sql("SELECT version_num FROM alembic_version").scalar())
+
+    def _check_encoding(self, conn: Connection) -> None:
+        # Any other refuses names that it cannot write, or keeps bytes that are no text (SQL_ASCII: the C locale of a bare container).
+        if self.is_sqlite or (encoding := conn.exec_driver_sql("SHOW server_encoding").scalar()) == "UTF8":
+            return
+        raise DatabaseUnavailable(f"The database's encoding is {encoding}, and must be UTF8: createdb --encoding=UTF8 --template=template0 …")
 
     def is_ready(self) -> bool:
         """Whether `check` would pass."""
@@ -168,6 +176,7 @@ class Store:
         config = Config()
         config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
         with self.begin() as conn:
+            self._check_encoding(conn)
             if not self.is_sqlite:
                 # An index of ten million facts takes minutes, and who comes second waits for it: its CREATE TABLE would collide.
                 conn.exec_driver_sql("SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = 0")
