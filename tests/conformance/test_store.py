@@ -204,7 +204,7 @@ def test_another_revision_is_refused_in_words(store: Store) -> None:
 )
 def test_a_database_that_cannot_hold_every_name_is_refused_in_words_before_a_table_is_made(postgres_url: str) -> None:
     store = Store(postgres_url)
-    with pytest.raises(DatabaseUnavailable, match="must be UTF8: createdb --encoding=UTF8"):
+    with pytest.raises(DatabaseUnavailable, match="it must be UTF8: createdb --encoding=UTF8"):
         store.migrate()
     with pytest.raises(DatabaseUnavailable, match="must be UTF8"):
         store.check()

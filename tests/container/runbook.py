@@ -55,7 +55,7 @@ class Host:
 
     def ready(self, *, times: int = 1) -> None:
         """Wait until the role that is ready last was so for the `times`-th time since the boot."""
-        counted = """journalctl --boot --output cat | grep -c '"event": "role.started".*"role": "run"' | cat"""
+        counted = """journalctl --boot --output cat | grep -c '"event": "role.started".*"role": "run"' || true"""
         self.wait_until(lambda: int(self.run(counted)) >= times, timeout_s=120, what="the role `run`")
 
     def round_trip(self, first_seed: int, count: int) -> str:

@@ -154,7 +154,9 @@ class Store:
         # Any other refuses names that it cannot write, or keeps bytes that are no text (SQL_ASCII: the C locale of a bare container).
         if self.is_sqlite or (encoding := conn.exec_driver_sql("SHOW server_encoding").scalar()) == "UTF8":
             return
-        raise DatabaseUnavailable(f"The database's encoding is {encoding}, and must be UTF8: createdb --encoding=UTF8 --template=template0 …")
+        raise DatabaseUnavailable(
+            f"The database's encoding is {encoding}; it must be UTF8: createdb --encoding=UTF8 --template=template0 …"
+        )
 
     def is_ready(self) -> bool:
         """Whether `check` would pass."""
