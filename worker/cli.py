@@ -7,17 +7,31 @@ import os
 import sys
 from datetime import UTC
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from worker import __version__, config, host, lab, operate_cli, record_cli, watch_cli, web_cli
 from worker.config import Config, ConfigError, config_file
+from worker.console import (
+    EXIT_CONFIG,
+    EXIT_FAILED,
+    EXIT_NOT_FOUND,
+    EXIT_UNAVAILABLE,
+    EXIT_USAGE,
+    ConfigFile,
+    StudyArg,
+    err,
+    fail,
+    find,
+    installation,
+    needed,
+    out,
+)
 from worker.errors import WorkerError
 from worker.ops import log
 from worker.store.database import DatabaseUnavailable, Store
@@ -26,13 +40,6 @@ from worker.store.spool import Spool, SpoolError
 if TYPE_CHECKING:
     from worker import importing
     from worker.intake import tables
-
-#: Exit codes (sysexits.h where one fits).
-EXIT_FAILED: Final = 1
-EXIT_USAGE: Final = 2
-EXIT_NOT_FOUND: Final = 3
-EXIT_UNAVAILABLE: Final = 69
-EXIT_CONFIG: Final = 78
 
 app = typer.Typer(
     name="synoptic",
@@ -43,13 +50,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-out, err = Console(highlight=False), Console(stderr=True, highlight=False)
-
-ConfigFile = Annotated[
-    Path | None,
-    typer.Option("--config", "-c", envvar="SYNOPTIC_CONFIG", help="The TOML file; else ./synoptic.toml, else /etc/synoptic/synoptic.toml."),
-]
-StudyArg = Annotated[str, typer.Argument(help="Its number in `synoptic studies`, its accession number or its Study Instance UID.")]
 
 
 def main() -> NoReturn:
@@ -61,20 +61,15 @@ def main() -> NoReturn:
     try:
         typer.main.get_command(app)()  # app() would put typer's own hook, which prints an exception's words, in place of ours
     except ConfigError as exc:
-        _fail(f"Configuration: {exc}", EXIT_CONFIG)
+        fail(f"Configuration: {exc}", EXIT_CONFIG)
     except (DatabaseUnavailable, SpoolError) as exc:
-        _fail(str(exc), EXIT_UNAVAILABLE)
+        fail(str(exc), EXIT_UNAVAILABLE)
     except WorkerError as exc:
-        _fail(str(exc), EXIT_FAILED)
+        fail(str(exc), EXIT_FAILED)
     except OSError as exc:
         advice = ". Say it as the daemon's user: runuser -u synoptic -- synoptic …" if isinstance(exc, PermissionError) else ""
-        _fail(f"{exc.strerror or exc}: {exc.filename or ''}".rstrip(": ") + advice, EXIT_UNAVAILABLE)
+        fail(f"{exc.strerror or exc}: {exc.filename or ''}".rstrip(": ") + advice, EXIT_UNAVAILABLE)
     sys.exit(0)
-
-
-def _fail(sentence: str, code: int) -> NoReturn:
-    err.print(f"[red]{escape(sentence)}[/red]", soft_wrap=True)
-    sys.exit(code)
 
 
 def _crashed(kind: str, where: list[str]) -> None:
@@ -83,27 +78,10 @@ def _crashed(kind: str, where: list[str]) -> None:
     )
 
 
-def _needed(given: Path | None) -> Path | None:
-    """The file that counts; none at all, and no environment either, is an error and not an empty installation."""
-    path = config_file(given)
-    if path is None and not any(name.startswith(config.ENVIRONMENT_PREFIX) for name in os.environ):
-        raise ConfigError(
-            "there is none at ./synoptic.toml or /etc/synoptic/synoptic.toml. Start from deploy/synoptic.toml, or say --config FILE."
-        )
-    return path
-
-
-def _open(given: Path | None) -> tuple[Config, Store]:
-    settings = config.read(_needed(given))
-    store = Store(settings.database_url)
-    store.check()
-    return settings, store
-
-
 def _serve(given: Path | None, wanted: tuple[str, ...]) -> None:
     from worker import daemon
 
-    path = _needed(given)
+    path = needed(given)
     settings = config.read(path)
     log.setup(level=settings.log.level, human=settings.log.format == "human")
     daemon.supervise(settings, path, wanted=wanted)
@@ -163,7 +141,7 @@ def migrate(given: ConfigFile = None) -> None:
     """Bring the database to this program's version; makes it if there is none. Back it up first."""
     from worker import daemon
 
-    daemon.open_store(config.read(_needed(given)), migrate=True)
+    daemon.open_store(config.read(needed(given)), migrate=True)
     out.print("The database is at this program's version.")
 
 
@@ -177,7 +155,7 @@ def studies(
     from worker.store import ledger
     from worker.store import studies as rows
 
-    _, store = _open(given)
+    _, store = installation(given)
     columns = ("No.", "state", "mod.", "images", "last image, UTC", "jobs", "documents")
     table = Table(*columns, box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     with store.read() as conn:
@@ -191,19 +169,6 @@ def studies(
     out.print(table)
 
 
-def _find(store: Store, wanted: str) -> int:
-    from worker.store import studies as rows
-
-    with store.read() as conn:
-        found = rows.find(conn, wanted)
-    if not found:
-        _fail("There is no such study here. `synoptic studies` lists those there are.", EXIT_NOT_FOUND)
-    if len(found) > 1:
-        several = ", ".join(f"No. {number} {one.study_instance_uid}" for number, one in found)
-        _fail(f"This is the number or accession number of {len(found)} studies: say a Study Instance UID ({several}).", EXIT_NOT_FOUND)
-    return found[0][0]
-
-
 @app.command()
 def show(
     study: StudyArg, given: ConfigFile = None, report: Annotated[bool, typer.Option("--report", help="Print its last report too.")] = False
@@ -211,8 +176,8 @@ def show(
     """A study's whole history, one line an event, then its jobs and findings."""
     from worker import view
 
-    _, store = _open(given)
-    view.show(out, store, _find(store, study), with_report=report)
+    _, store = installation(given)
+    view.show(out, store, find(store, study), with_report=report)
 
 
 @app.command()
@@ -233,12 +198,12 @@ def select(
     from worker import selection_view
     from worker.roles import read_bundles
 
-    settings, store = _open(given)
+    settings, store = installation(given)
     bundles = read_bundles(settings)
     if bundle and bundle not in {one.name for one in bundles}:
-        _fail(f"There is no such bundle in [run] bundles; there are: {', '.join(one.name for one in bundles) or 'none'}.", EXIT_NOT_FOUND)
+        fail(f"There is no such bundle in [run] bundles; there are: {', '.join(one.name for one in bundles) or 'none'}.", EXIT_NOT_FOUND)
     wanted = [one for one in bundles if bundle in ("", one.name)]
-    selection_view.show(out, store, _find(store, study), wanted, as_json=as_json)
+    selection_view.show(out, store, find(store, study), wanted, as_json=as_json)
 
 
 @app.command(name="import")
@@ -256,12 +221,12 @@ def import_(
     """Take in files as if they had come over the network. Repeating it changes nothing."""
     from worker import importing
 
-    settings, store = _open(given)
+    settings, store = installation(given)
     if mapping is not None:
         _import_tables(paths, mapping, settings, store, dry_run=dry_run)
         return
     if dry_run:
-        _fail("--dry-run goes with --mapping.", EXIT_USAGE)
+        fail("--dry-run goes with --mapping.", EXIT_USAGE)
     spool = Spool(settings.spool, low_water_bytes=settings.receive.low_water_mb * 2**20)
     todo = list(importing.files(paths))
     with Progress(TextColumn("importing"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=err) as progress:
@@ -332,10 +297,10 @@ def support_bundle(
 
 
 lab.register(app)
-record_cli.register(app, _open)
-watch_cli.register(app, _open)
-operate_cli.register(app, _open, _find)
-web_cli.register(app, _open, _serve)
+record_cli.register(app)
+watch_cli.register(app)
+operate_cli.register(app)
+web_cli.register(app, _serve)
 
 
 @app.command()

@@ -5,38 +5,24 @@ A study's history says who did, and of the first two, which the page has too (we
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Final
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from worker import host, progress, reissue
+from worker.console import EXIT_NOT_FOUND, ConfigFile, StudyArg, err, find, installation, out
 from worker.ops import audit
 from worker.record_feeds import clock
 from worker.roles import read_bundles, record_audit
 from worker.store import documents, queue, withdrawal
 from worker.store.database import Store
 
-out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 
-#: Reads the configuration and opens the database; finds a study's row by what a person calls it.
-Opener = Callable[[Path | None], tuple[Any, Store]]
-Finder = Callable[[Store, str], int]
-
-ConfigFile = Annotated[
-    Path | None,
-    typer.Option("--config", "-c", envvar="SYNOPTIC_CONFIG", help="The TOML file; else ./synoptic.toml, else /etc/synoptic/synoptic.toml."),
-]
-StudyArg = Annotated[str, typer.Argument(help="Its number in `synoptic studies`, its accession number or its Study Instance UID.")]
-_NOT_FOUND: Final = 3
-
-
-def register(app: typer.Typer, opener: Opener, find: Finder) -> None:
+def register(app: typer.Typer) -> None:
     """Add these verbs to the command line."""
 
     @app.command()
@@ -50,7 +36,7 @@ def register(app: typer.Typer, opener: Opener, find: Finder) -> None:
 
         With --anew every bundle that analysed it does so again, and a report that says something new names the one that it replaces.
         """
-        settings, store = opener(given)
+        settings, store = installation(given)
         study_id, who, now = find(store, study), host.caller(), clock()
         bundles = {one.name for one in read_bundles(settings)} if anew else set()
         with store.begin() as conn:
@@ -65,7 +51,7 @@ def register(app: typer.Typer, opener: Opener, find: Finder) -> None:
     @app.command()
     def cancel(study: StudyArg, given: ConfigFile = None) -> None:
         """Cancel a study's unfinished jobs. What was delivered stays delivered."""
-        settings, store = opener(given)
+        settings, store = installation(given)
         study_id = find(store, study)
         with store.begin() as conn:
             ended = queue.operator_cancel(conn, study_id, now=clock(), by=host.caller())
@@ -84,7 +70,7 @@ def register(app: typer.Typer, opener: Opener, find: Finder) -> None:
         `documents`, start again, then say this. What was delivered stays; each study's history keeps what was withdrawn. To name the kind
         again brings nothing back.
         """
-        settings, store = opener(given)
+        settings, store = installation(given)
         _withdraw(store, {one.name: one.wanted for one in settings.destinations}, destination, is_sure=is_sure)
 
 
@@ -107,7 +93,7 @@ def _withdraw(store: Store, wanted: Mapping[str, Sequence[str]], destination: st
     if not found:
         if destination and destination not in wanted:
             err.print(f"Nothing is owed to a destination {destination}, and the configuration names none.", markup=False, style="red")
-            raise typer.Exit(_NOT_FOUND)
+            raise typer.Exit(EXIT_NOT_FOUND)
         out.print("Nothing is owed that the configuration does not name.")
     elif destination and is_sure:
         done, count = 0, sum(row.available + row.discarded + row.cancelled for row in found)

@@ -13,12 +13,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, tzinfo
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
 
 from worker import record_messages, record_tables, record_view
+from worker.console import EXIT_NOT_FOUND, AsJson, ConfigFile, err, installation, out
 from worker.domain import PatientKey, Study
 from worker.errors import Reject
 from worker.record_feeds import apply_again, clock, comparable
@@ -28,20 +28,6 @@ from worker.store.database import Connection, Store
 
 if TYPE_CHECKING:
     from models.bundle import Bundle
-
-out, err = Console(highlight=False), Console(stderr=True, highlight=False)
-
-#: As everywhere on the command line: nothing of this name is here.
-EXIT_NOT_FOUND: Final = 3
-
-#: Reads the configuration and opens the database. The configuration is made plain values at once (`_installed`) and goes no further.
-Opener = Callable[[Path | None], tuple[Any, Store]]
-
-ConfigFile = Annotated[
-    Path | None,
-    typer.Option("--config", "-c", envvar="SYNOPTIC_CONFIG", help="The TOML file; else ./synoptic.toml, else /etc/synoptic/synoptic.toml."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="For a program.")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +45,10 @@ class _Installed:
     bundles: Callable[[], Sequence[Bundle]]
 
 
-def _installed(opener: Opener, given: Path | None) -> _Installed:
+def _installed(given: Path | None) -> _Installed:
     from worker.roles import read_bundles
 
-    config, store = opener(given)
+    config, store = installation(given)
     return _Installed(
         store,
         issuer=config.site.issuer,
@@ -76,8 +62,8 @@ def _installed(opener: Opener, given: Path | None) -> _Installed:
     )
 
 
-def register(app: typer.Typer, opener: Opener) -> None:
-    """Add these verbs to the command line; `opener` gives the configuration and the open database."""
+def register(app: typer.Typer) -> None:
+    """Add these verbs to the command line."""
     panel = "For the patient's record"
 
     @app.command(rich_help_panel=panel)
@@ -103,7 +89,7 @@ def register(app: typer.Typer, opener: Opener) -> None:
     ) -> None:
         """A patient's record as the network sees it at a time, and where each fact came from. Prints patient data."""
         _check_options(at=at, study=study, bundle=bundle, unmerge=unmerge, because=because, is_erase=erase, receipt=receipt)
-        here = _installed(opener, given)
+        here = _installed(given)
         with here.store.read() as conn:
             key = _key_of(conn, here, patient_id, issuer)
         if unmerge:
@@ -145,7 +131,7 @@ def register(app: typer.Typer, opener: Opener) -> None:
     ) -> None:
         """The feeds: what came of their messages, when they were last heard, how late; or a deed on one message. Names no patient."""
         _check_message_options(message=message, to=to, again=apply or (), withdraw=withdraw, because=because)
-        here = _installed(opener, given)
+        here = _installed(given)
         if withdraw:
             record_messages.withdraw(out, here.store, withdraw, because.strip(), is_sure=yes)
         elif to is not None:

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from worker import __version__, consistency, peers, progress
+from worker.console import ConfigFile, err, installation, out
 from worker.domain import Document
 from worker.errors import PeerUnavailable
 from worker.ops import audit, forwarding
@@ -33,15 +33,6 @@ from worker.store.spool import Spool
 if TYPE_CHECKING:
     from worker.deliver.cstore import Peer
 
-out, err = Console(highlight=False), Console(stderr=True, highlight=False)
-
-#: Reads the configuration and opens the database.
-Opener = Callable[[Path | None], tuple[Any, Store]]
-
-ConfigFile = Annotated[
-    Path | None,
-    typer.Option("--config", "-c", envvar="SYNOPTIC_CONFIG", help="The TOML file; else ./synoptic.toml, else /etc/synoptic/synoptic.toml."),
-]
 #: Of studies that no account has, and of reasons, so many are named.
 _NAMED: Final = 20
 #: Sentences stand in lines of their own.
@@ -50,8 +41,8 @@ _SEPARATOR: Final = {"waiting_because": "\n"}
 PAUSE_S: Final = 0.1
 
 
-def register(app: typer.Typer, opener: Opener) -> None:
-    """Add these verbs to the command line; `opener` gives the configuration and the open database."""
+def register(app: typer.Typer) -> None:
+    """Add these verbs to the command line."""
 
     @app.command()
     def status(
@@ -66,7 +57,7 @@ def register(app: typer.Typer, opener: Opener) -> None:
         zone. Each study is in exactly one. Delivered: of every bundle the last report is at all its destinations. Failed: somebody must
         look, `synoptic studies --discarded`. Excluded: no bundle takes its modalities. In flight: being received, analysed or sent.
         """
-        settings, store = opener(given)
+        settings, store = installation(given)
         if by_account:
             _ledger(store, settings.zone, days=days, as_json=as_json)
         else:
@@ -91,7 +82,7 @@ def register(app: typer.Typer, opener: Opener) -> None:
         find, --repair sends again, the same bytes under the same UIDs. Senders with a query_port are asked how many images their studies
         have; what they have more than came here is named. It is no fault: archives keep objects that they do not send.
         """
-        settings, store = opener(given)
+        settings, store = installation(given)
         spool = Spool(settings.spool, low_water_bytes=settings.receive.low_water_mb * 2**20)
         is_well = _check(store, spool, with_digests=with_digests, is_repair=is_repair)
         if with_archives:
@@ -109,7 +100,7 @@ def register(app: typer.Typer, opener: Opener) -> None:
 
         What is not well is "not done" (it may be tried again), "failed" or "died". It names patients: whoever may run this may know them.
         """
-        _tell_audit(*opener(given), since=since, study=study)
+        _tell_audit(*installation(given), since=since, study=study)
 
 
 # --- status

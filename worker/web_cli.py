@@ -10,35 +10,25 @@ from typing import Annotated, Any
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from worker import host
+from worker.console import ConfigFile, installation, out
 from worker.domain import ROLES
 from worker.ops import audit
 from worker.record_feeds import clock
 from worker.roles import record_audit
 from worker.store import accounts
-from worker.store.database import Store
 from worker.store.schema import AnyRow
 
-out, err = Console(highlight=False), Console(stderr=True, highlight=False)
-
-#: Reads the configuration and opens the database.
-Opener = Callable[[Path | None], tuple[Any, Store]]
-
-ConfigFile = Annotated[
-    Path | None,
-    typer.Option("--config", "-c", envvar="SYNOPTIC_CONFIG", help="The TOML file; else ./synoptic.toml, else /etc/synoptic/synoptic.toml."),
-]
 Roles = Annotated[
     list[str],
     typer.Option("--role", help=f"One of {', '.join(ROLES)}; may be repeated. operator: retry, cancel; radiologist: agree, correct."),
 ]
 
 
-def register(app: typer.Typer, opener: Opener, serve_role: Callable[[Path | None, tuple[str, ...]], None]) -> None:
-    """Add these verbs to the command line; `opener` gives the configuration and the open database, `serve_role` runs roles."""
+def register(app: typer.Typer, serve_role: Callable[[Path | None, tuple[str, ...]], None]) -> None:
+    """Add these verbs to the command line; `serve_role` runs roles."""
 
     @app.command()
     def serve(given: ConfigFile = None) -> None:
@@ -51,7 +41,7 @@ def register(app: typer.Typer, opener: Opener, serve_role: Callable[[Path | None
     @users.command()
     def add(name: str, role: Roles, given: ConfigFile = None) -> None:
         """Make an account. The password is asked for, or read from standard input; it is no argument, for those are seen by everybody."""
-        settings, store = opener(given)
+        settings, store = installation(given)
         password = accounts.hashed(_password())
         with store.begin() as conn:
             made = accounts.add(conn, name, password=password, roles=role, now=clock())
@@ -61,7 +51,7 @@ def register(app: typer.Typer, opener: Opener, serve_role: Callable[[Path | None
     @users.command(name="list")
     def list_(given: ConfigFile = None) -> None:
         """Every account."""
-        _, store = opener(given)
+        _, store = installation(given)
         table = Table("name", "roles", "password", "wrong tries", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
         with store.read() as conn:
             for row in accounts.all_of(conn):
@@ -71,7 +61,7 @@ def register(app: typer.Typer, opener: Opener, serve_role: Callable[[Path | None
     @users.command()
     def password(name: str, given: ConfigFile = None) -> None:
         """Another password, asked for or read from standard input; who is logged in by the old one is so no more, and a lock ends."""
-        settings, store = opener(given)
+        settings, store = installation(given)
         found = accounts.hashed(_password())
         with store.begin() as conn:
             accounts.change(conn, _row(accounts.by_name(conn, name)).id, password=found)
@@ -81,7 +71,7 @@ def register(app: typer.Typer, opener: Opener, serve_role: Callable[[Path | None
     @users.command()
     def role(name: str, role: Roles, given: ConfigFile = None) -> None:
         """Other roles, from the next click on."""
-        settings, store = opener(given)
+        settings, store = installation(given)
         with store.begin() as conn:
             accounts.change(conn, _row(accounts.by_name(conn, name)).id, roles=role)
         _audit(settings, name, f"is {' '.join(role)} now")
@@ -90,7 +80,7 @@ def register(app: typer.Typer, opener: Opener, serve_role: Callable[[Path | None
     @users.command()
     def remove(name: str, given: ConfigFile = None) -> None:
         """Take an account away, at once; what its owner said of findings stays."""
-        settings, store = opener(given)
+        settings, store = installation(given)
         with store.begin() as conn:
             accounts.remove(conn, _row(accounts.by_name(conn, name)).id)
         _audit(settings, name, "removed")

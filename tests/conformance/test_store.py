@@ -22,7 +22,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
 from tests.conftest import Captured
-from worker import cli
+from worker import console
 from worker.domain import (
     ROUTINE,
     STAT,
@@ -233,11 +233,11 @@ def test_what_names_several_studies_is_refused_with_words_that_name_one(store: S
         number = studies.find(conn, "2.25.1")[0][0]
     add(store, replace(header(1, study="2.25.2"), accession_number=str(number)))
     with pytest.raises(SystemExit, match="3"):
-        cli._find(store, str(number))
+        console.find(store, str(number))
     said = capsys.readouterr().err
     assert f"No. {number} 2.25.1" in said
-    assert cli._find(store, "2.25.1") == number
-    assert cli._find(store, "2.25.2") == number + 1
+    assert console.find(store, "2.25.1") == number
+    assert console.find(store, "2.25.2") == number + 1
 
 
 @pytest.mark.parametrize(("modality", "cause"), [("MR", "study.completed"), ("SR", "study.excluded")])
