@@ -44,7 +44,7 @@ bench: .venv/.installed  ## the long measurements, one JSON line each; results a
 	$(BIN)/python -m tests.bench.documents
 
 gate: .venv/.installed  ## every validator, PixelMed too, on all 188 reports of the real cohort, by both databases: a quarter of an hour
-	JAVA_SAMPLE=188 POSTGRES_STEP=1 $(BIN)/python -m pytest -s -o timeout=3000 tests/integration/test_line.py -k cohort
+	JAVA_SAMPLE=188 SQLITE_STEP=1 POSTGRES_STEP=1 $(BIN)/python -m pytest -s -o timeout=3000 tests/integration/test_line.py -k cohort
 
 fuzz: .venv/.installed  ## faults put into real files for MINUTES=3, through the receiver's reader and the decoders; the result is quoted in deploy/IMAGES.md
 	$(BIN)/python -m tests.fuzz $(MINUTES)
@@ -55,10 +55,10 @@ abuse: .venv/.installed  ## 200 stalled peers and worse beside one honest modali
 soak: .venv/.installed  ## INSTANCES=10000 through a real installation at line rate, memory and descriptors of each process: a quarter of an hour; the result is quoted in deploy/README.md
 	$(BIN)/python -m tests.bench.soak --instances $(INSTANCES) --plot var/soak.png
 
-browser: .venv/.installed  ## the shorter half of `make page` and `make viewers`, for CI: every view of our page, and one CT in OHIF and in Orthanc's viewer; four minutes; pictures in var/page and var/viewers/screenshots
+browser: .venv/.installed  ## the shorter half of `make page` and `make viewers`, for CI: every view of our page, and one CT in OHIF and in Orthanc's viewer; three minutes; pictures in var/page and var/viewers/screenshots
 	$(BIN)/python -m pip install --quiet --constraint .constraints.txt --editable '.[dev,page]'
 	$(BIN)/python -m tests.viewers.fetch
-	$(BIN)/python -m pytest -o timeout=600 tests/browser/page.py tests/viewers/ohif.py tests/viewers/webviewer.py -k "page.py or phantom or webviewer"
+	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile -o timeout=600 tests/browser/page.py tests/viewers/ohif.py tests/viewers/webviewer.py -k "page.py or phantom or webviewer"
 
 page: .venv/.installed  ## our page in Debian's Chromium (apt-get install chromium), by keyboard too, axe-core on each page; 100,000 studies in the list; look at var/page/
 	$(BIN)/python -m pip install --quiet --constraint .constraints.txt --editable '.[dev,page]'

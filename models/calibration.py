@@ -19,12 +19,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from sklearn.covariance import LedoitWolf, ShrunkCovariance
-from sklearn.model_selection import GroupKFold
 
-from models.metrics import known
-
-FloatArray = NDArray[np.float64]
+from models.judged import FloatArray, known
 
 # (n + 1)(1 - alpha) is often a whole number on paper and a hair above it in floats: 1e-9 of a patient is nobody.
 _HAIR = 1e-9
@@ -208,6 +204,8 @@ def fit_atypical(
     ValueError
         Fewer than 10 patients, embeddings that are not finite or do not vary.
     """
+    from sklearn.model_selection import GroupKFold  # here: it takes longer to import than all else of a worker but torch and MONAI
+
     points = np.asarray(embeddings, dtype=np.float64)
     names = np.arange(len(points)) if groups is None else np.asarray(groups)
     if points.ndim != 2 or names.shape != points.shape[:1]:
@@ -225,6 +223,8 @@ def fit_atypical(
 
 
 def _fit_distance(embeddings: FloatArray, limit: float, shrinkage: float | None) -> Atypical:
+    from sklearn.covariance import LedoitWolf, ShrunkCovariance
+
     shape = LedoitWolf() if shrinkage is None else ShrunkCovariance(shrinkage=shrinkage)
     if not np.ptp(embeddings, axis=0).any():
         raise ValueError("The embeddings do not vary: no study is farther than another.")

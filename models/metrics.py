@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sklearn import metrics as sk
 
-FloatArray = NDArray[np.float64]
+from models.judged import FloatArray, known
+
 #: Value, low and high end of the 95 % interval.
 Interval = tuple[float, float, float]
 
@@ -231,29 +232,6 @@ def subgroups(
             found = intervals(repeats[:, here], truth[here], names[here], threshold=threshold, resamples=resamples, seed=seed)
         result[value] = Subgroup(int(here.sum()), patients, int((truth[here] == 1).sum()), found)
     return result
-
-
-def known(
-    scores: ArrayLike, labels: ArrayLike, groups: ArrayLike | None = None, *, bounded: bool = True
-) -> tuple[FloatArray, FloatArray, NDArray[np.generic]]:
-    """Scores (R, M), labels (M,) and groups (M,) of the M studies whose label is known; without groups each is its own.
-
-    Raises
-    ------
-    ValueError
-        Shapes differ, a label is neither 0, 1 nor NaN, or a score is not finite or, if `bounded`, no probability.
-    """
-    repeats, truth = np.atleast_2d(np.asarray(scores, dtype=np.float64)), np.asarray(labels, dtype=np.float64)
-    names = np.arange(truth.size) if groups is None else np.asarray(groups)
-    if truth.ndim != 1 or repeats.ndim != 2 or repeats.shape[1:] != truth.shape or names.shape != truth.shape:
-        raise ValueError(f"Scores {repeats.shape}, labels {truth.shape} and groups {names.shape} are not of the same studies.")
-    here = ~np.isnan(truth)
-    repeats, truth = repeats[:, here], truth[here]
-    if not np.isin(truth, (0, 1)).all():
-        raise ValueError("A label is neither 0, 1 nor NaN.")
-    if not np.isfinite(repeats).all() or (bounded and ((repeats < 0) | (repeats > 1)).any()):
-        raise ValueError(f"A score of a study with a known label is not {'a probability in [0, 1]' if bounded else 'finite'}.")
-    return repeats, truth, names[here]
 
 
 def weighted(scores: FloatArray, labels: FloatArray, weights: FloatArray, *, threshold: float) -> dict[str, FloatArray]:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from models import saving
+from models import loading
 from models.bundle import Bundle, InvalidBundleError
 from models.calibration import Atypical
 from models.explanation import saliency, to_patient, token_shares
@@ -264,7 +264,7 @@ def load_network(bundle: Bundle) -> tuple[FusionNetwork, Atypical | None]:
         The configuration makes no network, or the weights are not its.
     """
     try:
-        return saving.load_network(bundle)
+        return loading.load_network(bundle)
     except (InvalidBundleError, RuntimeError, ValueError) as exc:
         raise BundleError(f"The weights of bundle {bundle.name} do not fit its network: {exc}") from exc
 

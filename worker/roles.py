@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 #: So often it is looked for archives that did not say in time whether they commit.
 LOOK_S: Final = 1.0
+#: What MONAI imports for networks, notebooks and metrics of its own that no bundle has: a third of a start.
+_OF_MONAI_ALONE: Final = ("transformers", "matplotlib", "sklearn", "nibabel", "ignite")
 
 
 def owner() -> str:
@@ -92,9 +94,9 @@ def run(config: Config, store: Store, stop: threading.Event) -> None:
     from worker.fhir_feed import Puller
     from worker.imaging.decoding import DecoderPool
 
-    with _without("transformers"):
+    with _without(*_OF_MONAI_ALONE):
         from worker.infer import Model
-        from worker.pipeline import Line, process
+    from worker.pipeline import Line, process
 
     settings = config.run
     loaded = [Model(folder, device=settings.device, threads=settings.threads) for folder in settings.bundles]
@@ -136,20 +138,18 @@ def run(config: Config, store: Store, stop: threading.Event) -> None:
 
 
 @contextlib.contextmanager
-def _without(package: str) -> Iterator[None]:
-    """Import as if `package` were not installed.
+def _without(*packages: str) -> Iterator[None]:
+    """Import as if `packages` were not installed.
 
-    MONAI imports all of transformers for a network of its own that no bundle has: a quarter of a start's imports.
-    A bundle with a BERT-type encoder imports it afterwards (models/text.py).
+    A bundle with a BERT-type encoder imports transformers afterwards (models/text.py).
     """
-    if package in sys.modules:
-        yield
-        return
-    sys.modules[package] = None  # type: ignore[assignment]  # documented: None makes its import fail
+    absent = [one for one in packages if one not in sys.modules]
+    sys.modules.update(dict.fromkeys(absent))  # type: ignore[arg-type]  # documented: None makes its import fail
     try:
         yield
     finally:
-        del sys.modules[package]
+        for one in absent:
+            del sys.modules[one]
 
 
 def _take(store: Store, config: Config, names: Sequence[str]) -> Callable[[], list[Job]]:

@@ -17,6 +17,7 @@ from models import baselines, evaluation, folds, metrics, words
 from models.bundle import Bundle
 from models.folds import LATE, Task, all_folds, assign_folds, group_of, one_fold, presence
 from models.fusion import FUSIONS
+from models.judged import FloatArray
 from models.training import Labeled
 from tests.unit import small_bundle
 
@@ -202,7 +203,7 @@ def test_only_what_is_claimed_has_a_p_and_is_corrected_for(bundle: Bundle, monke
     corrected: list[int] = []
     holm = metrics.holm
 
-    def watched(p: list[float]) -> metrics.FloatArray:
+    def watched(p: list[float]) -> FloatArray:
         corrected.append(len(p))
         return holm(p)
 

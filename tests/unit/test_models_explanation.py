@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from models.bundle import Bundle
 from models.explanation import EXACT, saliency, to_patient, token_shares
 from models.fusion import FusionHead, Tokens, make_head, shapley, subset_logits
+from models.loading import load_network
 from models.network import FusionNetwork
-from models.saving import load_network
 from models.spec import ImageSpec
 from models.transforms import Sample, collate, radiograph_tensor, text_ids, value_tensors, volume_tensor
 from worker.demo.phantom import COLUMNS, INTERCEPT_HU, ROWS, SLICES, SPACING_MM, _thorax

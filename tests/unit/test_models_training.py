@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from models import saving
 from models.bundle import Bundle, InvalidBundleError, settle
+from models.loading import load_network
 from models.network import FusionNetwork
 from models.saving import save_fit
 from models.stages import Checkpoint, Learned, learn
@@ -379,7 +380,7 @@ def loaded(bundle: Bundle, **changes: Tensor | None) -> None:
     tensors = {**network, **{f"atypical.{name}": tensor for name, tensor in right.items()}, **changes}
     raw = save({name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None})
     bundle.weights_path.write_bytes(raw)
-    saving.load_network(settle(bundle.folder, {}, sha256=hashlib.sha256(raw).hexdigest()))
+    load_network(settle(bundle.folder, {}, sha256=hashlib.sha256(raw).hexdigest()))
 
 
 @pytest.mark.parametrize(
