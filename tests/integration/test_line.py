@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.peer, pytest.mark.slow, pytest.mark.timeout(2400)]
 
 #: PixelMed needs seconds a report; `make gate` runs it on all of them.
 JAVA_SAMPLE = int(os.environ.get("JAVA_SAMPLE", "3"))
-#: Of the cohort every second study goes through SQLite, and of the others every second through PostgreSQL; `make gate` sends all through both.
+#: Of the cohort every second study goes through SQLite, every second of the others through PostgreSQL; `make gate` sends all through both.
 SQLITE_STEP = int(os.environ.get("SQLITE_STEP", "2"))
 POSTGRES_STEP = int(os.environ.get("POSTGRES_STEP", "4"))
 
