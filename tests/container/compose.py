@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx2
 import pytest
 
 from tests.container.engine import Engine, pip_of_host, rootless, work_tree
@@ -140,10 +141,13 @@ def test_a_killed_role_comes_again_and_leaves_no_dead_process(trial: Trial) -> N
     assert round_trip(4_100_000, 1) == []
 
 
-def test_doctor_is_content_and_somebody_can_log_in(trial: Trial) -> None:
+def test_doctor_is_content_and_an_account_logs_in(trial: Trial) -> None:
     trial.inside("synoptic", "user", "add", "trial", "--role", "operator", stdin="a-long-password-for-a-trial\n")
-    said = trial.inside("synoptic", "doctor")  # fails where a line of it does
-    assert "orthanc" in said
+    assert "ORTHANC at orthanc:4242" in trial.inside("synoptic", "doctor")  # ends with 1 where a line of it fails
+    with httpx2.Client(base_url="http://localhost:8080", headers={"sec-fetch-site": "same-origin"}, timeout=30) as browser:
+        assert browser.post("/login", data={"name": "trial", "password": "another"}).status_code == 401
+        assert browser.post("/login", data={"name": "trial", "password": "a-long-password-for-a-trial"}).status_code == 303
+        assert "delivered" in browser.get("/").text
 
 
 def test_it_ends_in_order_and_begins_again_where_it_was(trial: Trial) -> None:
