@@ -6,7 +6,7 @@ A study's history says who did, and of the first two, which the page has too (we
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich import box
@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from worker import host, progress, reissue
+from worker.config import Config
 from worker.console import EXIT_NOT_FOUND, ConfigFile, StudyArg, err, find, installation, out
 from worker.ops import audit
 from worker.record_feeds import clock
@@ -78,7 +79,7 @@ def _jobs(count: int) -> str:
     return "1 job" if count == 1 else f"{count} jobs"
 
 
-def _tell(settings: Any, store: Store, study_id: int, verb: str, said: str) -> None:
+def _tell(settings: Config, store: Store, study_id: int, verb: str, said: str) -> None:
     out.print(said)
     with store.read() as conn:
         subject = audit.Subject(*documents.owner(conn, study_id))

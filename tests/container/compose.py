@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import tempfile
 import time
 import urllib.error
@@ -19,6 +20,10 @@ from tests.container.engine import Engine, pip_of_host, rootless, work_tree
 from tests.container.round_trip import round_trip
 
 PYTHON = "docker.io/library/python:3.11-slim-bookworm"
+#: Not compose.yaml's own name, whose volumes may be somebody's trial.
+PROJECT = "synoptic-test"
+WORKER = f"{PROJECT}_worker_1"
+PORTS = (11112, 2575, 8080, 8042, 4242)
 #: Where whoever is in the container may write: the spool, and folders that are gone with it.
 WRITABLE = {"/var/lib/synoptic", "/tmp", "/var/tmp", "/dev/shm", "/dev/mqueue"}
 ROLES = {"receive", "run", "deliver", "serve", "supervisor"}
@@ -33,15 +38,15 @@ class Trial:
 
     def compose(self, *words: str) -> str:
         """Run compose on the file; its own words are many, and left out."""
-        return self.engine.run("podman-compose", *self.files, *words, POSTGRES_PASSWORD="trial")
+        return self.engine.run("podman-compose", "--project-name", PROJECT, *self.files, *words, POSTGRES_PASSWORD="trial")
 
     def inside(self, *words: str, stdin: str = "", check: bool = True) -> str:
         """Run a command in the worker's container; what it printed."""
-        return self.engine.run("podman", "exec", "--interactive", "deploy_worker_1", *words, stdin=stdin, check=check)
+        return self.engine.run("podman", "exec", "--interactive", WORKER, *words, stdin=stdin, check=check)
 
     def events(self) -> list[dict[str, object]]:
         """Every line of the worker's log so far."""
-        said = self.engine.run("podman", "logs", "deploy_worker_1")
+        said = self.engine.run("podman", "logs", WORKER)
         return [json.loads(line) for line in said.splitlines() if line.startswith("{")]
 
     def started(self) -> list[str]:
@@ -49,14 +54,12 @@ class Trial:
         return [str(event["role"]) for event in self.events() if event["event"] == "role.started"]
 
     def wait_until(self, holds: Callable[[], bool], *, timeout_s: float, what: str) -> None:
-        """Wait; where it takes too long, the containers and the end of the worker's log are printed."""
-        until = time.monotonic() + timeout_s
-        while not holds():
-            if time.monotonic() > until:
-                print(self.engine.run("podman", "ps", "--all"))
-                print(self.engine.run("podman", "logs", "--tail", "40", "deploy_worker_1", check=False))
-                raise AssertionError(f"{what} did not come within {timeout_s:g} s.")
-            time.sleep(0.5)
+        """See Engine.wait_until."""
+        self.engine.wait_until(holds, timeout_s=timeout_s, what=what, log=("podman", "logs", "--tail", "40", WORKER))
+
+    def running(self) -> int:
+        """How many containers of the project run."""
+        return len(self.engine.run("podman", "ps", "--quiet", f"--filter=label=io.podman.compose.project={PROJECT}").split())
 
     def is_ready(self) -> bool:
         """What /ready answers at the published port."""
@@ -80,9 +83,19 @@ def value(status: str, key: str) -> str:
     return found[1]
 
 
+def refuse_taken_ports() -> None:
+    """What listens there already, perhaps somebody's PACS, must not be sent phantoms."""
+    for port in PORTS:
+        try:
+            socket.create_server(("127.0.0.1", port)).close()
+        except OSError:
+            pytest.exit(f"Port {port} of this host, which deploy/compose.yaml publishes, is taken: stop what listens there first.", 1)
+
+
 @pytest.fixture(scope="module")
 def trial() -> Iterator[Trial]:
     """Build both images, start, wait until the worker says that it is ready."""
+    refuse_taken_ports()
     with tempfile.TemporaryDirectory(prefix="synoptic-container-") as name:
         folder = Path(name)
         work_tree(folder)
@@ -90,25 +103,26 @@ def trial() -> Iterator[Trial]:
         engine = rootless(folder)
         python = engine.image(PYTHON, packages=("python3", "python3-pip", "ca-certificates"))
         build = ("podman", "build", "--quiet", "--network=host", f"--from={python}")
-        engine.run(*build, *settings, "--file=deploy/Containerfile", "--tag=localhost/synoptic", ".", timeout_s=1500)
-        files = ["--file", "deploy/compose.yaml"]
+        engine.run(*build, *settings, "--file=deploy/Containerfile", "--tag=localhost/synoptic-test", ".", timeout_s=1500)
+        files = ["--file=deploy/compose.yaml", "--file=tests/container/image.yaml"]
         if python != PYTHON:  # then the other two are not to be had, either
-            engine.run(*build, "--file=tests/container/peers.Containerfile", "--tag=localhost/synoptic-peers", "tests/container")
-            files += ["--file", "tests/container/peers.yaml"]
+            engine.run(*build, "--file=tests/container/peers.Containerfile", "--tag=localhost/synoptic-test-peers", "tests/container")
+            files += ["--file=tests/container/peers.yaml"]
         running = Trial(engine, tuple(files))
         running.compose("down", "--volumes")
         try:
-            running.compose("up", "--detach", "--no-build")
+            running.compose("up", "--detach", "--no-build")  # what it starts may fail without its telling
+            running.wait_until(lambda: running.running() == 3, timeout_s=30, what="a third container")
             running.wait_until(running.is_ready, timeout_s=120, what="/ready")
             yield running
         finally:
             running.compose("down", "--volumes")
-            engine.run("podman", "unshare", "rm", "-rf", *folder.iterdir(), check=False)
 
 
 def test_phantom_patients_go_through_the_containers_and_their_reports_come_back(trial: Trial) -> None:
     assert round_trip(4_000_000, 4) == []
-    assert trial.inside("synoptic", "status", "--ledger").count("4") > 0
+    told = json.loads(trial.inside("synoptic", "status", "--ledger", "--json"))["all"]
+    assert (told["received"], told["delivered"]) == (4, 4)
 
 
 def test_the_engine_has_no_root_and_no_process_may_become_it(trial: Trial) -> None:
@@ -125,7 +139,8 @@ def test_the_engine_has_no_root_and_no_process_may_become_it(trial: Trial) -> No
 
 
 def test_nothing_can_be_written_but_the_spool_and_what_goes_with_the_container(trial: Trial) -> None:
-    found = trial.inside("sh", "-c", "find / -path /proc -prune -o -type d -writable -print 2>/dev/null; true").splitlines()
+    within = "find / -path /proc -prune -o -path /dev -prune -o ! -type l -writable -print 2>/dev/null; find /dev -type d -writable; true"
+    found = trial.inside("sh", "-c", within).splitlines()
     outside = {folder for folder in found if not any(folder == one or folder.startswith(f"{one}/") for one in WRITABLE)}
     assert outside == set()
     assert "/var/lib/synoptic/spool" in found  # the search finds what there is
@@ -152,11 +167,11 @@ def test_doctor_is_content_and_an_account_logs_in(trial: Trial) -> None:
 
 def test_it_ends_in_order_and_begins_again_where_it_was(trial: Trial) -> None:
     begun = time.monotonic()
-    trial.engine.run("podman", "stop", "--time", "60", "deploy_worker_1")
+    trial.engine.run("podman", "stop", "--time", "60", WORKER)
     assert time.monotonic() - begun < 10  # what engines wait before they kill
-    assert trial.engine.run("podman", "inspect", "--format", "{{.State.ExitCode}}", "deploy_worker_1") == "0"
+    assert trial.engine.run("podman", "inspect", "--format", "{{.State.ExitCode}}", WORKER) == "0"
     assert {str(event["role"]) for event in trial.events() if event["event"] == "role.stopped"} == ROLES
-    trial.engine.run("podman", "start", "deploy_worker_1")
+    trial.engine.run("podman", "start", WORKER)
     trial.wait_until(trial.is_ready, timeout_s=60, what="/ready")
     assert round_trip(4_200_000, 1) == []
     trial.inside("synoptic", "status", "--ledger")

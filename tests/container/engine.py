@@ -9,6 +9,8 @@ import re
 import shlex
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -19,7 +21,10 @@ _USER_NEEDED: Final = (
     "useradd --system --create-home --add-subids-for-system NAME && make container CONTAINER_USER=NAME"
 )
 #: Of pip's settings on this host, those without which an index behind a proxy, or one of the house, is not reached.
-_PIP: Final = ("cert", "find-links", "index-url")
+_PIP: Final = ("cert", "find-links", "index-url", "extra-index-url", "trusted-host")
+_PROXIES: Final = ("http_proxy", "https_proxy", "no_proxy")
+#: Of the environment of who runs this, what the other user's podman is told.
+_KEPT: Final = ("CONTAINERS_CONF", "STORAGE_DRIVER", "LANG", *_PROXIES, *(name.upper() for name in _PROXIES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +38,9 @@ class Engine:
         """Run a command; what it printed on standard output. Where it fails, an AssertionError with the end of what it said."""
         environ = {**os.environ, **environment}
         if self.user is not None:
-            kept = ("CONTAINERS_CONF", "STORAGE_DRIVER", "LANG")
             environ = {"PATH": "/usr/bin:/bin:/usr/sbin:/sbin", "HOME": self.user.pw_dir, "USER": self.user.pw_name, **environment}
             environ["XDG_RUNTIME_DIR"] = f"/run/user/{self.user.pw_uid}"
-            environ |= {name: os.environ[name] for name in kept if name in os.environ}
+            environ |= {name: os.environ[name] for name in _KEPT if name in os.environ}
         done = subprocess.run(
             [str(word) for word in words],
             cwd=self.folder,
@@ -55,8 +59,17 @@ class Engine:
             raise AssertionError(f"{shlex.join(map(str, words))} ended with {done.returncode}:\n{said}")
         return done.stdout.strip()
 
+    def wait_until(self, holds: Callable[[], bool], *, timeout_s: float, what: str, log: Sequence[str]) -> None:
+        """Wait; where it takes too long, what the command `log` says is printed."""
+        until = time.monotonic() + timeout_s
+        while not holds():
+            if time.monotonic() > until:
+                print(self.run("podman", "ps", "--all"), self.run(*log, check=False), sep="\n")
+                raise AssertionError(f"{what} did not come within {timeout_s:g} s.")
+            time.sleep(0.5)
+
     def image(self, name: str, *, packages: tuple[str, ...]) -> str:
-        """Name of `name` here: pulled, or where no registry of images answers, a bare Debian with `packages`, for this run."""
+        """Name of `name` here: pulled, or where no registry of images answers, a bare Debian with `packages`, under a name of its own."""
         try:
             self.run("podman", "pull", "--quiet", name, timeout_s=300)
         except (AssertionError, subprocess.TimeoutExpired):
@@ -102,9 +115,10 @@ def pip_of_host(folder: Path) -> list[str]:
     """Words for podman that give a container pip's settings of this host, with the files that they name; written into `folder`."""
     listed = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True).stdout
     found = re.findall(r"^(?:global|:env:)\.([\w-]+)=(.+)$", listed, re.MULTILINE)
-    settings = {name: str(ast.literal_eval(value)) for name, value in found if name in _PIP}
+    settings = {name: [one for one in str(ast.literal_eval(value)).split() if "file:" not in one] for name, value in found if name in _PIP}
     conf = folder / "pip.conf"
-    conf.write_text("".join(["[global]\n", *(f"{name} = {value}\n" for name, value in settings.items())]))
+    conf.write_text("\n".join(["[global]", *(f"{name} = " + "\n  ".join(values) for name, values in settings.items() if values), ""]))
     conf.chmod(0o644)
-    named = [path for value in settings.values() for path in value.split() if path.startswith("/") and Path(path).exists()]
-    return [f"--volume={path}:{path}:ro" for path in named] + [f"--volume={conf}:/etc/pip.conf:ro"]
+    named = [path for values in settings.values() for path in values if path.startswith("/") and Path(path).exists()]
+    # The system's own files are not relabelled for a container.
+    return ["--security-opt=label=disable", *(f"--volume={path}:{path}:ro" for path in named), f"--volume={conf}:/etc/pip.conf:ro"]

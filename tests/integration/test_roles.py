@@ -4,30 +4,32 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.installation import Installation, wait_until
+from worker.roles import _OF_MONAI_ALONE
 
 #: The aim of a receiver process, in MB.
 RECEIVER_MB = 150
 
 _RUN = """
 import atexit, os, sys
-atexit.register(lambda: print('{"torch": %s}' % str("torch" in sys.modules).lower()))
+atexit.register(lambda: print('{"imported": "%s"}' % " ".join(sorted({name.partition(".")[0] for name in sys.modules}))))
+os._exit = sys.exit  # as inference ends, in a hurry
 from worker.cli import main
 sys.argv = ["synoptic", "role", sys.argv[1], "--parent", str(os.getppid()), "--check", "--config", sys.argv[2], "--descriptor", sys.argv[3]]
 main()
 """
 
 
-@pytest.mark.parametrize("role", ["receive", "deliver"])
-def test_a_role_without_a_network_is_small_and_starts_without_torch(tmp_path: Path, role: str) -> None:
-    import socket
-
+def started(tmp_path: Path, role: str) -> tuple[dict[str, Any], set[str]]:
+    """What a role says when it is ready, and the packages that it has imported by its end."""
     installation = Installation(tmp_path, bundles=("cxr-severity",))
     installation.write_config()
     assert installation.cli("migrate").returncode == 0
@@ -36,10 +38,24 @@ def test_a_role_without_a_network_is_small_and_starts_without_torch(tmp_path: Pa
         command = [sys.executable, "-c", _RUN, role, str(installation.config), str(listener.fileno())]
         done = subprocess.run(command, capture_output=True, text=True, pass_fds=(listener.fileno(),), timeout=60, check=True)
     said = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert {"torch": False} in said
-    (started,) = [one for one in said if one.get("event") == "role.started"]
-    print(json.dumps({"bench": "role", "role": role, "rss_mb": started["rss_mb"], "seconds": started["seconds"]}))
-    assert started["rss_mb"] <= RECEIVER_MB
+    (event,) = [one for one in said if one.get("event") == "role.started"]
+    (imported,) = [set(one["imported"].split()) for one in said if "imported" in one]
+    assert "worker" in imported
+    print(json.dumps({"bench": "role", "role": role, "rss_mb": event["rss_mb"], "seconds": event["seconds"]}))
+    return event, imported
+
+
+@pytest.mark.parametrize("role", ["receive", "deliver"])
+def test_a_role_without_a_network_is_small_and_starts_without_torch(tmp_path: Path, role: str) -> None:
+    event, imported = started(tmp_path, role)
+    assert "torch" not in imported
+    assert event["rss_mb"] <= RECEIVER_MB
+
+
+def test_inference_starts_without_what_only_training_needs(tmp_path: Path) -> None:
+    _, imported = started(tmp_path, "run")
+    assert {"torch", "monai"} <= imported
+    assert imported.isdisjoint(_OF_MONAI_ALONE)
 
 
 def test_doctor_prints_each_roles_memory_and_seconds_and_fails_where_something_is_missing(tmp_path: Path) -> None:

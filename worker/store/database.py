@@ -155,7 +155,7 @@ class Store:
         if self.is_sqlite or (encoding := conn.exec_driver_sql("SHOW server_encoding").scalar()) == "UTF8":
             return
         raise DatabaseUnavailable(
-            f"The database's encoding is {encoding}; it must be UTF8: createdb --encoding=UTF8 --template=template0 …"
+            f"The database's encoding is {encoding}; it must be UTF8: createdb --encoding=UTF8 --locale=C --template=template0 …"
         )
 
     def is_ready(self) -> bool:
