@@ -22,10 +22,11 @@ EDITOR = r"""#!/bin/sh
 exec sed -i -e 's/^ae_title = "PACS"/ae_title = "ORTHANC"/' -e 's/^query_port = 0/query_port = 4242/' \
     -e 's|^bundles = \[\]|bundles = ["/opt/synoptic/models/bundles/phantom"]|' -e 's/^issuer = ""/issuer = "SYNOPTIC-DEMO"/' "$1"
 """
-#: The repository is somebody's, and root clones it.
+#: The repository is somebody's, and root clones it; the journal outlives a restart.
 CONTAINERFILE = """FROM scratch
 RUN printf '[safe]\\n\\tdirectory = *\\n' >/etc/gitconfig
 RUN apt-get update && apt-get install -y --no-install-recommends systemd-sysv dbus orthanc ca-certificates && rm -rf /etc/orthanc/*
+RUN install -d -g systemd-journal -m 2755 /var/log/journal
 COPY deploy/orthanc.json /etc/orthanc/
 RUN sed -i 's/"Host": "worker"/"Host": "127.0.0.1"/' /etc/orthanc/orthanc.json \
     && echo '{"StorageDirectory": "/var/lib/orthanc/db-v6", "IndexDirectory": "/var/lib/orthanc/db-v6"}' >/etc/orthanc/debian.json
