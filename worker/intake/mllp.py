@@ -270,9 +270,9 @@ class MllpServer:
         except OSError as exc:  # the peer left before our answer; it will send again and be told so
             _closed(f"The connection broke: {cause_of(exc)}.", place.address, is_alert=isinstance(exc, ssl.SSLError))
         finally:
+            self._places.leave(place)  # first: who sees the connection closed may come again at once
             with self._lock:
                 self._connections.pop(threading.current_thread()).close()
-            self._places.leave(place)
 
     def _secured(self, connection: socket.socket) -> socket.socket:
         """Shake hands, in the connection's own thread: a peer that never does holds up nobody."""
