@@ -44,7 +44,7 @@ bench: .venv/.installed  ## the long measurements, one JSON line each; results a
 	$(BIN)/python -m tests.bench.documents
 
 gate: .venv/.installed  ## every validator, PixelMed too, on all 188 reports of the real cohort, by both databases: a quarter of an hour
-	JAVA_SAMPLE=188 STEP=1 $(BIN)/python -m pytest -s tests/integration/test_line.py -k "cohort or postgresql"
+	JAVA_SAMPLE=188 STEP=1 $(BIN)/python -m pytest -s tests/integration/test_line.py -k "sent or postgresql"
 
 fuzz: .venv/.installed  ## faults put into real files for MINUTES=3, through the receiver's reader and the decoders; the result is quoted in deploy/IMAGES.md
 	$(BIN)/python -m tests.fuzz $(MINUTES)
@@ -73,7 +73,7 @@ viewers: .venv/.installed  ## what OHIF and Orthanc's web viewer show of each fo
 container: .venv/.installed  ## the work tree by deploy/Containerfile and compose.yaml in a rootless podman (apt-get install podman podman-compose; without a registry of images, mmdebstrap): five minutes; the result is quoted in deploy/README.md
 	$(BIN)/python -m pytest -s -o timeout=2400 tests/container/compose.py
 
-runbook: .venv/.installed  ## as root: the runbook's installation of what is committed, to the letter, in a bare Debian with systemd and an Orthanc (podman, as above): ten minutes; the result is quoted in deploy/README.md
+runbook: .venv/.installed  ## as root: the runbook's installation of what is committed, to the letter, in a bare Debian with systemd and an Orthanc (podman, as above): six minutes; the result is quoted in deploy/README.md
 	$(BIN)/python -m pytest -s -o timeout=2400 tests/container/runbook.py
 
 restart: .venv/.installed  ## a start with FILES=100000 in the spool: ready within 30 s, the sweep behind it; the result is quoted in deploy/README.md

@@ -204,7 +204,7 @@ def fit_atypical(
     ValueError
         Fewer than 10 patients, embeddings that are not finite or do not vary.
     """
-    from sklearn.model_selection import GroupKFold  # here: it takes longer to import than all else of a worker but torch and MONAI
+    from sklearn.model_selection import GroupKFold  # here: a worker, which fits nothing, starts without it
 
     points = np.asarray(embeddings, dtype=np.float64)
     names = np.arange(len(points)) if groups is None else np.asarray(groups)

@@ -34,9 +34,7 @@ def cohort(shared: Path, *, limit: int | None = None) -> dict[str, Path]:
 def upload(orthanc: Orthanc, files: dict[str, Path]) -> None:
     """Put the studies into Orthanc, by its REST interface."""
     for path in files.values():
-        request = urllib.request.Request(f"http://127.0.0.1:{orthanc.http_port}/instances", data=path.read_bytes(), method="POST")
-        with urllib.request.urlopen(request, timeout=30) as response:
-            assert response.status == 200
+        orthanc.post("/instances", path.read_bytes())
 
 
 def send_records(installation: Installation, shared: Path, files: dict[str, Path]) -> int:

@@ -253,9 +253,10 @@ class Orthanc:
         with urllib.request.urlopen(request, timeout=30) as response:
             return json.load(response)
 
-    def post(self, path: str, body: str) -> Any:
+    def post(self, path: str, body: str | bytes) -> Any:
         """POST to a path of the REST interface; the answer as JSON."""
-        request = urllib.request.Request(f"http://127.0.0.1:{self.http_port}{path}", data=body.encode(), method="POST")
+        data = body.encode() if isinstance(body, str) else body
+        request = urllib.request.Request(f"http://127.0.0.1:{self.http_port}{path}", data=data, method="POST")
         with urllib.request.urlopen(request, timeout=30) as response:
             return json.load(response)
 

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 #: So often it is looked for archives that did not say in time whether they commit.
 LOOK_S: Final = 1.0
-#: What MONAI imports for networks, notebooks and metrics of its own that no bundle has: a third of a start.
+#: What MONAI imports for networks, notebooks and metrics of its own that no bundle has.
 _OF_MONAI_ALONE: Final = ("transformers", "matplotlib", "sklearn", "nibabel", "ignite")
 
 

@@ -9,11 +9,12 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+from tests.installation import wait_until
 
 ROOT: Final = Path(__file__).parents[2]
 _USER_NEEDED: Final = (
@@ -61,12 +62,11 @@ class Engine:
 
     def wait_until(self, holds: Callable[[], bool], *, timeout_s: float, what: str, log: Sequence[str]) -> None:
         """Wait; where it takes too long, what the command `log` says is printed."""
-        until = time.monotonic() + timeout_s
-        while not holds():
-            if time.monotonic() > until:
-                print(self.run("podman", "ps", "--all"), self.run(*log, check=False), sep="\n")
-                raise AssertionError(f"{what} did not come within {timeout_s:g} s.")
-            time.sleep(0.5)
+        try:
+            wait_until(holds, timeout_s=timeout_s, what=what, step_s=0.5)
+        except AssertionError:
+            print(self.run("podman", "ps", "--all"), self.run(*log, check=False), sep="\n")
+            raise
 
     def image(self, name: str, *, packages: tuple[str, ...]) -> str:
         """Name of `name` here: pulled, or where no registry of images answers, a bare Debian with `packages`, under a name of its own."""

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import sys
 import time
-import urllib.request
 from io import BytesIO
 
 from pydicom import Dataset, dcmread
 
 from tests.peers import Orthanc
 from worker.demo.phantom import PhantomCase, make_case
-from worker.demo.show import findings
+from worker.demo.show import faults_of
 from worker.intake import mllp
 
 #: As deploy/compose.yaml publishes them, and as Debian's packages have them.
@@ -31,20 +30,19 @@ def round_trip(first_seed: int, count: int) -> list[str]:
         ORTHANC.post("/modalities/synoptic/store", _stored(case))
     for case in cases:
         report = _report(case.study_instance_uid, until=time.monotonic() + REPORT_S)
-        faults += ["no report arrived"] if report is None else _wrong(case, report)
+        faults += faults_of(case, report)
     return faults
 
 
 def _stored(case: PhantomCase) -> str:
     """Put the images into the Orthanc; its name of the study."""
-    named = ""
+    named: set[str] = set()
     for ds in case.datasets:
         data = BytesIO()
         ds.save_as(data, enforce_file_format=True)
-        request = urllib.request.Request(f"http://127.0.0.1:{ORTHANC.http_port}/instances", data=data.getvalue(), method="POST")
-        urllib.request.urlopen(request, timeout=30).close()
-        named = named or ORTHANC.post("/tools/lookup", case.study_instance_uid)[0]["ID"]
-    return named
+        named.add(ORTHANC.post("/instances", data.getvalue())["ParentStudy"])
+    (study,) = named
+    return study
 
 
 def _report(study_instance_uid: str, *, until: float) -> Dataset | None:
@@ -54,16 +52,6 @@ def _report(study_instance_uid: str, *, until: float) -> Dataset | None:
             return dcmread(BytesIO(ORTHANC.file(found[0])))
         time.sleep(0.25)
     return None
-
-
-def _wrong(case: PhantomCase, report: Dataset) -> list[str]:
-    faults = [] if report.PatientID == case.patient_id else ["the report is of another patient"]
-    found = findings(report)
-    for name, truth in case.truth.items():
-        verdict = found.get(name, (0.0, "missing"))[1]
-        if verdict in {"missing", "negative" if truth else "positive"}:
-            faults.append(f"{name} is {verdict}, the truth is {'present' if truth else 'absent'}")
-    return faults
 
 
 if __name__ == "__main__":

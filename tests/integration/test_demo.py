@@ -33,11 +33,10 @@ def test_a_demo_whose_reports_are_wrong_says_so_and_fails(tmp_path: Path, monkey
     case = make_case(1, absent=frozenset())
     report = Dataset()
     report.StudyInstanceUID, report.PatientID = case.study_instance_uid, "SOMEBODY-ELSE"
-    followed = [show.Followed(case), show.Followed(case, report=report)]
-    show._check(followed)
-    assert followed[0].faults == ["no report arrived"]
-    assert "the report is of another study or patient" in followed[1].faults
-    assert any("missing" in fault for fault in followed[1].faults)
+    assert show.faults_of(case, None) == ["no report arrived"]
+    faults = show.faults_of(case, report)
+    assert "the report is of another study or patient" in faults
+    assert any("missing" in fault for fault in faults)
 
 
 def test_a_demo_whose_daemon_does_not_come_up_names_the_role_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

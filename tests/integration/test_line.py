@@ -50,7 +50,7 @@ def check_reports(pacs: Orthanc, shared: Path, files: dict[str, Path], found: di
     assert all("(0020,000e)" in accept.find_by_cfind(pacs, uid) for uid in sample)
 
 
-def test_every_study_of_the_cohort_gets_its_report_and_a_second_run_makes_nothing_new(tmp_path: Path, shared: Path) -> None:
+def test_every_study_that_is_sent_gets_its_report_and_a_second_run_makes_nothing_new(tmp_path: Path, shared: Path) -> None:
     """With SQLite, forwarded by Orthanc as a PACS does, in one burst."""
     require("findscu")
     installation, folder = prepare(tmp_path)

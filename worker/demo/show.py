@@ -100,7 +100,8 @@ def run(out: Console, err: Console, *, cases: int, folder: Path) -> bool:
             _wait_ready(folder / "daemon.log", roles={"receive", "run", "deliver"})
             _drive(err, pacs, followed, receive=receive, records=records)
         _pages(pacs, folder / "pages")
-        _check(followed)
+        for one in followed:
+            one.faults += faults_of(one.case, one.report)
     _print(out, followed, folder)
     return not any(one.faults for one in followed)
 
@@ -208,19 +209,18 @@ def _items(ds: Dataset) -> Iterator[Dataset]:
         yield from _items(item)
 
 
-def _check(followed: list[Followed]) -> None:
-    """Right means: there, of this study and patient, and no verdict the opposite of the truth."""
-    for one in followed:
-        if one.report is None:
-            one.faults.append("no report arrived")
-            continue
-        if (one.report.StudyInstanceUID, one.report.PatientID) != (one.case.study_instance_uid, one.case.patient_id):
-            one.faults.append("the report is of another study or patient")
-        found = findings(one.report)
-        for name, truth in one.case.truth.items():
-            verdict = found.get(name, (0.0, "missing"))[1]
-            if verdict in {"missing", "negative" if truth else "positive"}:
-                one.faults.append(f"{name} is {verdict}, the truth is {'present' if truth else 'absent'}")
+def faults_of(case: PhantomCase, report: Dataset | None) -> list[str]:
+    """What is wrong with a report, in words. Right means: there, of this study and patient, and no verdict the opposite of the truth."""
+    if report is None:
+        return ["no report arrived"]
+    is_its_own = (report.StudyInstanceUID, report.PatientID) == (case.study_instance_uid, case.patient_id)
+    faults = [] if is_its_own else ["the report is of another study or patient"]
+    found = findings(report)
+    for name, truth in case.truth.items():
+        verdict = found.get(name, (0.0, "missing"))[1]
+        if verdict in {"missing", "negative" if truth else "positive"}:
+            faults.append(f"{name} is {verdict}, the truth is {'present' if truth else 'absent'}")
+    return faults
 
 
 def _print(out: Console, followed: list[Followed], folder: Path) -> None:

@@ -252,10 +252,10 @@ class StorageScp:
             reason = f"connection failed before an association: {cause_of(error)}"
             events.emit("association.rejected", address=address, reason=reason, is_alert=is_alert)
         finally:
+            self._connected.leave(place)  # first: who sees the connection closed may come again at once
             sock.close()
             with load.lock:
                 del load.connections[thread]
-            self._connected.leave(place)
 
     def _converse(self, line: Wire, place: Place, names: Collection[str]) -> None:
         """Negotiate, and serve what was agreed."""
